@@ -1,0 +1,69 @@
+# Each target does its own set-up in .venv and can be run again: it goes on where it was.
+#
+#   make demo       sample images, pretraining on the CPU, export, vectors, one table
+#   make test       lint, format, types, and the tests that take seconds
+#   make test-slow  the tests that take minutes
+#   make format     put the code into the form that `make test` wants
+#   make lock       resolve requirements.lock anew (uses uv)
+#   make clean      remove .venv and the tools' caches
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UV := build/uv
+
+# The first Python that the locked wheels exist for.
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow format lock clean
+
+help:
+	@sed -n '3,8s/^#   //p' Makefile
+
+demo: $(STAMP)
+	@$(BIN)/btpipe demo
+
+test: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# The stamp is written last, so that an interrupted install is taken up again. `pip` is run to see
+# whether the environment works: it does not when it is half made or its folder was moved.
+$(STAMP): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "btpipe needs Python 3.11 to 3.14 as python3 or python3.11 ...: install it" \
+		"(Debian, Ubuntu: apt install python3 python3-venv)."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it" \
+		"(Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	@command -v g++ >/dev/null || command -v clang++ >/dev/null || { echo "torch.compile needs a C++ compiler:" \
+		"install g++ (Debian, Ubuntu: apt install g++)."; exit 1; }
+	@$(BIN)/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing what requirements.lock names into $(VENV): about 6 GB, some minutes the first time."
+	@$(BIN)/pip install --quiet --require-hashes -r requirements.lock
+	@$(BIN)/pip install --quiet --no-deps -e .
+	@$(BIN)/pip check --quiet
+	@touch $(STAMP)
+
+# torch and torchvision are held at the pair that the tests ran with: raise both together.
+lock:
+	@test -x $(UV)/bin/uv || { $(PYTHON) -m venv $(UV) && $(UV)/bin/pip install --quiet uv; }
+	@printf 'torch<=2.14.1\ntorchvision<=0.29.1\n' > $(UV)/caps.txt
+	@$(UV)/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--upgrade --constraints $(UV)/caps.txt --no-annotate --no-header --no-emit-index-url \
+		--no-emit-find-links --quiet --output-file $(UV)/requirements.txt
+	@{ echo "# What pyproject.toml needs with [dev], pinned by version and hash. Made by: make lock"; \
+		cat $(UV)/requirements.txt; } > requirements.lock
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache
