@@ -1,0 +1,35 @@
+"""What every test starts from: no launcher's variables, two threads, no terminal."""
+
+import os
+
+import pytest
+
+# Before numpy, torch or onnxruntime are imported, and inherited by every process a test starts:
+# one number of threads, because sums over another number of threads round differently.
+os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["COLUMNS"] = (
+    "200"  # so that messages are not wrapped in the middle of what is looked for
+)
+
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "SLURM_", "OMPI_", "PMI_", "NCCL_", "GLOO_")
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "GROUP_WORLD_SIZE",
+    "ROLE_RANK",
+    "ROLE_WORLD_SIZE",
+    "ROLE_NAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes away what a launcher set: a test is one process unless it says otherwise."""
+    for name in list(os.environ):
+        if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
+            monkeypatch.delenv(name)

@@ -1,0 +1,156 @@
+"""An artifact is complete, checked and dated, or it is not there."""
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from btpipe import artifact
+from btpipe.errors import IntegrityError, MachineError
+
+ORIGIN = {"recipe": "a" * 64, "step": 7}
+
+
+def publish(folder: Path, weights: bytes = b"weights") -> Path:
+    with artifact.publish(folder, "bundle", ORIGIN) as inside:
+        (inside / "weights.bin").write_bytes(weights)
+        (inside / "more").mkdir()
+        (inside / "more" / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 kB."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small disk")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this machine does not let root mount a disk")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_published_artifact_reads_back_with_its_kind_files_and_origin(tmp_path: Path) -> None:
+    manifest = artifact.verify(publish(tmp_path / "new" / "a"), "bundle")
+    assert manifest.kind == "bundle"
+    assert manifest.format_version == artifact.FORMAT_VERSION
+    assert manifest.origin == ORIGIN
+    assert sorted(manifest.files) == ["more/config.json", "weights.bin"]
+    assert manifest.files["weights.bin"]["bytes"] == len(b"weights")
+
+
+def test_the_digest_is_that_of_the_bytes_and_of_nothing_else(tmp_path: Path) -> None:
+    first = artifact.read(publish(tmp_path / "a"), "bundle").digest
+    assert artifact.read(publish(tmp_path / "b"), "bundle").digest == first
+    assert artifact.read(publish(tmp_path / "c", b"other"), "bundle").digest != first
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["digest"] == first
+
+
+def test_a_flipped_bit_is_found_by_verify_and_the_file_is_named(tmp_path: Path) -> None:
+    folder = publish(tmp_path / "a")
+    content = bytearray((folder / "weights.bin").read_bytes())
+    content[3] ^= 1
+    (folder / "weights.bin").write_bytes(content)
+    artifact.read(folder, "bundle")
+    with pytest.raises(IntegrityError, match=r"weights\.bin: its bytes changed"):
+        artifact.verify(folder, "bundle")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_missing_or_cut_file_is_found_by_read(tmp_path: Path, damage: str) -> None:
+    file = publish(tmp_path / "a") / "weights.bin"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"weigh")
+    with pytest.raises(IntegrityError, match=r"weights\.bin: found (nothing|5 bytes)\nexpected: 7"):
+        artifact.read(tmp_path / "a", "bundle")
+
+
+def test_a_newer_format_is_refused_with_the_version_that_reads_it(tmp_path: Path) -> None:
+    path = publish(tmp_path / "a") / "manifest.json"
+    newer = {**json.loads(path.read_text()), "format_version": 99, "btpipe_version": "8.1.0"}
+    path.write_text(json.dumps(newer))
+    with pytest.raises(
+        IntegrityError, match=r"format_version 99(.|\n)*install btpipe 8\.1\.0 or newer"
+    ):
+        artifact.read(tmp_path / "a", "bundle")
+
+
+def test_another_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"is a bundle\nexpected: a checkpoint"):
+        artifact.read(publish(tmp_path / "a"), "checkpoint")
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "not json"])
+def test_a_folder_without_a_readable_manifest_is_refused(tmp_path: Path, content: str) -> None:
+    if content:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(IntegrityError, match=r"no readable manifest\.json"):
+        artifact.read(tmp_path, "bundle")
+
+
+def test_a_body_that_raises_leaves_nothing_and_keeps_what_stood_there(tmp_path: Path) -> None:
+    publish(tmp_path / "a")
+
+    def fail() -> None:
+        with artifact.publish(tmp_path / "a", "bundle", {}) as inside:
+            (inside / "weights.bin").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "weights.bin").read_bytes() == b"weights"
+    artifact.verify(tmp_path / "a", "bundle")
+
+
+def test_an_artifact_of_the_same_name_is_replaced_whole(tmp_path: Path) -> None:
+    publish(tmp_path / "a")
+    with artifact.publish(tmp_path / "a", "bundle", {}) as inside:
+        (inside / "other.bin").write_bytes(b"new")
+    assert list(artifact.verify(tmp_path / "a", "bundle").files) == ["other.bin"]
+    assert not (tmp_path / "a" / "weights.bin").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_sweep_removes_what_a_killed_process_left_and_nothing_else(tmp_path: Path) -> None:
+    publish(tmp_path / "a")
+    (tmp_path / "b.tmp-0123abcd").mkdir()
+    (tmp_path / "b.tmp-0123abcd" / "weights.bin").write_bytes(b"half")
+    (tmp_path / "log.json.tmp-4567cdef").write_text("half")
+    artifact.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_written_file_holds_all_of_it_and_nothing_stays_beside(tmp_path: Path) -> None:
+    artifact.write_file(tmp_path / "x", b"old")
+    artifact.write_file(tmp_path / "x", b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_equal_json_values_have_one_digest_whatever_the_order_of_their_keys() -> None:
+    assert artifact.json_digest({"a": 1, "b": [2]}) == artifact.json_digest({"b": [2], "a": 1})
+    assert artifact.json_digest({"a": 1}) != artifact.json_digest({"a": 2})
+
+
+def test_a_full_disk_says_so_and_keeps_the_artifact_that_stood_there(small_disk: Path) -> None:
+    publish(small_disk / "a")
+    with pytest.raises(MachineError, match=r"a: no space left") as caught:
+        publish(small_disk / "a", bytes(1024 * 1024))
+    assert caught.value.exit_code == 5
+    assert [path.name for path in small_disk.iterdir()] == ["a"]
+    artifact.verify(small_disk / "a", "bundle")
+
+
+def test_a_full_disk_leaves_the_old_file_under_its_name(small_disk: Path) -> None:
+    artifact.write_file(small_disk / "x", b"old")
+    with pytest.raises(MachineError, match="no space left"):
+        artifact.write_file(small_disk / "x", bytes(1024 * 1024))
+    assert (small_disk / "x").read_bytes() == b"old"
+    assert len(list(small_disk.iterdir())) == 1
