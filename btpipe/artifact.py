@@ -1,0 +1,203 @@
+"""A folder with a manifest: written beside, hashed, fsynced, renamed; opened by checking.
+
+Final names only ever hold complete folders. `manifest.json` lists each file with its size and
+sha256, the kind of artifact, its `format_version`, and what it was made from.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from btpipe import __version__
+from btpipe.errors import IntegrityError, MachineError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What an artifact is: its kind, files and origin.
+
+    `digest` is the sha256 over the files' names and digests: two artifacts of one
+    digest hold the same bytes. `origin` says what made it (recipe, run, step, data fingerprint).
+    """
+
+    kind: str
+    format_version: int
+    btpipe_version: str
+    files: Mapping[str, Mapping[str, object]]
+    origin: Mapping[str, object]
+
+    @property
+    def digest(self) -> str:
+        return json_digest({name: entry["sha256"] for name, entry in sorted(self.files.items())})
+
+
+def json_digest(value: object) -> str:
+    """sha256 of a JSON value in canonical form (sorted keys, no spaces), as hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turns what the disk says into a sentence with the path: no space, not permitted."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fix = "free some space and run the same command again: it goes on where it was"
+            raise MachineError("no space left", where=where, fix=fix) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            fix = "choose a place you may write to"
+            raise MachineError(f"cannot write ({error.strerror})", where=where, fix=fix) from error
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file's or folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Puts `content` under `path` so that the name never holds less than all of it.
+
+    Raises:
+        MachineError: no space, or no permission.
+    """
+    beside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with disk_errors(path):
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            fsync_path(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_file` for a JSON value, indented for people."""
+    write_file(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+@contextlib.contextmanager
+def publish(folder: Path, kind: str, origin: Mapping[str, object]) -> Iterator[Path]:
+    """A folder to fill; on a clean exit it is hashed, fsynced and takes the name `folder`.
+
+    An artifact of that name is replaced in two renames; when the body raises, nothing is left.
+
+    Raises:
+        MachineError: no space, or no permission.
+    """
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        beside.mkdir()
+        try:
+            yield beside
+            files = {
+                path.relative_to(beside).as_posix(): {
+                    "bytes": path.stat().st_size,
+                    "sha256": file_digest(path),
+                }
+                for path in sorted(beside.rglob("*"))
+                if path.is_file()
+            }
+            manifest = Manifest(kind, FORMAT_VERSION, __version__, files, dict(origin))
+            content = {"digest": manifest.digest, **dataclasses.asdict(manifest)}
+            write_json(beside / MANIFEST, content)
+            for path in beside.rglob("*"):
+                fsync_path(path)
+            fsync_path(beside)
+            _take_place(beside, folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+
+def _take_place(beside: Path, folder: Path) -> None:
+    """Renames `beside` to `folder`; what stood there moves away first and is removed last."""
+    old = folder.with_name(f"{folder.name}.tmp-old-{uuid.uuid4().hex[:8]}")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(beside, folder)
+    fsync_path(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(parent: Path) -> None:
+    """Removes what a killed process left beside the artifacts in `parent` (`*.tmp-*`)."""
+    for path in parent.glob("*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read(folder: Path, kind: str) -> Manifest:
+    """The manifest of an artifact of this kind; its files exist with the sizes listed.
+
+    Raises:
+        IntegrityError: no manifest, another kind, a newer format, a file missing or cut.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+        manifest = Manifest(
+            **{field.name: content[field.name] for field in dataclasses.fields(Manifest)}
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(
+            f"no readable {MANIFEST} ({error})", where=folder, expected=f"a {kind} made by btpipe"
+        ) from error
+    if manifest.kind != kind:
+        raise IntegrityError(f"is a {manifest.kind}", where=folder, expected=f"a {kind}")
+    if manifest.format_version > FORMAT_VERSION:
+        raise IntegrityError(
+            f"format_version {manifest.format_version} of btpipe {manifest.btpipe_version}",
+            where=folder,
+            expected=f"format_version {FORMAT_VERSION} or older",
+            fix=f"install btpipe {manifest.btpipe_version} or newer",
+        )
+    for name, entry in manifest.files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
+            raise IntegrityError(f"found {found}", where=file, expected=f"{entry['bytes']} bytes")
+    return manifest
+
+
+def verify(folder: Path, kind: str) -> Manifest:
+    """`read`, and every file's sha256 is the one listed.
+
+    Raises:
+        IntegrityError: as `read`, or a file whose bytes changed.
+    """
+    manifest = read(folder, kind)
+    for name, entry in manifest.files.items():
+        if file_digest(folder / name) != entry["sha256"]:
+            raise IntegrityError(
+                "its bytes changed since it was written",
+                where=folder / name,
+                expected=f"sha256 {entry['sha256']}",
+                fix="restore it from a copy, or make it again",
+            )
+    return manifest

@@ -1,0 +1,144 @@
+"""What happened, as frozen records. Stages report them; `progress` shows them; nothing else prints.
+
+A stage takes a `Report` and calls it with events; it never knows whether a person, a log file
+or nobody is listening.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happened. `name` is how it is called in JSON lines."""
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def record(self) -> dict[str, object]:
+        """The event as a flat JSON-ready record, `event` first."""
+        return {"event": self.name, **dataclasses.asdict(self)}
+
+
+Report = Callable[[Event], None]
+
+
+def ignore(_: Event) -> None:
+    """A `Report` for when nobody listens."""
+
+
+def per_second(count: int, seconds: float) -> float:
+    """`count` over `seconds`; 0 for no time at all."""
+    return count / seconds if seconds > 0 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Note(Event):
+    """A sentence worth reading once."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Warned(Event):
+    """Something the user should know and may have to act on."""
+
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRejected(Event):
+    """An input that is not used, the stage that refused it and why."""
+
+    path: str
+    stage: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Progressed(Event):
+    """Where a counted job stands.
+
+    `images_per_second` is over the time since the job (re)started; `data_wait` is the share of it,
+    0 to 1, in which the consumer waited for data.
+    """
+
+    job: str
+    done: int
+    total: int
+    images_per_second: float
+    data_wait: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStarted(Event):
+    """A pretraining run, as it is about to go on from `step`."""
+
+    run: str
+    recipe: str
+    step: int
+    steps: int
+    steps_per_epoch: int
+    images: int
+    batch_size: int
+    world_size: int
+    device: str
+    precision: str
+    parameters: int
+    loss_floor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled(Event):
+    """The first compiled step is done; its seconds are kept out of every rate."""
+
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepDone(Event):
+    """One logged optimiser step.
+
+    `loss = on_diagonal + lambd * off_diagonal`, before `loss.scale`; rates are per second since the
+    previous `StepDone`; `data_wait` is the share of that time spent waiting for the loader.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    on_diagonal: float
+    off_diagonal: float
+    lr: float
+    bias_lr: float
+    images_per_second: float
+    data_wait: float
+    eta_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """A checkpoint stands complete under its final name."""
+
+    step: int
+    path: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished(Event):
+    """A command's last word: what it made, and the numbers of it."""
+
+    job: str
+    text: str
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tabled(Event):
+    """A result worth a table: cells as people read them, one tuple for each row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""

@@ -1,0 +1,1 @@
+"""From views of unlabelled images to an encoder: network, loss, optimiser, checkpoints."""

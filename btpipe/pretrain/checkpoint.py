@@ -1,0 +1,149 @@
+"""Checkpoints: tensors as safetensors, the rest as JSON, complete under their final name or absent.
+
+    checkpoints/step-00001200/   model.safetensors  optim.safetensors  state.json  manifest.json
+
+There is no random state to keep: views and order are functions of seed, epoch and image.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from btpipe import artifact
+from btpipe.errors import IntegrityError
+from btpipe.events import Report, Warned, ignore
+
+KIND = "checkpoint"
+PREFIX = "step-"
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Where a run stands: `step` updates are done, under the recipe and data of these digests."""
+
+    step: int
+    recipe: str
+    data: str
+
+
+def save(
+    run: Path, state: State, network: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int
+) -> Path:
+    """Writes the checkpoint of this step, then removes all but the `keep_last` newest.
+
+    Raises:
+        MachineError: no space, or no permission; the checkpoints before it stay.
+    """
+    folder = run / "checkpoints" / f"{PREFIX}{state.step:08d}"
+    with artifact.publish(folder, KIND, dataclasses.asdict(state)) as beside:
+        save_file(_dense(network.state_dict()), beside / "model.safetensors")
+        save_file(_dense(_optimizer_tensors(optimizer)), beside / "optim.safetensors")
+        (beside / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+    for old in _folders(run)[keep_last:]:
+        _remove(old)
+    return folder
+
+
+def newest(run: Path, report: Report = ignore) -> Path | None:
+    """The newest undamaged checkpoint of a run; None where there is none at all.
+
+    A damaged one is passed over with a warning that names it.
+
+    Raises:
+        IntegrityError: there are checkpoints, and none is whole.
+    """
+    folders = _folders(run)
+    for folder in folders:
+        try:
+            artifact.verify(folder, KIND)
+        except IntegrityError as error:
+            report(Warned(f"damaged checkpoint passed over: {error}"))
+            continue
+        return folder
+    if folders:
+        raise IntegrityError(
+            f"none of {len(folders)} checkpoints is whole",
+            where=run / "checkpoints",
+            fix="restore one from a copy, or move the run folder away and start afresh",
+        )
+    return None
+
+
+def read_state(folder: Path) -> State:
+    """Where the run stood at this checkpoint."""
+    content = json.loads((folder / "state.json").read_text())
+    return State(**{field.name: content[field.name] for field in dataclasses.fields(State)})
+
+
+def load(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a checkpoint's tensors into a network and its optimiser, bit for bit.
+
+    Raises:
+        IntegrityError: a tensor is missing, left over, or of another shape.
+    """
+    try:
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+        _load_optimizer(optimizer, load_file(folder / "optim.safetensors"))
+    except (RuntimeError, KeyError, IndexError) as error:
+        raise IntegrityError(f"does not fit the recipe's network: {error}", where=folder) from error
+
+
+def encoder_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The encoder's tensors of a checkpoint under torchvision's names."""
+    state = load_file(folder / "model.safetensors")
+    return {
+        key.removeprefix("encoder."): tensor
+        for key, tensor in state.items()
+        if key.startswith("encoder.")
+    }
+
+
+def _folders(run: Path) -> list[Path]:
+    """Checkpoints by their final names, newest first."""
+    found = [p for p in (run / "checkpoints").glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]), reverse=True)
+
+
+def _remove(folder: Path) -> None:
+    """Takes the final name away first, so that a kill leaves nothing half removed under it."""
+    doomed = folder.with_name(f"{folder.name}.tmp-old")
+    folder.rename(doomed)
+    artifact.sweep(folder.parent)
+
+
+def _dense(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous copies where a tensor is laid out otherwise (channels_last)."""
+    return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """`INDEX.NAME` to tensor, INDEX counting parameters through the groups."""
+    return {
+        f"{index}.{name}": tensor
+        for index, parameter in enumerate(_parameters(optimizer))
+        for name, tensor in optimizer.state[parameter].items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    parameters = list(_parameters(optimizer))
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        parameter = parameters[int(index)]
+        # The parameter's own memory layout, so that sums run in the same order as before.
+        alike = tensor.shape == parameter.shape
+        place = (
+            torch.empty_like(parameter, dtype=tensor.dtype) if alike else torch.empty_like(tensor)
+        )
+        optimizer.state[parameter][name] = place.copy_(tensor)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]

@@ -1,0 +1,167 @@
+"""The run folder `runs/NAME/`: made once from a recipe and its images, guarded, and gone on with.
+
+recipe.toml  index.parquet  environment.json  events.jsonl  quarantine.csv  checkpoints/step-N/
+"""
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from btpipe import artifact, recipe, runtime
+from btpipe.data import index as data_index
+from btpipe.errors import RefusedError, UsageError
+from btpipe.events import Event, FileRejected, Report
+from btpipe.recipe import Recipe
+
+RECIPE, INDEX, ENVIRONMENT, EVENTS = (
+    "recipe.toml",
+    "index.parquet",
+    "environment.json",
+    "events.jsonl",
+)
+QUARANTINE = "quarantine.csv"
+
+
+def prepare(folder: Path, wanted: Recipe, report: Report) -> None:
+    """Makes the run folder for this recipe, or makes sure that it is this recipe's.
+
+    Nothing is created before the images are found and enough for a batch.
+
+    Raises:
+        UsageError: `data.train` names no images, or fewer than a batch.
+        RefusedError: the folder holds a run of another recipe; the keys that differ are named.
+    """
+    if (folder / RECIPE).is_file():
+        _require_same(folder, wanted)
+        artifact.sweep(folder / "checkpoints")
+        if (folder / INDEX).is_file():
+            return
+    elif folder.exists() and any(folder.iterdir()):
+        raise RefusedError("is not a run of btpipe", where=folder, fix="choose another --name")
+    index, rejected = _index(wanted, report)
+    with artifact.disk_errors(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    artifact.write_file(folder / RECIPE, wanted.to_toml().encode())
+    artifact.write_json(folder / ENVIRONMENT, runtime.environment())
+    _write_quarantine(folder, [(r.path, r.stage, r.reason) for r in rejected])
+    index.save(folder / INDEX)
+
+
+def _index(wanted: Recipe, report: Report) -> tuple[data_index.Index, list[FileRejected]]:
+    train = Path(wanted.data.train)
+    if not wanted.data.train or not train.is_dir():
+        found = f"data.train = {wanted.data.train!r} is not a folder"
+        fix = "put the training images there (any tree of folders), or: --set data.train=DIR"
+        raise UsageError(found, expected="a folder of images", fix=fix)
+    index, rejected = data_index.build(train, report)
+    if len(index) < wanted.data.batch_size:
+        raise UsageError(
+            f"{len(index)} readable images are less than one batch of {wanted.data.batch_size}",
+            where=train,
+            fix="add images, or lower the batch: --set data.batch_size=N",
+        )
+    return index, rejected
+
+
+def _require_same(folder: Path, wanted: Recipe) -> None:
+    there, asked = recipe.load(folder / RECIPE).decisive(), wanted.decisive()
+    differ = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
+    if differ:
+        lines = [
+            f"{key} is {there.get(key)!r} there, {asked.get(key)!r} asked for" for key in differ
+        ]
+        raise RefusedError(
+            "holds a run of another recipe: " + "; ".join(lines),
+            where=folder,
+            fix="choose another --name, or go on with that run's recipe.toml",
+        )
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process group at a time in a run folder; a dead one's lock is free.
+
+    Raises:
+        RefusedError: a living process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "wait for it, or stop it; choose another --name for a second run"
+            raise RefusedError("another process is training here", where=folder, fix=fix) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def log(folder: Path, report: Report) -> Iterator[Report]:
+    """A `Report` that also appends every event to the run's events.jsonl."""
+    with (folder / EVENTS).open("a", buffering=1) as file:
+
+        def both(event: Event) -> None:
+            file.write(json.dumps(event.record()) + "\n")
+            report(event)
+
+        yield both
+
+
+class Quarantine:
+    """quarantine.csv: the images of the index that could not be decoded, each with its reason."""
+
+    def __init__(self, folder: Path, index: data_index.Index, *, writes: bool) -> None:
+        self._folder, self._index, self._writes = folder, index, writes
+
+    def known(self) -> dict[int, str]:
+        """Row of the index to reason, for what was found so far."""
+        reasons = {path: reason for path, _, reason in _read_quarantine(self._folder)}
+        paths = self._index.table.column("path").to_pylist() if reasons else []
+        return {row: reasons[path] for row, path in enumerate(paths) if path in reasons}
+
+    def update(self, found: Mapping[int, str]) -> None:
+        """Writes what this rank found beside what the file already names."""
+        if not self._writes or not found:
+            return
+        rows = _read_quarantine(self._folder)
+        listed = {path for path, _, _ in rows}
+        paths = self._index.table.column("path")
+        new = [(paths[row].as_py(), "decode", reason) for row, reason in sorted(found.items())]
+        fresh = [entry for entry in new if entry[0] not in listed]
+        if fresh:
+            _write_quarantine(self._folder, rows + fresh)
+
+
+def _read_quarantine(folder: Path) -> list[tuple[str, str, str]]:
+    path = folder / QUARANTINE
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [(row["path"], row["stage"], row["reason"]) for row in csv.DictReader(file)]
+
+
+def _write_quarantine(folder: Path, rows: list[tuple[str, str, str]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(("path", "stage", "reason"))
+    writer.writerows(rows)
+    artifact.write_file(folder / QUARANTINE, text.getvalue().encode())
+
+
+def newest_run(runs: Path) -> Path:
+    """The run whose events were written last.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folders = [path.parent for path in runs.glob(f"*/{RECIPE}")]
+    if not folders:
+        fix = "pretrain first: btpipe pretrain recipes/folder.toml --set data.train=DIR"
+        raise UsageError("no run", where=runs, expected="runs/NAME/", fix=fix)
+    return max(folders, key=lambda f: max(p.stat().st_mtime_ns for p in (f, f / "checkpoints")))

@@ -1,0 +1,83 @@
+"""Batch norm per view and across replicas, on CPUs and GPUs, whole in a compiled graph.
+
+Two views go through the network as one batch, view after view. Each view has its own statistics in
+every layer and updates the running ones in turn, as the published code's two passes do; pooled
+statistics would be another method. Parameter and buffer names are those of torch's batch norm.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from btpipe import runtime
+
+VIEWS = 2
+
+
+class ViewBatchNorm(_BatchNorm):
+    """Batch norm of a batch that holds `VIEWS` views of equal size, one behind the other.
+
+    x: (VIEWS * n, C, ...) in training, over the VIEWS * n * world_size images of all ranks;
+    (n, C, ...) in evaluation, by the running statistics.
+    """
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - torch's name
+        """(n, C) and (n, C, H, W) alike."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalises; in training, updates the running statistics once for each view."""
+        if not self.training:
+            return super().forward(x)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(VIEWS)
+        return torch.cat([self._one_view(view) for view in x.chunk(VIEWS)])
+
+    def _one_view(self, x: torch.Tensor) -> torch.Tensor:
+        if runtime.world_size() > 1:
+            return self._across_replicas(x)
+        return functional.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            training=True,
+            momentum=self.momentum or 0.0,
+            eps=self.eps,
+        )
+
+    def _across_replicas(self, x: torch.Tensor) -> torch.Tensor:
+        """Means and squared deviations of all ranks, merged as Chan et al. (1983) do.
+
+        Never E[x^2] - mean^2, which cancels. In at least float32.
+        """
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = x.numel() // x.shape[1]
+        dimensions = [0, *range(2, x.ndim)]
+        variance, mean = torch.var_mean(wide, dimensions, correction=0)
+        means, variances = runtime.gather(torch.stack([mean, variance])).unbind(1)
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        self._track(mean.detach(), variance.detach(), count * len(means))
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        scale = (variance + self.eps).rsqrt()
+        shift = -mean * scale
+        if self.affine:
+            scale, shift = scale * self.weight, shift * self.weight + self.bias
+        return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
+        """Running statistics with the unbiased variance, as torch keeps them."""
+        if self.running_mean is None or self.running_var is None:
+            return
+        momentum = self.momentum or 0.0
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        unbiased = variance * (count / (count - 1))
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module keeps running statistics that a few batches can calibrate."""
+    return isinstance(module, _BatchNorm)

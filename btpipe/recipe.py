@@ -1,0 +1,394 @@
+"""Recipes: TOML into typed, frozen values. Every default of btpipe stands here and nowhere else.
+
+A recipe may name a base with `extends = "other.toml"`; tables are merged, arrays are replaced.
+`--set table.key=value` comes last. An unknown key is refused with its file, its path and the
+nearest valid key; nothing is created before the whole recipe is valid.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from btpipe.artifact import json_digest
+from btpipe.errors import RecipeError
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[Positive, Positive]
+
+Backbone = Literal[
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+
+class Table(BaseModel):
+    """A table of a recipe: frozen, typed, and closed to keys it does not know."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class Jitter(Table):
+    """With `probability`, four colour factors in a random order (torchvision's ColorJitter)."""
+
+    probability: Probability = 0.8
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """Factor from U(1 - b, 1 + b); likewise contrast and saturation."""
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.4
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """Turn from U(-h, h), in turns of the colour circle."""
+
+
+class Blur(Table):
+    """Gaussian blur with sigma from U(low, high) pixels."""
+
+    probability: Probability = 1.0
+    sigma: Range = (0.1, 2.0)
+
+
+class Solarize(Table):
+    """Inverts the values at and above `threshold` (0 to 255)."""
+
+    probability: Probability = 0.0
+    threshold: Annotated[int, Field(ge=0, le=256)] = 128
+
+
+class View(Table):
+    """How one view of an image is drawn; the defaults are view A of the published main.py."""
+
+    scale: Range = (0.08, 1.0)
+    """Share of the image's area that the crop takes, from U(low, high)."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Width over height of the crop, log-uniform."""
+    flip: Probability = 0.5
+    """Horizontal."""
+    jitter: Jitter = Jitter()
+    gray: Probability = 0.2
+    blur: Blur = Blur()
+    solarize: Solarize = Solarize()
+
+
+VIEW_A = View()
+VIEW_B = View(blur=Blur(probability=0.1), solarize=Solarize(probability=0.2))
+
+
+class Data(Table):
+    """Which images, and how many make a batch."""
+
+    train: str = ""
+    """Folder of images, searched recursively; class folders are welcome and their names unused."""
+    batch_size: Annotated[int, Field(ge=2)] = 2048
+    """Images in one optimiser step, over all ranks. Divisible by the number of ranks."""
+    image_size: Annotated[int, Field(ge=16)] = 224
+    """Height and width of a view, in pixels."""
+    max_bad: Probability = 0.01
+    """Share of the images that may be unreadable before the run ends with exit code 3."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Decoder threads for each rank; 0: the cores this rank may use."""
+
+
+class Network(Table):
+    """A torchvision ResNet without its classifier, and the projector behind it."""
+
+    backbone: Backbone = "resnet50"
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """"small": 3x3 first convolution with stride 1, no max-pool; for images of about 32 pixels."""
+    projector: Annotated[tuple[Count, ...], Field(min_length=1)] = (8192, 8192, 8192)
+    """Width of each Linear layer; the last one is D, the embedding's dimension in the loss."""
+
+
+class Loss(Table):
+    """sum_i (1 - C_ii)^2 + lambd * sum_{i != j} C_ij^2 (arXiv 2103.03230, eq. 1 and 2)."""
+
+    lambd: NotNegative = 0.0051
+    scale: Positive = 1.0
+    """Factor on the loss before its gradient: 1 as published, others have others."""
+    form: Literal["auto", "gram", "cross"] = "auto"
+    """"gram": two N x N matrices; "cross": the D x D one. Equal; "auto" takes the cheaper."""
+
+
+class Optim(Table):
+    """The optimiser and its schedule. Rates are for 256 images and scale with the batch."""
+
+    name: Literal["lars", "adamw", "sgd"] = "lars"
+    epochs: Annotated[int, Field(ge=0)] = 1000
+    warmup_epochs: Annotated[int, Field(ge=0)] = 10
+    lr: Positive = 0.2
+    """Rate of the weights for 256 images."""
+    bias_lr: Positive = 0.0048
+    """Rate of the biases and of batch norm's scale and shift, for 256 images."""
+    final_lr_ratio: NotNegative = 0.001
+    """The cosine ends at this share of the scaled rate, for weights and biases alike."""
+    weight_decay: NotNegative = 1e-6
+    """On weights only: biases and batch norm are excluded."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """LARS and SGD; AdamW's betas are 0.9 and 0.999."""
+    eta: Positive = 0.001
+    """LARS trust coefficient."""
+    reference_world_size: Count = 1
+    """The global loss's gradient is divided by this before the optimiser, at any number of ranks.
+
+    The published code's gradient is 1/W of the true one on W GPUs; its run had W = 32.
+    """
+
+
+class Run(Table):
+    """How the run is carried out: what may change between two starts of the same run."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """"auto": bf16 autocast on GPUs and on CPUs with AVX512-BF16 or AMX, float32 elsewhere."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the network; "auto": on for GPUs, off for CPUs, where it gains nothing."""
+    checkpoint_minutes: NotNegative = 10.0
+    """Minutes between checkpoints; the end of the run always gets one."""
+    checkpoint_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints, beside the minutes; 0: by the minutes alone."""
+    keep_last: Annotated[int, Field(ge=2)] = 2
+    """How many of the newest checkpoints stay; two, so that one may turn out damaged."""
+    log_steps: Count = 10
+    """Steps between two logged ones."""
+
+
+class Recipe(Table):
+    """Everything that decides what a run computes, and how it is carried out."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: Data = Data()
+    views: Annotated[tuple[View, View], Field()] = (VIEW_A, VIEW_B)
+    network: Network = Network()
+    loss: Loss = Loss()
+    optim: Optim = Optim()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for i, view in enumerate(self.views):
+            for name in ("scale", "ratio"):
+                low, high = getattr(view, name)
+                if low > high:
+                    raise ValueError(f"views.{i}.{name}: low {low} is above high {high}")
+            if view.scale[1] > 1:
+                raise ValueError(
+                    f"views.{i}.scale: a crop cannot take {view.scale[1]} of the image"
+                )
+            if view.blur.sigma[0] > view.blur.sigma[1]:
+                raise ValueError(f"views.{i}.blur.sigma: low is above high")
+        if self.optim.warmup_epochs >= max(self.optim.epochs, 1) and self.optim.warmup_epochs > 0:
+            raise ValueError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of"
+                f" optim.epochs {self.optim.epochs}"
+            )
+        return self
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what decides the result: everything but the bookkeeping."""
+        return json_digest(self.decisive())
+
+    def decisive(self) -> dict[str, object]:
+        """Key path to value for every key that changes what is computed."""
+        flat = dict(_flatten(self.model_dump(mode="json")))
+        return {key: value for key, value in flat.items() if key not in BOOKKEEPING}
+
+    def to_toml(self) -> str:
+        """The resolved recipe as TOML that `load` reads back to an equal value."""
+        return "\n".join(_toml_lines(self.model_dump(mode="json"), ""))
+
+
+BOOKKEEPING = frozenset(
+    {
+        "data.threads",
+        "run.checkpoint_minutes",
+        "run.checkpoint_steps",
+        "run.keep_last",
+        "run.log_steps",
+    }
+)
+"""Keys that may change between two starts of one run: none of them reaches the weights."""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the TOML file `path`, on top of what it extends, with overrides last.
+
+    Where `path` does not exist, a recipe of that file name that ships with btpipe is taken.
+
+    Raises:
+        RecipeError: no such file, not TOML, an unknown key, a value of the wrong type or range.
+    """
+    layers = [*_chain(find(path)), *(_override(text) for text in overrides)]
+    sources: dict[str, str] = {}
+    merged: dict[str, object] = {}
+    for layer in layers:
+        sources.update({key: layer.source for key, _ in _flatten(layer.content)})
+        merged = _merge(merged, layer.content)
+    # JSON mode reads TOML's arrays as tuples and stays strict about everything else.
+    try:
+        return Recipe.model_validate_json(json.dumps(merged))
+    except ValidationError as error:
+        raise _explain(error.errors()[0], sources, layers[-1].source, len(error.errors())) from None
+    except ValueError as error:
+        raise RecipeError(f"{error}", where=path) from error
+
+
+def shipped() -> list[Path]:
+    """The recipes that come with btpipe, by name."""
+    inside = Path(__file__).parent / "recipes"  # in a wheel
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+    return sorted(folder.glob("*.toml"))
+
+
+def find(path: Path) -> Path:
+    """`path` if it is a file, else the shipped recipe of that name (`imagenet` or `imagenet.toml`).
+
+    Raises:
+        RecipeError: neither exists; the nearest shipped name is suggested.
+    """
+    if path.is_file():
+        return path
+    known = {recipe.stem: recipe for recipe in shipped()}
+    here = path.parent in (Path(), Path("recipes"))
+    if here and path.suffix in ("", ".toml") and path.stem in known:
+        return known[path.stem]
+    near = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"did you mean {near[0]}.toml? " if near else ""
+    raise RecipeError("no such recipe", where=path, fix=f"{hint}shipped: {', '.join(known)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    source: str
+    content: dict[str, object]
+
+
+def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[_Layer]:
+    """The file and what it extends, base first."""
+    if path.resolve() in seen:
+        raise RecipeError("extends itself", where=path, fix="break the circle of `extends`")
+    try:
+        content = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"not valid TOML: {error}", where=path) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read: {error}", where=path) from error
+    base = content.pop("extends", None)
+    if base is None:
+        return [_Layer(str(path), content)]
+    if not isinstance(base, str):
+        raise RecipeError(f"extends = {base!r}", where=path, expected="the name of a TOML file")
+    beside = path.parent / base
+    parent = beside if beside.is_file() else find(Path(base))
+    return [*_chain(parent, (*seen, path.resolve())), _Layer(str(path), content)]
+
+
+def _override(text: str) -> _Layer:
+    """`table.key=value` as a layer; the value is TOML, or else a string."""
+    key, equals, value = text.partition("=")
+    source = f"--set {text}"
+    if not equals or not key.strip():
+        raise RecipeError("not an assignment", where=source, expected="--set table.key=value")
+    try:
+        return _Layer(source, tomllib.loads(f"{key} = {value}"))
+    except tomllib.TOMLDecodeError:
+        try:
+            return _Layer(source, tomllib.loads(f"{key} = {json.dumps(value)}"))
+        except tomllib.TOMLDecodeError as error:
+            raise RecipeError(f"not an assignment: {error}", where=source) from error
+
+
+def _merge(base: dict[str, object], top: dict[str, object]) -> dict[str, object]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """(key path, leaf) for every leaf; entries of an array of tables are numbered."""
+    if isinstance(value, dict):
+        children = [(str(key), child) for key, child in value.items()]
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        children = [(str(i), child) for i, child in enumerate(value)]
+    else:
+        yield prefix, value
+        return
+    for key, child in children:
+        yield from _flatten(child, f"{prefix}.{key}" if prefix else key)
+
+
+def _explain(
+    error: ErrorDetails, sources: dict[str, str], fallback: str, count: int
+) -> RecipeError:
+    """One validation error as: file, key path, what was found and expected, the nearest key."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    source = next((s for k, s in sources.items() if k == key or k.startswith(f"{key}.")), fallback)
+    more = f" (and {count - 1} more)" if count > 1 else ""
+    if error["type"] == "extra_forbidden":
+        valid = _keys_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], valid, n=1) or _elsewhere(location[-1])
+        prefix = ".".join(location[:-1])
+        fix = (
+            f"did you mean {f'{prefix}.' if prefix and near[0] in valid else ''}{near[0]}?"
+            if near
+            else ""
+        )
+        known = f"one of {', '.join(valid)}" if valid else ""
+        return RecipeError(f"unknown key {key}{more}", where=source, expected=known, fix=fix)
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return RecipeError(f"{message}{more}", where=fallback)
+    return RecipeError(f"{key} = {error['input']!r}{more}", where=source, expected=message)
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    """The valid keys of the table at this path."""
+    keys = [key for key in _valid_paths() if key.split(".")[: len(location)] == location]
+    return list(dict.fromkeys(key.split(".")[len(location)] for key in keys))
+
+
+def _elsewhere(name: str) -> list[str]:
+    """Full paths whose last part is `name`, or close to it."""
+    last = {path.split(".")[-1]: path for path in _valid_paths()}
+    return [last[near] for near in difflib.get_close_matches(name, last, n=1)]
+
+
+def _valid_paths() -> list[str]:
+    return [path for path, _ in _flatten(Recipe().model_dump(mode="json"))]
+
+
+def _toml_lines(table: dict[str, object], prefix: str) -> Iterator[str]:
+    """A table's own values first, then its subtables, then its arrays of tables."""
+
+    def is_tables(value: object) -> bool:
+        return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+    for key, value in table.items():
+        if not isinstance(value, dict) and not is_tables(value):
+            yield f"{key} = {json.dumps(value)}"
+    for key, value in table.items():
+        path = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict):
+            yield from ("", f"[{path}]", *_toml_lines(value, path))
+        elif is_tables(value):
+            assert isinstance(value, list)
+            for entry in value:
+                yield from ("", f"[[{path}]]", *_toml_lines(entry, path))
