@@ -1,0 +1,1 @@
+"""Questions to a table of vectors, from the parquet file alone."""
