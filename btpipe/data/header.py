@@ -1,0 +1,188 @@
+"""What a file's first bytes say: format, upright size and orientation, or why it is not used."""
+
+import dataclasses
+import io
+import os
+import warnings
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+SUPPORTED = {
+    "JPEG": "JPEG",
+    "MPO": "JPEG",
+    "PNG": "PNG",
+    "WEBP": "WebP",
+    "TIFF": "TIFF",
+    "BMP": "BMP",
+    "DIB": "BMP",
+    "PPM": "PPM",
+    "JPEG2000": "JPEG 2000",
+}
+"""Pillow's name of every format that DALI decodes, and ours."""
+_OPENED = tuple(name for name in SUPPORTED if name != "MPO")  # opened as JPEG, named afterwards
+MAX_PIXELS = 178_956_970
+"""Two times 1024^3 / 4 / 3, where Pillow speaks of a decompression bomb."""
+EXTENSIONS = frozenset(
+    b".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .dib .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .j2c"
+    b" .gif .avif .heic .heif .ico .svg .psd .jxl .tga .exr .hdr .qoi .mpo".split()
+)
+"""Names of images, supported or not: such a file is never passed over in silence."""
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"RIFF....WEBP", "WebP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"II+\0", "TIFF"),
+    (b"MM\0+", "TIFF"),
+    (b"BM", "BMP"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+)
+_UNSUPPORTED_MAGIC = (
+    (b"GIF8", "GIF"),
+    (b"....ftypavi", "AVIF"),
+    (b"....ftyphei", "HEIC"),
+    (b"....ftyphev", "HEIC"),
+    (b"....ftypmif", "HEIF"),
+    (b"....ftypmsf", "HEIF"),
+    (b"\0\0\1\0", "ICO"),
+    (b"8BPS", "Photoshop"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"v/1\x01", "OpenEXR"),
+    (b"#?RADIANCE", "Radiance HDR"),
+    (b"#?RGBE", "Radiance HDR"),
+    (b"qoif", "QOI"),
+    (b"DDS ", "DDS"),
+    (b"farbfeld", "farbfeld"),
+    (b"%!PS", "PostScript"),
+    (b"%PDF", "PDF"),
+)
+_SNIFF_BYTES = 512
+_SIDEWAYS = frozenset({5, 6, 7, 8})
+"""EXIF orientations that exchange width and height."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """A usable image; width and height are those after the EXIF orientation is applied."""
+
+    format: str
+    width: int
+    height: int
+    orientation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a file is not used, and whether it is an image at all."""
+
+    reason: str
+    is_image: bool
+
+
+def has_image_name(name: bytes) -> bool:
+    """Whether the extension is an image's, in any case."""
+    return name[name.rfind(b".") :].lower() in EXTENSIONS
+
+
+def read(path: Path) -> Header | Refusal:
+    """Reads the header; decodes nothing.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb", opener=_open_now) as file:
+        start = file.read(_SNIFF_BYTES)
+        if not start:
+            return Refusal("empty file", is_image=False)
+        unsupported = (
+            _sniff(start, _UNSUPPORTED_MAGIC)
+            or ("SVG" if b"<svg" in start else None)
+            or ("TGA" if path.suffix.lower() == ".tga" else None)  # has no magic bytes
+        )
+        if unsupported:
+            names = ", ".join(dict.fromkeys(SUPPORTED.values()))
+            return Refusal(f"{unsupported} is not supported ({names} are)", is_image=True)
+        file.seek(0)
+        return parse(file, start)
+
+
+def _open_now(path: str, flags: int) -> int:
+    """Opens without waiting for the other end, should a pipe have taken the file's place."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def parse(file: io.BufferedReader | io.BytesIO, start: bytes) -> Header | Refusal:
+    """The header of an open file whose first bytes are `start`."""
+    known = _sniff(start, _MAGIC)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of much that is decided here
+            with Image.open(file, formats=_OPENED) as image:
+                width, height = image.size
+                found, orientation = SUPPORTED[image.format or ""], _orientation(image)
+    except Image.DecompressionBombError:
+        return _bomb("more")
+    except Exception as error:  # a parser of hostile files raises anything; all of it is a reason
+        if known:
+            return Refusal(f"damaged {known} header: {_sentence(error)}", is_image=True)
+        return Refusal("not an image", is_image=False)
+    if width * height > MAX_PIXELS:
+        return _bomb(f"{width} x {height}")
+    if width < 1 or height < 1:
+        return Refusal(f"no pixels: {width} x {height}", is_image=True)
+    if orientation in _SIDEWAYS:
+        width, height = height, width
+    return Header(found, width, height, orientation)
+
+
+def damage(content: bytes) -> str:
+    """Why DALI cannot decode these bytes, in words; Pillow is asked what it makes of them."""
+    if not content:
+        return "empty file"
+    found = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
+    if isinstance(found, Refusal):
+        return found.reason
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content), formats=_OPENED) as image:
+                mode, _ = image.mode, image.load()
+    except Exception as error:
+        return f"truncated or damaged {found.format}: {_sentence(error)}"
+    return f"a kind of {found.format} that DALI does not decode (mode {mode}), or a damaged one"
+
+
+def _bomb(found: str) -> Refusal:
+    return Refusal(f"pixel bomb: {found} pixels, at most {MAX_PIXELS} are decoded", is_image=True)
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of what Pillow says, without the address of the file object."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return "no image found behind the first bytes" if "cannot identify" in text else text
+
+
+def _sniff(start: bytes, table: tuple[tuple[bytes, str], ...]) -> str | None:
+    for magic, name in table:
+        if len(start) >= len(magic) and all(
+            expected in (ord("."), byte) for expected, byte in zip(magic, start, strict=False)
+        ):
+            return name
+    return None
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none or it means nothing. Never decodes."""
+    if image.format == "TIFF":
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    elif block := image.info.get("exif"):
+        exif = Image.Exif()
+        exif.load(block)
+        value = exif.get(ExifTags.Base.Orientation, 1)
+    else:
+        value = 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1

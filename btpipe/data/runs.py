@@ -1,0 +1,150 @@
+"""Loads of files through a DALI graph, one after the other, whatever a file does to the graph.
+
+DALI raises on a bad file, names none, and promises nothing about the pipeline afterwards. So every
+load in flight is kept until its output is out; after an error the pipeline is built anew, the
+culprits are found one by one with the same decoder, the load is mended, and all go in again.
+"""
+
+import collections
+import dataclasses
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline
+from nvidia.dali.backend import TensorListCPU, TensorListGPU
+
+from btpipe.data import header, views
+from btpipe.errors import MachineError
+
+RUNS_AHEAD = 2
+"""Loads that DALI works on at a time."""
+_FRUITLESS_REBUILDS = 2
+"""Errors in a row without a bad file, after which it is the machine that fails."""
+
+Output = TensorListCPU | TensorListGPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """The images of one run: index rows, encoded bytes, sizes they were drawn for, graph inputs.
+
+    sizes (n, 2) are upright [height, width]. `number` tells the loads of one job apart.
+    """
+
+    number: int
+    rows: NDArray[np.int64]
+    files: list[NDArray[np.uint8]]
+    sizes: NDArray[np.int64]
+    inputs: views.Inputs
+
+    @property
+    def serials(self) -> NDArray[np.int64]:
+        """(n, 1): a number for each sample that no other sample of the job has."""
+        return (self.number << 32) + np.arange(len(self.rows), dtype=np.int64)[:, None]
+
+
+Mend = Callable[[Load, dict[int, str]], Load]
+"""A load without its bad files: from position in the load to the reason."""
+Resize = Callable[[Load, NDArray[np.int64]], Load]
+"""The same load drawn for the sizes that its files really have."""
+
+
+def run(
+    loads: Iterator[Load],
+    build: Callable[[], Pipeline],
+    *,
+    mend: Mend,
+    resize: Resize,
+    pool: Executor,
+    gpu: int | None,
+) -> Iterator[tuple[Load, list[Output]]]:
+    """The outputs of every load but for serial and shape, in order; an empty load has none.
+
+    Outputs are valid until the next one is asked for.
+
+    Raises:
+        MachineError: the graph fails again and again, and no file is to blame.
+    """
+    pipeline, fed, fruitless = build(), 0, 0
+    flying: collections.deque[Load] = collections.deque()
+    while True:
+        flying.extend(itertools.islice(loads, RUNS_AHEAD - len(flying)))
+        if not flying:
+            return
+        if not len(flying[0].rows):
+            yield flying.popleft(), []
+            fed = max(fed - 1, 0)
+            continue
+        try:
+            for load in itertools.islice(flying, fed, None):
+                _feed(pipeline, load)
+                fed += 1
+            *outputs, serials, shapes = pipeline.outputs()
+        except RuntimeError as error:
+            mended = _mended(flying, mend, pool, gpu)
+            fruitless = 0 if mended else fruitless + 1
+            if fruitless >= _FRUITLESS_REBUILDS:
+                fix = "try fewer threads or a smaller batch; the files themselves decode"
+                raise MachineError(f"DALI failed: {last_words(error)}", fix=fix) from error
+            pipeline, fed = build(), 0
+            continue
+        assert (serials.as_array() == flying[0].serials).all(), "DALI's outputs came out of step"
+        sizes = shapes.as_array()[:, :2].astype(np.int64)
+        if not np.array_equal(sizes, flying[0].sizes):
+            flying[0] = resize(flying[0], sizes)
+            pipeline, fed = build(), 0
+            continue
+        fruitless, fed = 0, fed - 1
+        yield flying.popleft(), outputs
+
+
+def last_words(error: Exception) -> str:
+    """What DALI says behind its traceback, in one line."""
+    text = str(error).partition("encountered:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _feed(pipeline: Pipeline, load: Load) -> None:
+    """Starts a run; an empty load starts none."""
+    if len(load.rows):
+        pipeline.feed_input("encoded", load.files)
+        pipeline.feed_input("serial", load.serials)
+        for name, values in load.inputs.items():
+            pipeline.feed_input(name, values)
+        pipeline.schedule_run()
+
+
+def _mended(flying: collections.deque[Load], mend: Mend, pool: Executor, gpu: int | None) -> bool:
+    """Mends the first load in flight that has bad files; False where none has."""
+    for i, load in enumerate(flying):
+        reasons = list(pool.map(lambda file: decode_alone(file, gpu), load.files))
+        bad = {position: reason for position, reason in enumerate(reasons) if reason}
+        if bad:
+            flying[i] = mend(load, bad)
+            return True
+    return False
+
+
+_alone = threading.local()
+
+
+def decode_alone(file: NDArray[np.uint8], gpu: int | None) -> str | None:
+    """Why DALI does not decode this file; None when it does. Each thread keeps a decoder."""
+    if not len(file):
+        return "empty file"
+    decoders: dict[int | None, Pipeline] = _alone.__dict__.setdefault("decoders", {})
+    pipeline = decoders.pop(gpu, None) or views.decoding_pipeline(gpu=gpu)
+    try:
+        pipeline.feed_input("encoded", [file])
+        pipeline.feed_input("serial", np.zeros((1, 1), dtype=np.int64))
+        pipeline.schedule_run()
+        pipeline.outputs()
+    except RuntimeError as error:
+        return header.damage(file.tobytes()) or last_words(error)
+    decoders[gpu] = pipeline
+    return None

@@ -1,0 +1,169 @@
+"""The DALI graphs: two training views of an image, its evaluation view, and decoding alone.
+
+`gpu=None` runs on the CPU without a driver; with a GPU's number the same graph decodes with the
+"mixed" backend and works there. EXIF orientation is applied everywhere (the published code ignores
+it). Every graph takes `serial` in and gives it back, so that no output is matched by position.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+
+from btpipe import recipe
+from btpipe.data.params import Draws
+
+Inputs = dict[str, NDArray[np.generic]]
+"""What a graph takes beside the encoded files: input name to an array with a row for each sample."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The evaluation view: shorter side to `resize` pixels, then the central `size` x `size`."""
+
+    size: int
+    resize: int
+    interpolation: Literal["bilinear"] = "bilinear"
+
+    @classmethod
+    def for_size(cls, size: int) -> "Geometry":
+        """The same field of view at every size: 256 for 224."""
+        return cls(size, round(size / 0.875))
+
+
+def training_pipeline(
+    views: tuple[recipe.View, recipe.View],
+    size: int,
+    *,
+    batch_size: int,
+    threads: int,
+    gpu: int | None,
+) -> Pipeline:
+    """Outputs: view 1 and 2 (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
+
+    @pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)
+    def graph() -> tuple[DataNode, ...]:
+        image, shape = _decoded(gpu)
+        outputs = [_training_view(image, views[i], f"{i}.", size) for i in range(2)]
+        return (*outputs, _input("serial", 1, types.INT64), shape)
+
+    return _built(graph(batch_size=batch_size, num_threads=threads, device_id=gpu))
+
+
+def training_inputs(draws: tuple[Draws, Draws]) -> Inputs:
+    """What `training_pipeline` takes for these draws. Swapped ends in x mirror the crop, for free."""
+    inputs: Inputs = {}
+    for i, view in enumerate(draws):
+        start, end = view.crop_start.copy(), view.crop_end.copy()
+        start[:, 1] = np.where(view.flip, view.crop_end[:, 1], view.crop_start[:, 1])
+        end[:, 1] = np.where(view.flip, view.crop_start[:, 1], view.crop_end[:, 1])
+        inputs |= {
+            f"{i}.start": start,
+            f"{i}.end": end,
+            f"{i}.recolor": view.jitter | view.gray,
+            f"{i}.color_matrix": view.color_matrix,
+            f"{i}.color_offset": view.color_offset,
+            f"{i}.mean_matrix": view.mean_matrix,
+            f"{i}.blur": view.blur_sigma > 0,
+            f"{i}.blur_sigma": np.maximum(view.blur_sigma, np.float32(0.01)),  # DALI refuses 0
+            f"{i}.solarize": view.solarize,
+        }
+    return inputs
+
+
+def evaluation_pipeline(
+    geometry: Geometry, *, batch_size: int, threads: int, gpu: int | None
+) -> Pipeline:
+    """Outputs: pixels (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
+
+    @pipeline_def(prefetch_queue_depth=1)
+    def graph() -> tuple[DataNode, ...]:
+        image, shape = _decoded(gpu)
+        pixels = _resized(image, "", geometry.size, types.INTERP_LINEAR)
+        return pixels, _input("serial", 1, types.INT64), shape
+
+    return _built(graph(batch_size=batch_size, num_threads=threads, device_id=gpu))
+
+
+def evaluation_inputs(geometry: Geometry, sizes: NDArray[np.int64]) -> Inputs:
+    """What `evaluation_pipeline` takes for images of these sizes (n, 2) [height, width].
+
+    The centre crop of the resized image is a region of the original one: only what is seen is
+    resized, whatever the aspect ratio. Sizes and offsets round as torchvision's do.
+    """
+    shorter = sizes.min(axis=1, keepdims=True)
+    resized = np.where(sizes == shorter, geometry.resize, geometry.resize * sizes // shorter)
+    offset = np.rint((resized - geometry.size) / 2)
+    scale = sizes / resized
+    start, end = offset * scale, (offset + geometry.size) * scale
+    return {"start": start.astype(np.float32), "end": end.astype(np.float32)}
+
+
+def decoding_pipeline(*, gpu: int | None) -> Pipeline:
+    """Decodes one file and gives its shape: what it raises on is what the others raise on."""
+
+    @pipeline_def(prefetch_queue_depth=1)
+    def graph() -> tuple[DataNode, ...]:
+        image, shape = _decoded(gpu)
+        return image, _input("serial", 1, types.INT64), shape
+
+    return _built(graph(batch_size=1, num_threads=1, device_id=gpu))
+
+
+def _built(pipeline: Pipeline) -> Pipeline:
+    pipeline.build()
+    return pipeline
+
+
+def _input(name: str, dimensions: int, dtype: types.DALIDataType) -> DataNode:
+    return fn.external_source(name=name, ndim=dimensions, dtype=dtype)
+
+
+def _decoded(gpu: int | None) -> tuple[DataNode, DataNode]:
+    image = fn.decoders.image(
+        _input("encoded", 1, types.UINT8),
+        device="cpu" if gpu is None else "mixed",
+        output_type=types.RGB,
+        adjust_orientation=True,
+        jpeg_fancy_upsampling=True,  # as libjpeg, on "mixed" as on "cpu"
+    )
+    return image, image.shape(dtype=types.INT64)
+
+
+def _resized(
+    image: DataNode, prefix: str, size: int, interpolation: types.DALIInterpType
+) -> DataNode:
+    return fn.resize(
+        image,
+        size=[size, size],
+        roi_start=_input(f"{prefix}start", 1, types.FLOAT),
+        roi_end=_input(f"{prefix}end", 1, types.FLOAT),
+        interp_type=interpolation,
+        antialias=True,
+    )
+
+
+def _training_view(image: DataNode, view: recipe.View, prefix: str, size: int) -> DataNode:
+    """Crop, resize, flip, colours, blur, solarise; what a sample does not draw is not computed."""
+    pixels = _resized(image, prefix, size, types.INTERP_CUBIC)
+    recolor = _input(f"{prefix}recolor", 0, types.BOOL)
+    matrix = _input(f"{prefix}color_matrix", 2, types.FLOAT)
+    offset = _input(f"{prefix}color_offset", 1, types.FLOAT)
+    mean_matrix = _input(f"{prefix}mean_matrix", 2, types.FLOAT)
+    blur = _input(f"{prefix}blur", 0, types.BOOL)
+    sigma = _input(f"{prefix}blur_sigma", 0, types.FLOAT)
+    solarize = _input(f"{prefix}solarize", 0, types.BOOL)
+    if recolor:
+        mean = fn.reductions.mean(pixels, axes=[0, 1], keep_dims=True)
+        shift = fn.coord_transform(mean, M=mean_matrix, T=offset)
+        pixels = fn.coord_transform(
+            pixels, M=matrix, T=fn.reshape(shift, shape=[3]), dtype=types.UINT8
+        )
+    if blur:
+        pixels = fn.gaussian_blur(pixels, sigma=sigma)
+    if solarize:
+        pixels = pixels ^ fn.cast((pixels >= view.solarize.threshold) * 255, dtype=types.UINT8)
+    return pixels
