@@ -145,7 +145,7 @@ def open_index(path: Path) -> Index:
         raise IntegrityError(
             f"columns {table.column_names}", where=path, expected=f"{SCHEMA.names}"
         )
-    return Index(root, table.replace_schema_metadata(None))
+    return Index(root, table.combine_chunks().replace_schema_metadata(None))
 
 
 def build(root: Path, report: Report = ignore) -> tuple[Index, list[FileRejected]]:
@@ -202,7 +202,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def _walk(root: Path) -> tuple[list[bytes], list[_Refused]]:
-    """Relative paths of all files to look at, sorted by their bytes, and what is no regular file."""
+    """Relative paths of the files to look at, sorted by their bytes, and what is refused unread."""
     inside, top = os.path.realpath(os.fsencode(root)) + b"/", os.fsencode(root)
     paths: list[bytes] = []
     refused: list[_Refused] = []
@@ -210,12 +210,12 @@ def _walk(root: Path) -> tuple[list[bytes], list[_Refused]]:
     while folders:
         folder = folders.pop()
         try:
-            entries = list(os.scandir(os.path.join(top, folder)))
+            entries = list(os.scandir(top + b"/" + folder))
         except OSError as error:
             refused.append((folder, f"folder cannot be read: {error.strerror}"))
             continue
         for entry in entries:
-            name = os.path.join(folder, entry.name)
+            name = folder + b"/" + entry.name if folder else entry.name
             if entry.name.startswith(b"."):
                 continue
             if entry.is_dir(follow_symlinks=False):
@@ -240,9 +240,9 @@ def _refuse_link(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
         return "a link in a circle" if error.errno == errno.ELOOP else "a link to nothing"
     if not target.startswith(inside):
         return "a link that leads out of the folder: put the file itself there, or a hard link"
-    if os.path.isdir(target):
+    if entry.is_dir():
         return "a link to a folder that is searched under its own name"
-    return None if os.path.isfile(target) else "not a regular file (pipe, socket or device)"
+    return None if entry.is_file() else "not a regular file (pipe, socket or device)"
 
 
 def _look_at_all(root: Path, names: list[bytes]) -> list[_Row | _Refused | None]:
@@ -250,10 +250,10 @@ def _look_at_all(root: Path, names: list[bytes]) -> list[_Row | _Refused | None]
 
 
 def _look_at(root: Path, name: bytes) -> _Row | _Refused | None:
-    """The row of a file, why it is refused, or None for a file that never claimed to be an image."""
+    """The row of a file, why it is refused, or None where nothing says that it is an image."""
     path = root / os.fsdecode(name)
     try:
-        status = os.stat(path)
+        status = path.stat()
         found = header.read(path)
     except OSError as error:
         named = header.has_image_name(name)

@@ -1,18 +1,21 @@
-"""Batches: two views of every image for training, one for evaluation. `evaluation_batches` is torch-free."""
+"""Batches for training: two views of every image, the same in every run of a seed.
 
-import collections
+`evaluation_batches` is found here as well; torch is imported by the first training batch only.
+"""
+
 import concurrent.futures
 import dataclasses
-import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from nvidia.dali import Pipeline
 
-from btpipe.data import order, params, runs, views
+from btpipe.data import order, params, reading, runs, views
+from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index
 from btpipe.errors import BudgetError, UsageError
 from btpipe.events import FileRejected, Report
@@ -21,9 +24,7 @@ from btpipe.recipe import Recipe
 if TYPE_CHECKING:
     import torch
 
-READS_AHEAD = 2
-"""Batches whose files are read while DALI works on `runs.RUNS_AHEAD` others."""
-_READ_CHUNK_FILES = 16
+__all__ = ["Batch", "EvaluationBatch", "TrainingLoader", "evaluation_batches"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +35,6 @@ class Batch:
     images: NDArray[np.int64]
     view1: "torch.Tensor"
     view2: "torch.Tensor"
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationBatch:
-    """Good rows with their pixels (n, S, S, 3) and the sha256 of each file; bad rows with the reason."""
-
-    rows: NDArray[np.int64]
-    pixels: NDArray[np.uint8]
-    digests: list[str]
-    rejected: list[tuple[int, str]]
 
 
 class TrainingLoader:
@@ -78,11 +69,9 @@ class TrainingLoader:
         self.quarantine = quarantine
         self.steps_per_epoch = len(index) // size
         self.steps = recipe.optim.epochs * self.steps_per_epoch
-        self._report, self._first, self._share = (
-            report,
-            rank * (size // world_size),
-            size // world_size,
-        )
+        self._report = report
+        self._share = size // world_size
+        self._first = rank * self._share
         self._sizes = np.stack([index.heights, index.widths], axis=1).astype(np.int64)
         self._threads = recipe.data.threads or len(os.sched_getaffinity(0))
         self._gpu = None if device.type == "cpu" else device.index or 0
@@ -101,7 +90,7 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Raises BudgetError: more than `data.max_bad` of the images are unusable."""
 
-        def build() -> runs.Pipeline:
+        def build() -> Pipeline:
             size, threads = self.recipe.data.image_size, self._threads
             return views.training_pipeline(
                 self.recipe.views, size, batch_size=self._share, threads=threads, gpu=self._gpu
@@ -120,12 +109,12 @@ class TrainingLoader:
 
     def _tensor(self, output: runs.Output) -> "torch.Tensor":
         """DALI's output as a tensor of its own: DALI uses its buffers again."""
-        import torch
+        # Embedding imports this module without torch.
+        import torch  # noqa: PLC0415
+        from nvidia.dali.plugin.pytorch import feed_ndarray  # noqa: PLC0415
 
         if self._gpu is None:
-            return torch.from_numpy(_copied(output))
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
+            return torch.from_numpy(runs.copied(output))
         dense = output.as_tensor()
         tensor = torch.empty(dense.shape(), dtype=torch.uint8, device=self.device)
         feed_ndarray(dense, tensor, cuda_stream=torch.cuda.current_stream(self.device))
@@ -135,7 +124,7 @@ class TrainingLoader:
         """The loads from `start_step` on, read ahead; what cannot be read is replaced here."""
         steps = range(self.start_step, self.steps)
         tasks = ((step, self._rows(step)) for step in steps)
-        for step, rows, contents in _read_ahead(tasks, self._read, self._pool):
+        for step, rows, contents in reading.read_ahead(tasks, self._read, self._pool):
             bad = {i: content for i, content in enumerate(contents) if isinstance(content, str)}
             files = [np.zeros(0, np.uint8) if isinstance(c, str) else c for c in contents]
             load = runs.Load(step, rows, files, self._sizes[rows], {})
@@ -144,13 +133,18 @@ class TrainingLoader:
     def _epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
 
-    def _rows(self, step: int) -> NDArray[np.int64]:
-        """This rank's images of a step; those known to be bad are already replaced."""
+    def _planned(self, step: int) -> NDArray[np.int64]:
+        """The images that the order alone gives this rank for a step."""
         start = step % self.steps_per_epoch * self.recipe.data.batch_size + self._first
-        count, epoch = len(self.index), self._epoch(step)
-        rows = order.permutation(self.recipe.seed, epoch, count, start, start + self._share)
-        for i in np.flatnonzero(np.isin(rows, list(self.quarantine))) if self.quarantine else ():
-            rows[i] = self._substitute(epoch, int(rows[i]))
+        stop, epoch = start + self._share, self._epoch(step)
+        return order.permutation(self.recipe.seed, epoch, len(self.index), start, stop)
+
+    def _rows(self, step: int) -> NDArray[np.int64]:
+        """`_planned`, with stand-ins for those that are known to be bad."""
+        rows = self._planned(step)
+        for i, row in enumerate(rows.tolist() if self.quarantine else ()):
+            if row in self.quarantine:
+                rows[i] = self._substitute(self._epoch(step), row)
         return rows
 
     def _substitute(self, epoch: int, row: int) -> int:
@@ -161,8 +155,8 @@ class TrainingLoader:
         )
         return next(candidate for candidate in candidates if candidate not in self.quarantine)
 
-    def _read(self, row: int) -> NDArray[np.uint8] | str:
-        return _read_file(self.index, row)
+    def _read(self, row: int) -> reading.Content:
+        return reading.read_file(self.index, row)
 
     def _drawn(self, load: runs.Load) -> runs.Load:
         epoch, seed = self._epoch(load.number), self.recipe.seed
@@ -186,26 +180,20 @@ class TrainingLoader:
         return self._drawn(dataclasses.replace(load, sizes=sizes))
 
     def _mend(self, load: runs.Load, bad: dict[int, str]) -> runs.Load:
-        """Quarantines the bad files and puts replacements, as far as they can be read, in their places."""
-        planned = self._positions(load)
+        """Quarantines the bad files and puts readable stand-ins in their places."""
+        epoch, planned = self._epoch(load.number), self._planned(load.number)
         rows, files = load.rows.copy(), list(load.files)
         for position, reason in bad.items():
             self._reject(int(rows[position]), reason)
-            content: NDArray[np.uint8] | str = reason
+            content: reading.Content = reason
             while isinstance(content, str):
-                rows[position] = self._substitute(self._epoch(load.number), int(planned[position]))
+                rows[position] = self._substitute(epoch, int(planned[position]))
                 content = self._read(int(rows[position]))
                 if isinstance(content, str):
                     self._reject(int(rows[position]), content)
             files[position] = content
         sizes = self._sizes[rows]
         return self._drawn(dataclasses.replace(load, rows=rows, files=files, sizes=sizes))
-
-    def _positions(self, load: runs.Load) -> NDArray[np.int64]:
-        """The images that the order alone names for a load."""
-        start = load.number % self.steps_per_epoch * self.recipe.data.batch_size + self._first
-        stop, epoch = start + self._share, self._epoch(load.number)
-        return order.permutation(self.recipe.seed, epoch, len(self.index), start, stop)
 
     def _reject(self, row: int, reason: str) -> None:
         if row in self.quarantine:
@@ -216,104 +204,9 @@ class TrainingLoader:
         allowed = self.recipe.data.max_bad * len(self.index) + 1e-9  # 0.29 * 100 is below 29
         if len(self.quarantine) > allowed or len(self.quarantine) == len(self.index):
             raise BudgetError(
-                f"{len(self.quarantine)} of {len(self.index)} images cannot be used, {path} the last:"
-                f" {reason}",
+                f"{len(self.quarantine)} of {len(self.index)} images cannot be used,"
+                f" {path} the last: {reason}",
                 where=self.index.root,
                 expected=f"at most data.max_bad = {self.recipe.data.max_bad:g} of them",
                 fix="remove or mend the files in quarantine.csv, or raise data.max_bad",
             )
-
-
-def evaluation_batches(
-    index: Index,
-    rows: NDArray[np.int64],
-    geometry: views.Geometry,
-    *,
-    batch_size: int,
-    threads: int,
-    gpu: int | None = None,
-) -> Iterator[EvaluationBatch]:
-    """The evaluation view of these rows, in their order; a row's pixels depend on its file alone."""
-    digests: dict[int, str] = {}
-    rejected: dict[int, list[tuple[int, str]]] = collections.defaultdict(list)
-
-    def read(row: int) -> NDArray[np.uint8] | str:
-        content = _read_file(index, row)
-        digests[row] = "" if isinstance(content, str) else hashlib.sha256(content).hexdigest()
-        return content
-
-    def fit(load: runs.Load, sizes: NDArray[np.int64]) -> runs.Load:
-        inputs = views.evaluation_inputs(geometry, sizes)
-        return dataclasses.replace(load, sizes=sizes, inputs=inputs)
-
-    def drop(load: runs.Load, bad: dict[int, str]) -> runs.Load:
-        rejected[load.number] += [(int(load.rows[i]), reason) for i, reason in bad.items()]
-        good = [i for i in range(len(load.rows)) if i not in bad]
-        files = [load.files[i] for i in good]
-        kept = dataclasses.replace(load, rows=load.rows[good], files=files)
-        return fit(kept, load.sizes[good])
-
-    def loads() -> Iterator[runs.Load]:
-        starts = range(0, len(rows), batch_size)
-        tasks = ((i, rows[start : start + batch_size]) for i, start in enumerate(starts))
-        for number, part, contents in _read_ahead(tasks, read, pool):
-            sizes = np.stack([index.heights[part], index.widths[part]], axis=1).astype(np.int64)
-            bad = {i: content for i, content in enumerate(contents) if isinstance(content, str)}
-            files = [np.zeros(0, np.uint8) if isinstance(c, str) else c for c in contents]
-            yield drop(runs.Load(number, part, files, sizes, {}), bad)
-
-    def build() -> runs.Pipeline:
-        return views.evaluation_pipeline(geometry, batch_size=batch_size, threads=threads, gpu=gpu)
-
-    with concurrent.futures.ThreadPoolExecutor(threads + 2, "btpipe-read") as pool:
-        for load, outputs in runs.run(loads(), build, mend=drop, resize=fit, pool=pool, gpu=gpu):
-            empty = np.zeros((0, geometry.size, geometry.size, 3), np.uint8)
-            pixels = _copied(outputs[0]) if outputs else empty
-            names = [digests.pop(int(row)) for row in load.rows]
-            yield EvaluationBatch(load.rows, pixels, names, rejected.pop(load.number, []))
-
-
-def _copied(output: runs.Output) -> NDArray[np.uint8]:
-    """An array of its own, (n, H, W, 3): samples are copied once, from where they lie."""
-    count, shape = len(output), tuple(output[0].shape())
-    array = np.empty((count, *shape), dtype=np.uint8)
-    output = output.as_cpu()
-    for i in range(count):
-        array[i] = output[i]
-    return array
-
-
-def _read_file(index: Index, row: int) -> NDArray[np.uint8] | str:
-    """The bytes of a row's file, or why there are none."""
-    try:
-        content = index.read_bytes(row)
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-    return np.frombuffer(content, dtype=np.uint8) if content else "empty file"
-
-
-Contents = list[NDArray[np.uint8] | str]
-
-
-def _read_ahead(
-    tasks: Iterator[tuple[int, NDArray[np.int64]]],
-    read: Callable[[int], NDArray[np.uint8] | str],
-    pool: concurrent.futures.Executor,
-) -> Iterator[tuple[int, NDArray[np.int64], Contents]]:
-    """(number, rows) -> (number, rows, content or reason of each), a few tasks ahead in threads."""
-
-    def read_all(rows: NDArray[np.int64]) -> Contents:
-        return [read(int(row)) for row in rows]
-
-    ahead: collections.deque[
-        tuple[int, NDArray[np.int64], list[concurrent.futures.Future[Contents]]]
-    ] = collections.deque()
-    while True:
-        for number, rows in itertools.islice(tasks, READS_AHEAD + 1 - len(ahead)):
-            chunks = range(0, len(rows), _READ_CHUNK_FILES)
-            reads = [pool.submit(read_all, rows[i : i + _READ_CHUNK_FILES]) for i in chunks]
-            ahead.append((number, rows, reads))
-        if not ahead:
-            return
-        number, rows, reads = ahead.popleft()
-        yield number, rows, [content for chunk in reads for content in chunk.result()]

@@ -29,7 +29,7 @@ def permutation(seed: int, epoch: int, count: int, start: int, stop: int) -> NDA
 
 
 def replacement(seed: int, epoch: int, image: int, attempt: int, count: int) -> int:
-    """The image that stands in for an unreadable one; `attempt` counts those that failed as well."""
+    """The image that stands in for an unreadable one; `attempt` counts stand-ins that failed."""
     counter = np.array(
         [[image & 0xFFFFFFFF, epoch, _REPLACEMENT_TAG | image >> 32, attempt]], dtype=np.uint32
     )

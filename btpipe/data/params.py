@@ -2,7 +2,7 @@
 
 Random words are raw Philox4x32-10 output, so no library's distributions decide what a seed means.
 The counter of one call is (image, epoch, tag, block): `image` and `epoch` their low 32 bits, `tag`
-the view number in its top byte and the image's higher bits below. Blocks of one view, four words each:
+the view number in its top byte and the image's higher bits below. A view's blocks of four words:
 
     0     does it happen: flip, jitter, gray, solarize
     1     blur happens, blur sigma, order of the jitter, unused
@@ -85,7 +85,8 @@ def uniforms(
     counter[..., 1] = epoch & 0xFFFFFFFF
     counter[..., 2] = ((images >> 32) | view_number << 24)[:, None]
     counter[..., 3] = np.asarray(blocks, dtype=np.uint32)
-    return philox(counter.reshape(-1, 4), key_of(seed)).reshape(len(images), -1) * 2.0**-32
+    words = philox(counter.reshape(-1, 4), key_of(seed)).reshape(len(images), -1)
+    return words.astype(np.float64) * 2.0**-32
 
 
 def draw(
@@ -95,10 +96,10 @@ def draw(
     epoch: int,
     view_number: int,
     images: NDArray[np.int64],
-    widths: NDArray[np.int32],
-    heights: NDArray[np.int32],
+    widths: NDArray[np.integer],
+    heights: NDArray[np.integer],
 ) -> Draws:
-    """One view of each image: the crop depends on its size, everything else only on the four numbers."""
+    """One view of each image; only the crop depends on the image's size as well."""
     images = np.asarray(images, dtype=np.int64)
     u = uniforms(seed, epoch, view_number, images, range(4))
     crop_start, crop_end = _crop(
@@ -133,8 +134,8 @@ def draw(
 def _crop(
     view: recipe.View,
     place: NDArray[np.float64],
-    widths: NDArray[np.int32],
-    heights: NDArray[np.int32],
+    widths: NDArray[np.integer],
+    heights: NDArray[np.integer],
     draw_of: tuple[int, int, int, NDArray[np.int64]],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Crops as torchvision's RandomResizedCrop draws them: ten attempts, then a central one."""
@@ -179,7 +180,7 @@ def color(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """The four factors in their order, then grey, as one affine map of a pixel and the crop's mean.
 
-    factors (n, 4), order (n, 4), gray (n,) -> matrix (n, 3, 3), mean matrix (n, 3, 3), offset (n, 3).
+    (n, 4), (n, 4), (n,) -> matrix (n, 3, 3), mean matrix (n, 3, 3), offset (n, 3).
     """
     count = len(factors)
     steps = np.empty((count, 4, 3, 3))

@@ -148,3 +148,13 @@ def decode_alone(file: NDArray[np.uint8], gpu: int | None) -> str | None:
         return header.damage(file.tobytes()) or last_words(error)
     decoders[gpu] = pipeline
     return None
+
+
+def copied(output: Output) -> NDArray[np.uint8]:
+    """An array of its own, (n, H, W, 3): samples are copied once, from where they lie."""
+    count, shape = len(output), tuple(output[0].shape())
+    array = np.empty((count, *shape), dtype=np.uint8)
+    output = output.as_cpu()
+    for i in range(count):
+        array[i] = output[i]
+    return array

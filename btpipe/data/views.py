@@ -6,6 +6,7 @@ it). Every graph takes `serial` in and gives it back, so that no output is match
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from btpipe import recipe
 from btpipe.data.params import Draws
 
 Inputs = dict[str, NDArray[np.generic]]
-"""What a graph takes beside the encoded files: input name to an array with a row for each sample."""
+"""What a graph takes beside the encoded files: from input name to a row for each sample."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +45,16 @@ def training_pipeline(
 ) -> Pipeline:
     """Outputs: view 1 and 2 (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
 
-    @pipeline_def(enable_conditionals=True, prefetch_queue_depth=1)
     def graph() -> tuple[DataNode, ...]:
         image, shape = _decoded(gpu)
         outputs = [_training_view(image, views[i], f"{i}.", size) for i in range(2)]
         return (*outputs, _input("serial", 1, types.INT64), shape)
 
-    return _built(graph(batch_size=batch_size, num_threads=threads, device_id=gpu))
+    return _built(graph, batch_size, threads, gpu)
 
 
 def training_inputs(draws: tuple[Draws, Draws]) -> Inputs:
-    """What `training_pipeline` takes for these draws. Swapped ends in x mirror the crop, for free."""
+    """What `training_pipeline` takes for these draws; swapped ends in x mirror a crop for free."""
     inputs: Inputs = {}
     for i, view in enumerate(draws):
         start, end = view.crop_start.copy(), view.crop_end.copy()
@@ -79,13 +79,12 @@ def evaluation_pipeline(
 ) -> Pipeline:
     """Outputs: pixels (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
 
-    @pipeline_def(prefetch_queue_depth=1)
     def graph() -> tuple[DataNode, ...]:
         image, shape = _decoded(gpu)
         pixels = _resized(image, "", geometry.size, types.INTERP_LINEAR)
         return pixels, _input("serial", 1, types.INT64), shape
 
-    return _built(graph(batch_size=batch_size, num_threads=threads, device_id=gpu))
+    return _built(graph, batch_size, threads, gpu)
 
 
 def evaluation_inputs(geometry: Geometry, sizes: NDArray[np.int64]) -> Inputs:
@@ -105,15 +104,30 @@ def evaluation_inputs(geometry: Geometry, sizes: NDArray[np.int64]) -> Inputs:
 def decoding_pipeline(*, gpu: int | None) -> Pipeline:
     """Decodes one file and gives its shape: what it raises on is what the others raise on."""
 
-    @pipeline_def(prefetch_queue_depth=1)
     def graph() -> tuple[DataNode, ...]:
         image, shape = _decoded(gpu)
         return image, _input("serial", 1, types.INT64), shape
 
-    return _built(graph(batch_size=1, num_threads=1, device_id=gpu))
+    return _built(graph, 1, 1, gpu)
 
 
-def _built(pipeline: Pipeline) -> Pipeline:
+def _built(
+    graph: Callable[[], tuple[DataNode, ...]], batch_size: int, threads: int, gpu: int | None
+) -> Pipeline:
+    """The graph as a pipeline, with `if` on a sample's own values.
+
+    With a queue of one, every `schedule_run` starts one run (more make the first call start more);
+    runs may be scheduled ahead all the same.
+    """
+    define = pipeline_def(
+        graph,
+        enable_conditionals=True,
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=gpu,
+        prefetch_queue_depth=1,
+    )
+    pipeline = define()
     pipeline.build()
     return pipeline
 
