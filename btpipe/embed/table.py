@@ -1,0 +1,204 @@
+"""The table of vectors: its columns, its footer, and how parts become one file.
+
+path       string         relative to the root; bytes that are not UTF-8 as %XX
+path_bytes binary         the exact name where it is not UTF-8, else null
+digest     string         sha256 of the file's bytes
+width      int32          pixels, turned as EXIF says
+height     int32
+label      string         class folder, null where the input names none
+embedding  fixed_size_list<float32>[D]
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from btpipe import __version__, artifact
+from btpipe.errors import IntegrityError
+from btpipe.events import FileRejected
+
+FORMAT_VERSION = 1
+ROW_GROUP_ROWS = 4096
+"""2 MB of vectors at D 128, 32 MB at D 2048: small enough to stream, large enough to scan."""
+
+FORMAT = "btpipe.format_version"
+BUNDLE = "btpipe.bundle"
+INPUT = "btpipe.input"
+
+
+@dataclasses.dataclass(frozen=True)
+class Footer:
+    """What a table says about where its vectors are from. No time stamp: same job, same bytes.
+
+    `bundle` is the bundle's digest, `input` the fingerprint of the files that were listed.
+    """
+
+    bundle: str
+    input: str
+    preprocessing: str
+    precision: str
+    root: str
+    dimension: int
+
+    def metadata(self) -> dict[str, str]:
+        """Key-value metadata of the parquet file."""
+        return {
+            FORMAT: str(FORMAT_VERSION),
+            "btpipe.version": __version__,
+            BUNDLE: self.bundle,
+            INPUT: self.input,
+            "btpipe.preprocessing": self.preprocessing,
+            "btpipe.precision": self.precision,
+            "btpipe.root": self.root,
+            "btpipe.dimension": str(self.dimension),
+        }
+
+
+def schema(footer: Footer) -> pa.Schema:
+    """The columns of a table of vectors of this dimension."""
+    return pa.schema(
+        [
+            pa.field("path", pa.string(), nullable=False),
+            pa.field("path_bytes", pa.binary()),
+            pa.field("digest", pa.string(), nullable=False),
+            pa.field("width", pa.int32(), nullable=False),
+            pa.field("height", pa.int32(), nullable=False),
+            pa.field("label", pa.string()),
+            pa.field("embedding", pa.list_(pa.float32(), footer.dimension)),
+        ],
+        metadata=footer.metadata(),
+    )
+
+
+def rejects_schema(footer: Footer) -> pa.Schema:
+    """The columns of the table of inputs that have no vector, and why."""
+    names = ("path", "stage", "reason")
+    fields = [pa.field(name, pa.string(), nullable=False) for name in names]
+    return pa.schema(fields, metadata=footer.metadata())
+
+
+def rows(
+    footer: Footer, listed: pa.Table, digests: Sequence[str], vectors: NDArray[np.float32]
+) -> pa.Table:
+    """The rows of an index (n), their digests and vectors (n, D) as a table of vectors."""
+    assert vectors.shape == (listed.num_rows, footer.dimension)
+    flat = pa.array(vectors.reshape(-1), pa.float32())
+    columns = {
+        **{name: listed[name] for name in ("path", "path_bytes")},
+        "digest": pa.array(list(digests), pa.string()),
+        **{name: listed[name] for name in ("width", "height")},
+        "label": listed["label"].cast(pa.string()),
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, footer.dimension),
+    }
+    return pa.Table.from_arrays(list(columns.values()), schema=schema(footer))
+
+
+def write(path: Path, columns: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Streams tables into one parquet file in row groups of equal length, and fsyncs it.
+
+    However the rows are spread over `tables`, the file is the same. Pages carry a checksum.
+    """
+    with pq.ParquetWriter(
+        path,
+        columns,
+        compression="zstd",
+        write_page_checksum=True,
+        use_dictionary=["label", "stage"],
+    ) as writer:
+        for group in _groups(tables, columns):
+            writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
+    artifact.fsync_path(path)
+
+
+def _groups(tables: Iterable[pa.Table], columns: pa.Schema) -> Iterator[pa.Table]:
+    """The same rows in tables of `ROW_GROUP_ROWS`, the last one shorter."""
+    waiting = columns.empty_table()
+    for table in tables:
+        # Only the rows count: a part's own metadata must not reach the file.
+        waiting = pa.concat_tables([waiting, table.replace_schema_metadata(columns.metadata)])
+        while waiting.num_rows >= ROW_GROUP_ROWS:
+            yield waiting.slice(0, ROW_GROUP_ROWS).combine_chunks()
+            waiting = waiting.slice(ROW_GROUP_ROWS).combine_chunks()
+    if waiting.num_rows:
+        yield waiting.combine_chunks()
+
+
+def write_rejects(path: Path, footer: Footer, rejects: Iterable[FileRejected]) -> None:
+    """Writes the table of rejects, by path; without any it still has its columns."""
+    ordered = sorted(rejects, key=lambda reject: (reject.path, reject.stage))
+    columns = rejects_schema(footer)
+    names = ("path", "stage", "reason")
+    content = {name: [getattr(reject, name) for reject in ordered] for name in names}
+    write(path, columns, [pa.table(content, schema=columns)])
+
+
+def read(path: Path) -> pa.Table:
+    """A table of vectors or rejects, with its pages checked."""
+    return pq.read_table(path, page_checksum_verification=True)
+
+
+def footer_of(path: Path) -> Mapping[str, str] | None:
+    """The key-value metadata of a table that btpipe wrote; None where there is no file.
+
+    Raises:
+        IntegrityError: a file that is no table of btpipe's, or one of a newer format.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = pq.read_schema(path).metadata or {}
+        texts = {key.decode(): value.decode() for key, value in found.items()}
+        version = int(texts[FORMAT])
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise IntegrityError(
+            f"is not a table that btpipe wrote ({error!r})",
+            where=path,
+            fix="choose another --out, or replace it with --overwrite",
+        ) from error
+    if version > FORMAT_VERSION:
+        raise IntegrityError(
+            f"format_version {version}, written by btpipe {texts.get('btpipe.version')}",
+            where=path,
+            expected=f"format_version {FORMAT_VERSION} or older",
+            fix=f"install btpipe {texts.get('btpipe.version')} or newer",
+        )
+    return texts
+
+
+def count(path: Path) -> int:
+    """Rows of a parquet file, from its footer."""
+    return int(pq.read_metadata(path).num_rows)
+
+
+def rejects_path(out: Path) -> Path:
+    """`X.parquet` -> `X.rejects.parquet`."""
+    stem = out.name.removesuffix(".parquet")
+    return out.with_name(f"{stem}.rejects.parquet")
+
+
+def take_place(beside: Path, path: Path) -> None:
+    """Renames a finished file to its final name, for good."""
+    os.replace(beside, path)
+    artifact.fsync_path(path.parent)
+
+
+def fingerprint(listed: pa.Table, rejects: Sequence[FileRejected]) -> str:
+    """sha256 of what was listed: path, bytes and mtime of each file, and what was refused."""
+    names = ("path", "path_bytes", "bytes", "mtime_ns", "width", "height", "label")
+    total = [f"files {listed.num_rows}"]
+    for batch in listed.select(list(names)).to_batches(max_chunksize=65_536):
+        lines = json.dumps([_plain(row) for row in batch.to_pylist()], sort_keys=True)
+        total.append(artifact.json_digest(lines))
+    total += sorted(json.dumps([reject.path, reject.stage]) for reject in rejects)
+    return artifact.json_digest(total)
+
+
+def _plain(row: Mapping[str, object]) -> dict[str, object]:
+    return {key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()}

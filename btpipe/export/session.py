@@ -1,0 +1,170 @@
+"""An ONNX encoder in onnxruntime, on the provider that was asked for and no other. No torch."""
+
+import ctypes
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import GraphProto, NodeProto, TensorProto
+
+from btpipe.errors import IntegrityError, MachineError, UsageError
+from btpipe.export.contract import INPUT, OUTPUT
+
+Device = Literal["auto", "cpu", "cuda"]
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class Session:
+    """uint8 `(n, S, S, 3)` -> float32 `(n, D)`. `device` is "cpu" or "cuda", as it really runs.
+
+    `threads` are onnxruntime's own, within an operator; 0: one for each core.
+
+    Raises:
+        IntegrityError: the model is not one, keeps data outside its file, or takes other input.
+        MachineError: the device was asked for and cannot be used.
+    """
+
+    def __init__(self, model: Path, *, device: Device = "auto", threads: int = 0) -> None:
+        self.device: Literal["cpu", "cuda"] = resolve_device(device)
+        refuse_external_data(model)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors; warnings about graph placement help nobody
+        if self.device == "cuda":
+            onnxruntime.preload_dlls()
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(model), options, providers=_providers(self.device)
+            )
+        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+            raise IntegrityError(
+                f"onnxruntime cannot load it ({error})", where=model, fix="export the run again"
+            ) from error
+        self._check_provider()
+        self.size, self.dimension = self._geometry(model)
+
+    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The embeddings of the images, row for row.
+
+        Raises:
+            UsageError: pixels of another shape or type than the model takes.
+        """
+        expected = (self.size, self.size, 3)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != expected:
+            raise UsageError(
+                f"pixels are {pixels.dtype} {pixels.shape}",
+                expected=f"uint8 (n, {self.size}, {self.size}, 3)",
+            )
+        if len(pixels) == 0:
+            return np.zeros((0, self.dimension), np.float32)
+        (embedding,) = self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(pixels)})
+        return np.asarray(embedding, np.float32)
+
+    def _check_provider(self) -> None:
+        # onnxruntime falls back to the CPU with no more than a log line.
+        found = self._session.get_providers()[0]
+        if found != PROVIDERS[self.device]:
+            raise MachineError(
+                f"onnxruntime runs on {found}",
+                expected=PROVIDERS[self.device],
+                fix="install the CUDA and cuDNN libraries of onnxruntime-gpu, or ask for the CPU",
+            )
+
+    def _geometry(self, model: Path) -> tuple[int, int]:
+        """(image size, embedding dimension) as the model's input and output declare them."""
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        if set(inputs) != {INPUT} or OUTPUT not in outputs:
+            raise IntegrityError(
+                f"takes {sorted(inputs)} and gives {sorted(outputs)}",
+                where=model,
+                expected=f"{INPUT} and {OUTPUT}",
+            )
+        images, embedding = inputs[INPUT], outputs[OUTPUT]
+        shape = list(images.shape)
+        if images.type != "tensor(uint8)" or len(shape) != 4 or shape[3] != 3:
+            raise IntegrityError(
+                f"takes {images.type} {shape}", where=model, expected="tensor(uint8) (n, S, S, 3)"
+            )
+        return int(shape[1]), int(embedding.shape[1])
+
+
+def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
+    """ "auto" is the GPU when the driver shows one and onnxruntime was built for it.
+
+    Raises:
+        MachineError: "cuda" was asked for and one of the two is missing.
+    """
+    if device == "cpu":
+        return "cpu"
+    built = PROVIDERS["cuda"] in onnxruntime.get_available_providers()
+    usable = built and gpu_count() > 0
+    if device == "cuda" and not usable:
+        missing = "the driver shows no GPU" if built else "this onnxruntime is built without CUDA"
+        raise MachineError(
+            missing, where="device cuda", fix="use the CPU, or install what is missing"
+        )
+    return "cuda" if usable else "cpu"
+
+
+def gpu_count() -> int:
+    """GPUs that the driver lets this process use; asked of the driver itself, for want of torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _providers(device: Literal["cpu", "cuda"]) -> list[str | tuple[str, dict[str, str]]]:
+    if device == "cpu":
+        return [PROVIDERS["cpu"]]
+    # HEURISTIC: an exhaustive search for every new shape costs more than it gains here.
+    cuda = (PROVIDERS["cuda"], {"cudnn_conv_algo_search": "HEURISTIC"})
+    return [cuda, PROVIDERS["cpu"]]
+
+
+def refuse_external_data(model: Path) -> None:
+    """A model in one file may be run; one that reads other files by name may not.
+
+    Raises:
+        IntegrityError: not an ONNX model, or a tensor of it lies in another file.
+    """
+    try:
+        proto = onnx.load(str(model), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError or OSError; either way no model
+        raise IntegrityError(f"not an ONNX model ({error})", where=model) from error
+    nodes = [node for function in proto.functions for node in function.node]
+    for tensor in (*_graph_tensors(proto.graph), *_node_tensors(nodes)):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            raise IntegrityError(
+                f"tensor {tensor.name!r} lies outside the file",
+                where=model,
+                expected="a model in one file",
+                fix="save it with its data inside",
+            )
+
+
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
+    """Every tensor of a graph, in its branches and loops too."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _node_tensors(graph.node)
+
+
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            if graph.node or graph.initializer:
+                yield from _graph_tensors(graph)

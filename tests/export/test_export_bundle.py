@@ -1,0 +1,300 @@
+"""A bundle is what its run learnt, opens in other readers, and is only published if it agrees."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+import torchvision
+from tiny_run import SIZE, draw_images, make_run
+from torch import Tensor, nn
+
+from btpipe import artifact, recipe
+from btpipe.errors import IntegrityError, NumericsError, RefusedError, UsageError
+from btpipe.events import Event, Note, ignore
+from btpipe.export import bundle, contract, verify
+from btpipe.export import onnx as onnx_file
+from btpipe.export.session import Session, refuse_external_data
+from btpipe.pretrain import network
+
+RUNTIME_TOLERANCE = 1e-4
+"""torch and onnxruntime sum in another order, and batch norm is folded: float32 rounding."""
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images and the run `tiny` on them, exported as `exports/tiny`."""
+    folder = tmp_path_factory.mktemp("home")
+    draw_images(folder / "images", 24)
+    run = make_run(folder / "runs" / "tiny", folder / "images")
+    bundle.export_run(run, folder / "exports" / "tiny", ignore)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(home: Path) -> Path:
+    return home / "exports" / "tiny"
+
+
+def pixels(count: int, seed: int = 0) -> np.ndarray:
+    """Blurred noise, (count, S, S, 3) uint8."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(coarse, SIZE // 8, axis=1), SIZE // 8, axis=2)
+
+
+def torchvision_vectors(exported: Path, images: np.ndarray) -> np.ndarray:
+    """What plain torchvision computes with the bundle's weights, as its card says."""
+    plain = torchvision.models.resnet18()
+    plain.fc = nn.Identity()
+    plain.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    plain.maxpool = nn.Identity()
+    plain.load_state_dict(safetensors.torch.load_file(exported / "model.safetensors"), strict=True)
+    config = json.loads((exported / "config.json").read_text())["pretrained_cfg"]
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    with torch.inference_mode():
+        vectors: np.ndarray = plain.eval()((scaled - mean) / std).numpy()
+    return vectors
+
+
+def test_the_weights_load_in_plain_torchvision_and_give_the_vectors_of_the_onnx_model(
+    exported: Path,
+) -> None:
+    images = pixels(5)
+    found = Session(exported / "encoder.onnx", device="cpu").run(images)
+    assert np.abs(found - torchvision_vectors(exported, images)).max() < RUNTIME_TOLERANCE
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_any_batch_size_gives_the_same_vectors_in_plain_onnxruntime(
+    exported: Path, count: int
+) -> None:
+    plain = onnxruntime.InferenceSession(
+        exported / "encoder.onnx", providers=["CPUExecutionProvider"]
+    )
+    images = pixels(7)
+    (whole,) = plain.run(["embedding"], {"images": images})
+    (some,) = plain.run(["embedding"], {"images": images[:count]})
+    assert some.shape == (count, 512)
+    assert some.dtype == np.float32
+    assert np.array_equal(some, whole[:count])
+
+
+def test_the_model_is_one_file_with_pinned_versions_and_no_path_of_the_machine(
+    exported: Path,
+) -> None:
+    model = onnx.load(exported / "encoder.onnx")
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+    assert model.ir_version == 10
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(properties["preprocessing"])["size"] == SIZE
+    content = (exported / "encoder.onnx").read_bytes()
+    for trace in (b"site-packages", b"stack_trace", b"forward", str(Path.cwd()).encode()):
+        assert trace not in content
+
+
+def test_the_projector_stays_behind(exported: Path) -> None:
+    with safetensors.safe_open(exported / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        assert json.loads(file.metadata()["preprocessing"])["resize"] == 37
+    assert "conv1.weight" in names
+    assert not {name for name in names if "projector" in name or name.startswith("fc")}
+
+
+def test_config_and_card_say_what_the_encoder_is_and_where_it_is_from(exported: Path) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architecture"] == "resnet18"
+    assert (config["num_classes"], config["num_features"], config["stem"]) == (0, 512, "small")
+    assert config["pretrained_cfg"]["input_size"] == [3, SIZE, SIZE]
+    processor = json.loads((exported / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 37}
+    assert processor["crop_size"] == {"height": SIZE, "width": SIZE}
+    card = (exported / "README.md").read_text()
+    origin = contract.open_bundle(exported).manifest.origin
+    for fact in (
+        "license: other",
+        "mean cosine",
+        "Intended use",
+        "tiny, 3",
+        str(origin["encoder"]),
+    ):
+        assert fact in card
+    gate = origin["gate"]
+    assert isinstance(gate, dict)
+    assert gate["images"] == 24
+    assert gate["mean_cosine"] > 0.9999
+    assert gate["agreement"] == 1.0
+
+
+def test_the_same_run_exported_twice_gives_the_same_digest(home: Path, exported: Path) -> None:
+    again = bundle.export_run(home / "runs" / "tiny", home / "exports" / "again", ignore)
+    first, second = (artifact.read(folder, "bundle").files for folder in (exported, again))
+    for name in ("encoder.onnx", "model.safetensors", "config.json"):
+        assert first[name] == second[name]
+    shutil.rmtree(again)
+
+
+def test_the_same_export_again_touches_nothing(home: Path, exported: Path) -> None:
+    before = {path: path.stat() for path in (exported, *exported.iterdir())}
+    events: list[Event] = []
+    bundle.export_run(home / "runs" / "tiny", exported, events.append)
+    assert {path: path.stat().st_mtime_ns for path in (exported, *exported.iterdir())} == {
+        path: stat.st_mtime_ns for path, stat in before.items()
+    }
+    assert any(isinstance(event, Note) and "nothing to do" in event.text for event in events)
+
+
+def test_another_encoder_under_the_same_name_is_refused(
+    home: Path, exported: Path, tmp_path: Path
+) -> None:
+    other = make_run(tmp_path / "runs" / "other", home / "images", seed=4)
+    out = tmp_path / "tiny"
+    shutil.copytree(exported, out)
+    with pytest.raises(RefusedError, match="--overwrite"):
+        bundle.export_run(other, out, ignore)
+    assert contract.open_bundle(out).digest == contract.open_bundle(exported).digest
+    bundle.export_run(other, out, ignore, overwrite=True)
+    assert contract.open_bundle(out).manifest.origin["run"] == "other"
+    assert [path.name for path in tmp_path.iterdir() if ".tmp-" in path.name] == []
+
+
+def test_a_folder_of_something_else_is_never_replaced(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").write_text("x")
+    with pytest.raises(RefusedError, match="is no bundle"):
+        bundle.export_run(home / "runs" / "tiny", tmp_path / "letters", ignore, overwrite=True)
+    assert (tmp_path / "letters" / "dear.txt").read_text() == "x"
+
+
+def test_the_untrained_encoder_has_the_seeds_weights_and_calibrated_statistics(
+    home: Path, exported: Path, tmp_path: Path
+) -> None:
+    run = home / "runs" / "tiny"
+    out = bundle.export_run(run, tmp_path / "untrained", ignore, untrained=True)
+    state = safetensors.torch.load_file(out / "model.safetensors")
+    made = network.initialise(recipe.load(run / "recipe.toml")).encoder.state_dict()
+    assert torch.equal(state["layer1.0.conv1.weight"], made["layer1.0.conv1.weight"])
+    assert not torch.equal(state["bn1.running_mean"], made["bn1.running_mean"])
+    assert state["bn1.running_var"].min() > 0
+    vectors = Session(out / "encoder.onnx", device="cpu").run(pixels(8))
+    assert np.std(vectors, axis=0).max() > 0.01
+    assert contract.open_bundle(out).manifest.origin["trained"] is False
+
+
+class Liar(nn.Module):
+    """No weights, so that no state tells; moves the vectors on their way out of the encoder."""
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return embedding + torch.linspace(-1, 1, embedding.shape[1])
+
+
+def test_a_model_that_disagrees_with_its_weights_is_not_published(
+    home: Path, tmp_path: Path
+) -> None:
+    run = home / "runs" / "tiny"
+    source = bundle.read_run(run, ignore, untrained=False)
+    prepared = bundle.preprocessing_of(source.recipe)
+    encoder = bundle.encoder_of(source, prepared, ignore)
+    encoder.fc = Liar()
+    out = tmp_path / "exports" / "liar"
+    with pytest.raises(NumericsError, match="mean cosine") as refusal:
+        bundle.publish(
+            encoder, source, prepared, pixels=pixels(24), out=out, origin={"encoder": "a liar"}
+        )
+    assert refusal.value.exit_code == 6
+    assert list(out.parent.iterdir()) == []
+
+
+def test_one_changed_weight_between_model_and_network_does_not_pass_the_gate(
+    home: Path, tmp_path: Path
+) -> None:
+    source = bundle.read_run(home / "runs" / "tiny", ignore, untrained=False)
+    prepared = bundle.preprocessing_of(source.recipe)
+    encoder = bundle.encoder_of(source, prepared, ignore)
+    onnx_file.write(encoder, prepared, tmp_path / "encoder.onnx")
+    session = Session(tmp_path / "encoder.onnx", device="cpu")
+    verify.require(verify.compare(encoder, session, prepared, pixels(24)), tmp_path)
+    with torch.no_grad():
+        encoder.get_parameter("bn1.weight")[0] += 30
+    gate = verify.compare(encoder, session, prepared, pixels(24))
+    with pytest.raises(NumericsError, match="network's vectors"):
+        verify.require(gate, tmp_path)
+
+
+def test_images_that_are_gone_are_named_and_others_can_be_given(tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", 8)
+    run = make_run(tmp_path / "runs" / "tiny", tmp_path / "images")
+    shutil.move(tmp_path / "images", tmp_path / "moved")
+    with pytest.raises(UsageError, match="--images"):
+        bundle.export_run(run, tmp_path / "out", ignore)
+    assert not (tmp_path / "out").exists()
+    bundle.export_run(run, tmp_path / "out", ignore, images=tmp_path / "moved")
+    assert contract.open_bundle(tmp_path / "out").dimension == 512
+
+
+def test_a_run_without_a_checkpoint_says_what_to_do(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    shutil.copytree(home / "runs" / "tiny", run, ignore=shutil.ignore_patterns("step-*"))
+    with pytest.raises(UsageError, match="no checkpoint yet"):
+        bundle.export_run(run, tmp_path / "out", ignore)
+    with pytest.raises(UsageError, match="no run there"):
+        bundle.export_run(tmp_path / "nowhere", tmp_path / "out", ignore)
+
+
+def test_the_newest_run_and_bundle_are_found_or_the_first_command_is_named(
+    home: Path, exported: Path, tmp_path: Path
+) -> None:
+    assert contract.newest_run(home / "runs") == home / "runs" / "tiny"
+    assert contract.newest_bundle(home / "exports") == exported
+    with pytest.raises(UsageError, match="btpipe pretrain"):
+        contract.newest_run(tmp_path / "runs")
+    with pytest.raises(UsageError, match="btpipe export"):
+        contract.newest_bundle(tmp_path / "exports")
+
+
+def test_a_flipped_byte_in_a_bundle_is_found_when_it_is_opened(
+    exported: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(exported, tmp_path / "copy")
+    content = bytearray((tmp_path / "copy" / "encoder.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "copy" / "encoder.onnx").write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"encoder\.onnx"):
+        contract.open_bundle(tmp_path / "copy")
+
+
+def test_a_model_that_reads_other_files_is_refused(exported: Path, tmp_path: Path) -> None:
+    model = onnx.load(exported / "encoder.onnx")
+    onnx.save(model, tmp_path / "split.onnx", save_as_external_data=True, location="data.bin")
+    with pytest.raises(IntegrityError, match="outside the file"):
+        refuse_external_data(tmp_path / "split.onnx")
+    (tmp_path / "junk.onnx").write_bytes(b"not a model")
+    with pytest.raises(IntegrityError, match="not an ONNX model"):
+        refuse_external_data(tmp_path / "junk.onnx")
+
+
+def test_pixels_of_another_shape_are_refused_with_the_one_expected(exported: Path) -> None:
+    session = Session(exported / "encoder.onnx", device="cpu")
+    with pytest.raises(UsageError, match=r"uint8 \(n, 32, 32, 3\)"):
+        session.run(np.zeros((2, 33, 32, 3), np.uint8))
+    assert session.run(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 512)
+
+
+def test_opening_a_bundle_and_running_it_loads_no_torch(exported: Path) -> None:
+    code = (
+        "import sys, numpy\n"
+        "from pathlib import Path\n"
+        "from btpipe.export import contract, session\n"
+        f"bundle = contract.open_bundle(Path({str(exported)!r}))\n"
+        "session.Session(bundle.model, device='cpu').run(numpy.zeros((1, 32, 32, 3), 'uint8'))\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,61 @@
+"""A small but real run and its bundle: a resnet18 at 32 pixels, on images that Pillow draws."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from btpipe import recipe
+from btpipe.data.index import build
+from btpipe.events import ignore
+from btpipe.export.bundle import export_run
+from btpipe.pretrain import checkpoint, network
+
+SIZE = 32
+
+
+def draw_images(folder: Path, count: int, labels: Sequence[str] = ("a", "b")) -> list[Path]:
+    """JPEGs of several shapes with coarse random patterns, in a folder for each label."""
+    random = np.random.default_rng(0)
+    paths = []
+    for i in range(count):
+        coarse = random.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        size = (40 + i % 17, 36 + i % 23)
+        path = folder / labels[i % len(labels)] / f"{i:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+        paths.append(path)
+    return paths
+
+
+def make_run(
+    run: Path, images: Path, *, stem: Literal["imagenet", "small"] = "small", seed: int = 3
+) -> Path:
+    """A run folder with one checkpoint: as initialised, but batch norm has seen pixels."""
+    described = recipe.Recipe(
+        seed=seed,
+        data=recipe.Data(train=str(images), batch_size=8, image_size=SIZE),
+        network=recipe.Network(backbone="resnet18", stem=stem, projector=(16, 16)),
+    )
+    run.mkdir(parents=True)
+    index, _ = build(images)
+    index.save(run / "index.parquet")
+    (run / "recipe.toml").write_text(described.to_toml())
+    made = network.initialise(described).train()
+    pixels = torch.randint(0, 256, (16, SIZE, SIZE, 3), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        made(pixels[:8].to(torch.uint8), pixels[8:].to(torch.uint8))
+    state = checkpoint.State(step=3, recipe=described.digest, data=index.fingerprint)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    checkpoint.save(run, state, made, optimizer, keep_last=2)
+    return run
+
+
+def make_bundle(folder: Path) -> Path:
+    """A bundle of a run on 24 images, all below `folder`."""
+    draw_images(folder / "images", 24)
+    run = make_run(folder / "runs" / "tiny", folder / "images")
+    return export_run(run, folder / "exports" / "tiny", ignore)
