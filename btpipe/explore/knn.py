@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from btpipe import neighbours
 from btpipe.errors import IntegrityError, RefusedError, UsageError
+from btpipe.events import Tabled
 
 BUNDLE_KEY = b"btpipe.bundle"
 Z95 = 1.959963984540054
@@ -30,6 +31,14 @@ class Accuracy:
     n: int
     k: int
     majority: float
+
+    def table(self) -> Tabled:
+        """The accuracy for people, in per cent."""
+        cells = (f"{100 * self.top1:.1f}", f"{100 * self.low:.1f} to {100 * self.high:.1f}")
+        majority = f"{100 * self.majority:.1f}"
+        columns = ("top-1 %", "95 % interval", "majority class %")
+        note = f"{self.n:,} test images, k = {self.k}, cosine, weighted by exp(s / temperature)"
+        return Tabled("nearest neighbours", columns, ((*cells, majority),), note)
 
 
 def accuracy(
