@@ -14,6 +14,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: show and list them.")
 app.add_typer(recipe_app, name="recipe")
+eval_app = typer.Typer(no_args_is_help=True, help="Judge vectors.")
+app.add_typer(eval_app, name="eval")
 
 RecipePath = Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -42,6 +44,116 @@ def pretrain(
 
     run = runs / (name or recipe.stem)
     launch.pretrain(run, wanted, devices=devices, mode="json" if as_json else "auto")
+
+
+@app.command()
+def export(
+    run: Annotated[Path | None, typer.Argument(help="Run folder; the newest one if none.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Always written; accepted.")] = False,
+    safetensors: Annotated[
+        bool, typer.Option("--safetensors", help="Always written; accepted.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Bundle to write; exports/NAME.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Images for the check; the run's own if none.")
+    ] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="The network before training: the baseline.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another bundle of that name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a run's encoder as ONNX and safetensors, if both agree with it on real images."""
+    from btpipe import progress
+    from btpipe.export import bundle
+
+    del onnx, safetensors  # a bundle always holds both
+    run = run or bundle.newest_run()
+    out = out or Path("exports") / (f"{run.name}-untrained" if untrained else run.name)
+    with progress.show("json" if as_json else "auto") as report:
+        bundle.export_run(run, out, report, untrained=untrained, images=images, overwrite=overwrite)
+
+
+@app.command()
+def embed(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder of images.")],
+    out: Annotated[Path, typer.Option(help="Table to write: NAME.parquet.")],
+    model: Annotated[Path | None, typer.Option(help="Bundle; the newest export if none.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 32,
+    max_bad: Annotated[
+        str, typer.Option(help="Unreadable inputs allowed: a count (10) or a share (0.01).")
+    ] = "",
+    strict: Annotated[bool, typer.Option("--strict", help="The same as --max-bad 0.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace vectors of another bundle.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed every image of a folder into a parquet table; run again, it goes on where it was."""
+    from btpipe import progress
+    from btpipe.embed import job
+    from btpipe.export import contract
+
+    model = model or contract.newest_bundle()
+    budget = 0 if strict else job.parse_budget(max_bad)
+    with progress.show("json" if as_json else "auto") as report:
+        job.embed(
+            source,
+            out,
+            model,
+            report,
+            batch_size=batch_size,
+            max_bad=budget,
+            overwrite=overwrite,
+        )
+
+
+@eval_app.command("knn")
+def eval_knn(
+    vectors: Annotated[Path, typer.Argument(help="Table whose rows are the neighbours.")],
+    test: Annotated[Path, typer.Option(help="Table whose rows are judged.")],
+    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Judge vectors by how many test images their nearest neighbours name rightly."""
+    from btpipe import progress
+    from btpipe.explore import knn
+
+    with progress.show("json" if as_json else "auto") as report:
+        report(knn.evaluate(vectors, test, k).table())
+
+
+@app.command()
+def compare(
+    test: Annotated[Path, typer.Option(help="Labelled images that the run has not seen.")],
+    run: Annotated[Path | None, typer.Argument(help="Run folder; the newest one if none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to keep; RUN/compare.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Judge a run's encoder against its untrained twin and raw pixels, on labelled images."""
+    from btpipe import progress
+    from btpipe.export import contract
+    from btpipe.road import compare as comparing
+
+    run = run or contract.newest_run()
+    with progress.show("json" if as_json else "auto") as report:
+        judged = comparing.compare(run, test, out or run / "compare", report, k=k)
+        report(judged.table(f"Nearest-neighbour accuracy, {run}"))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all that it makes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the images and of the run.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Walk the whole road on drawn sample images: about four minutes on two cores, offline."""
+    from btpipe.road import demo as road
+
+    road.run(out, seed=seed, mode="json" if as_json else "auto")
 
 
 @recipe_app.command("show")

@@ -152,16 +152,3 @@ def _write_quarantine(folder: Path, rows: list[tuple[str, str, str]]) -> None:
     writer.writerow(("path", "stage", "reason"))
     writer.writerows(rows)
     artifact.write_file(folder / QUARANTINE, text.getvalue().encode())
-
-
-def newest_run(runs: Path) -> Path:
-    """The run whose events were written last.
-
-    Raises:
-        UsageError: there is none.
-    """
-    folders = [path.parent for path in runs.glob(f"*/{RECIPE}")]
-    if not folders:
-        fix = "pretrain first: btpipe pretrain recipes/folder.toml --set data.train=DIR"
-        raise UsageError("no run", where=runs, expected="runs/NAME/", fix=fix)
-    return max(folders, key=lambda f: max(p.stat().st_mtime_ns for p in (f, f / "checkpoints")))

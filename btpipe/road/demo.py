@@ -1,0 +1,74 @@
+"""The whole road on sample images that this machine draws itself: minutes on two cores, offline."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from btpipe import progress, recipe
+from btpipe.embed import job
+from btpipe.errors import NumericsError
+from btpipe.events import Note, Tabled
+from btpipe.export import bundle
+from btpipe.pretrain import launch
+from btpipe.road import compare, samples
+
+GAIN = 0.10
+"""What the trained encoder must add to raw pixels and to an untrained one, in top-1 accuracy."""
+
+
+def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
+    """Draws images, pretrains, exports, embeds and compares; run again, it goes on where it was.
+
+    Raises:
+        NumericsError: the trained encoder is not `GAIN` above both others.
+    """
+    images, trained, exported = out / "images", out / "runs" / "demo", out / "exports" / "demo"
+    vectors = out / "vectors.parquet"
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "draw 2,500 sample images"):
+        samples.draw(images, seed=seed)
+    settings = (f"data.train={images / 'train'}", f"seed={seed}")
+    with _timed(seconds, "pretrain"):
+        wanted = recipe.load(Path("demo.toml"), settings)
+        launch.pretrain(trained, wanted, devices="auto", mode=mode)
+    with progress.show(mode) as report:
+        with _timed(seconds, "export, checked against the network"):
+            bundle.export_run(trained, exported, report)
+        with _timed(seconds, "embed 2,000 images"):
+            job.embed(images / "train", vectors, exported, report)
+        with _timed(seconds, "compare with the two baselines"):
+            judged = compare.compare(
+                trained, images / "test", out / "compare", report, pretrained=exported
+            )
+        report(judged.table("Nearest-neighbour accuracy on held-out sample images"))
+        report(_times(seconds))
+        report(Note(_next_steps(exported, vectors)))
+    if judged.gain < GAIN:
+        raise NumericsError(
+            f"the pretrained encoder is {100 * judged.gain:.1f} points above the others",
+            where=out,
+            expected=f"at least {100 * GAIN:.0f}",
+        )
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started
+
+
+def _times(seconds: dict[str, float]) -> Tabled:
+    rows = [(stage, progress.duration(taken)) for stage, taken in seconds.items()]
+    total = ("all", progress.duration(sum(seconds.values())))
+    return Tabled("Where the time went", ("stage", "time"), (*rows, total))
+
+
+def _next_steps(exported: Path, vectors: Path) -> str:
+    return f"""Made: {exported} (the encoder), {vectors} (2,000 vectors with path and label).
+Try next, on your own images:
+  btpipe pretrain recipes/folder.toml --set data.train=DIR
+  btpipe export --onnx
+  btpipe embed DIR --out vectors.parquet
+Read the vectors: python -c "import pandas; print(pandas.read_parquet('{vectors}'))\""""
