@@ -172,7 +172,7 @@ class TrainingLoader:
             )
             for number, view in enumerate(self.recipe.views)
         )
-        return dataclasses.replace(load, inputs=views.training_inputs((first, second)))
+        return dataclasses.replace(load, inputs=views.training_inputs((first, second), load.sizes))
 
     def _redraw(self, load: runs.Load, sizes: NDArray[np.int64]) -> runs.Load:
         """The index had another size: the crop is drawn again for the one that was decoded."""

@@ -58,12 +58,10 @@ def _sides(count: int) -> tuple[int, int]:
 def _tables(seed: int, epoch: int, count: int) -> list[NDArray[np.int64]]:
     """The round functions, tabulated: about sqrt(count) entries each."""
     a, b = _sides(count)
-    tables = []
-    for number in range(ROUNDS):
-        entries, modulus = (b, a) if number % 2 == 0 else (a, b)
-        counter = np.zeros((entries, 4), dtype=np.uint32)
-        counter[:, 0] = np.arange(entries)
-        counter[:, 1], counter[:, 2], counter[:, 3] = epoch, _ORDER_TAG, number
-        words = philox(counter, key_of(seed))[:, 0].astype(np.uint64)
-        tables.append((words * np.uint64(modulus) >> np.uint64(32)).astype(np.int64))
-    return tables
+    counter = np.zeros((ROUNDS, max(a, b), 4), dtype=np.uint32)
+    counter[..., 0] = np.arange(max(a, b))
+    counter[..., 1], counter[..., 2] = epoch, _ORDER_TAG
+    counter[..., 3] = np.arange(ROUNDS)[:, None]
+    words = philox(counter.reshape(-1, 4), key_of(seed))[:, 0].reshape(ROUNDS, -1).astype(np.uint64)
+    modulus = np.array([a, b], dtype=np.uint64)[np.arange(ROUNDS) % 2, None]
+    return list((words * modulus >> np.uint64(32)).astype(np.int64))

@@ -53,16 +53,18 @@ def training_pipeline(
     return _built(graph, batch_size, threads, gpu)
 
 
-def training_inputs(draws: tuple[Draws, Draws]) -> Inputs:
-    """What `training_pipeline` takes for these draws; swapped ends in x mirror a crop for free."""
+def training_inputs(draws: tuple[Draws, Draws], sizes: NDArray[np.int64]) -> Inputs:
+    """What `training_pipeline` takes for draws of images of these sizes (n, 2) [height, width].
+
+    Swapped ends in x mirror a crop for free.
+    """
     inputs: Inputs = {}
     for i, view in enumerate(draws):
-        start, end = view.crop_start.copy(), view.crop_end.copy()
-        start[:, 1] = np.where(view.flip, view.crop_end[:, 1], view.crop_start[:, 1])
-        end[:, 1] = np.where(view.flip, view.crop_start[:, 1], view.crop_end[:, 1])
+        mirrored = np.stack([np.zeros_like(view.flip), view.flip], axis=1)
+        start, end = view.crop_start / sizes, view.crop_end / sizes
         inputs |= {
-            f"{i}.start": start,
-            f"{i}.end": end,
+            f"{i}.start": np.where(mirrored, end, start).astype(np.float32),
+            f"{i}.end": np.where(mirrored, start, end).astype(np.float32),
             f"{i}.recolor": view.jitter | view.gray,
             f"{i}.color_matrix": view.color_matrix,
             f"{i}.color_offset": view.color_offset,
@@ -96,8 +98,7 @@ def evaluation_inputs(geometry: Geometry, sizes: NDArray[np.int64]) -> Inputs:
     shorter = sizes.min(axis=1, keepdims=True)
     resized = np.where(sizes == shorter, geometry.resize, geometry.resize * sizes // shorter)
     offset = np.rint((resized - geometry.size) / 2)
-    scale = sizes / resized
-    start, end = offset * scale, (offset + geometry.size) * scale
+    start, end = offset / resized, (offset + geometry.size) / resized
     return {"start": start.astype(np.float32), "end": end.astype(np.float32)}
 
 
@@ -150,11 +151,15 @@ def _decoded(gpu: int | None) -> tuple[DataNode, DataNode]:
 def _resized(
     image: DataNode, prefix: str, size: int, interpolation: types.DALIInterpType
 ) -> DataNode:
+    """A region of the image, resized. DALI reads outside an image that is smaller than expected,
+    and dies of it; as shares of the image, no region can be outside.
+    """
     return fn.resize(
         image,
         size=[size, size],
         roi_start=_input(f"{prefix}start", 1, types.FLOAT),
         roi_end=_input(f"{prefix}end", 1, types.FLOAT),
+        roi_relative=True,
         interp_type=interpolation,
         antialias=True,
     )

@@ -1,0 +1,205 @@
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from btpipe.data import index
+from btpipe.errors import IntegrityError, UsageError
+from btpipe.events import Event, FileRejected
+
+
+def write(
+    path: Path, width: int = 40, height: int = 30, kind: str = "JPEG", **options: object
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), (200, 90, 30)).save(path, kind, **options)
+    return path
+
+
+def reasons(rejected: list[FileRejected]) -> dict[str, str]:
+    return {event.path: event.reason for event in rejected}
+
+
+def paths(made: index.Index) -> list[str]:
+    return list(made.table["path"].to_pylist())
+
+
+def test_every_image_is_a_row_sorted_by_path(tmp_path: Path) -> None:
+    for name in ("b/2.jpg", "a/9.jpg", "a/10.jpg", "B/1.jpg"):
+        write(tmp_path / name)
+    made, rejected = index.build(tmp_path)
+    assert paths(made) == ["B/1.jpg", "a/10.jpg", "a/9.jpg", "b/2.jpg"]
+    assert made.labels == ["B", "a", "a", "b"]
+    assert rejected == []
+    assert made.read_bytes(2) == (tmp_path / "a/9.jpg").read_bytes()
+
+
+def test_an_image_beside_the_class_folders_takes_all_labels_away(tmp_path: Path) -> None:
+    write(tmp_path / "a/1.jpg")
+    write(tmp_path / "2.jpg")
+    assert index.build(tmp_path)[0].labels == [None, None]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_those_of_the_upright_image(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    write(tmp_path / "1.jpg", 40, 30, exif=exif)
+    made, _ = index.build(tmp_path)
+    upright = (40, 30) if orientation < 5 else (30, 40)
+    assert (made.widths[0], made.heights[0]) == upright
+    assert made.table["orientation"].to_pylist() == [orientation]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"])
+def test_content_decides_what_is_an_image(tmp_path: Path, kind: str) -> None:
+    write(tmp_path / "x.dat", kind=kind)
+    write(tmp_path / "y.gif", kind=kind)
+    made, rejected = index.build(tmp_path)
+    assert (paths(made), rejected) == (["x.dat", "y.gif"], [])
+
+
+def test_what_never_claimed_to_be_an_image_is_passed_over_in_silence(tmp_path: Path) -> None:
+    write(tmp_path / "1.jpg")
+    write(tmp_path / ".hidden.jpg")
+    write(tmp_path / ".thumbnails/1.jpg")
+    (tmp_path / "labels.csv").write_text("1.jpg,cat")
+    (tmp_path / "empty.txt").touch()
+    made, rejected = index.build(tmp_path)
+    assert (paths(made), rejected) == (["1.jpg"], [])
+
+
+def test_each_unusable_file_is_rejected_with_its_own_reason(tmp_path: Path) -> None:
+    write(tmp_path / "good.jpg")
+    write(tmp_path / "animation.gif", kind="GIF")
+    write(tmp_path / "disguised.jpg", kind="GIF")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "page.jpg").write_text("<html>not found</html>")
+    (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    (tmp_path / "start.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:40])
+    made, rejected = index.build(tmp_path)
+    found = reasons(rejected)
+    assert paths(made) == ["good.jpg"]
+    assert found["animation.gif"].startswith("GIF is not supported")
+    assert found["disguised.jpg"].startswith("GIF is not supported")
+    assert found["empty.png"] == "empty file"
+    assert found["page.jpg"] == "not an image"
+    assert found["script.jpg"].startswith("PostScript is not supported")
+    assert found["start.jpg"].startswith("damaged JPEG header")
+    assert len(found) == 6
+    assert all(event.stage == "index" for event in rejected)
+
+
+def test_a_pixel_bomb_is_rejected_from_its_header(tmp_path: Path) -> None:
+    write(tmp_path / "good.jpg")
+    content = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(content, "PNG")  # 48 kB for 400 megapixels
+    (tmp_path / "bomb.png").write_bytes(content.getvalue())
+    _, rejected = index.build(tmp_path)
+    assert reasons(rejected)["bomb.png"].startswith("pixel bomb")
+
+
+def test_pipes_and_links_never_hang_the_walk_and_have_a_reason_each(tmp_path: Path) -> None:
+    outside = write(tmp_path / "elsewhere/secret.jpg")
+    root = tmp_path / "images"
+    write(root / "a/1.jpg")
+    os.mkfifo(root / "pipe.jpg")
+    (root / "to_inside.jpg").symlink_to(root / "a/1.jpg")
+    (root / "to_outside.jpg").symlink_to(outside)
+    (root / "to_nothing.jpg").symlink_to("missing.jpg")
+    (root / "circle.jpg").symlink_to("circle.jpg")
+    (root / "a/up").symlink_to(root)
+    (root / "folder.jpg").mkdir()
+    made, rejected = index.build(root)
+    found = reasons(rejected)
+    assert paths(made) == ["a/1.jpg", "to_inside.jpg"]
+    assert found["pipe.jpg"].startswith("not a regular file")
+    assert found["to_outside.jpg"].startswith("a link that leads out of the folder")
+    assert found["to_nothing.jpg"] == "a link to nothing"
+    assert found["circle.jpg"] == "a link in a circle"
+    assert found["folder.jpg"].startswith("a folder")
+    assert "a/up" in found
+    assert len(found) == 6
+
+
+STRANGE_NAMES = [
+    b"new\nline.jpg",
+    b"tab\t\"quotes'.jpg",
+    "\N{SNOWMAN} \N{ROCKET}.jpg".encode(),
+    b"-leading.jpg",
+    b"100%25.jpg",
+    b"latin-\xe9.jpg",
+    b"n" * 251 + b".jpg",
+]
+
+
+def test_a_row_opens_the_file_it_names_whatever_the_name(tmp_path: Path) -> None:
+    for width, name in enumerate(STRANGE_NAMES, 20):
+        write(tmp_path / os.fsdecode(name), width=width)
+    made, rejected = index.build(tmp_path)
+    assert rejected == []
+    assert len(made) == len(STRANGE_NAMES)
+    for row in range(len(made)):
+        with Image.open(io.BytesIO(made.read_bytes(row))) as image:
+            assert image.width == made.widths[row]
+    row = paths(made).index("latin-%E9.jpg")
+    assert made.table["path_bytes"][row].as_py() == b"latin-\xe9.jpg"
+    assert made.table["path_bytes"].null_count == len(made) - 1
+
+
+def test_an_index_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    write(tmp_path / "images/a/1.jpg")
+    write(tmp_path / "images/b/caf\xe9.png", kind="PNG")
+    made, _ = index.build(tmp_path / "images")
+    made.save(tmp_path / "index.parquet")
+    again = index.open_index(tmp_path / "index.parquet")
+    assert again.root == made.root
+    assert again.table.equals(made.table)
+    assert again.fingerprint == made.fingerprint
+    np.testing.assert_array_equal(again.widths, made.widths)
+    assert again.file(0) == tmp_path / "images/a/1.jpg"
+
+
+def test_the_fingerprint_changes_with_a_files_size_and_not_with_its_time(tmp_path: Path) -> None:
+    image = write(tmp_path / "1.jpg")
+    first = index.build(tmp_path)[0].fingerprint
+    os.utime(image, (1, 1))
+    assert index.build(tmp_path)[0].fingerprint == first
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert index.build(tmp_path)[0].fingerprint != first
+
+
+def test_a_missing_or_empty_folder_is_refused_with_what_to_put_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no such folder(.|\n)*to do: name a folder"):
+        index.build(tmp_path / "missing")
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(UsageError, match=r"no image in 1 files(.|\n)*JPEG"):
+        index.build(tmp_path)
+
+
+def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "index.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(IntegrityError, match="not a readable index"):
+        index.open_index(tmp_path / "index.parquet")
+    with pytest.raises(IntegrityError, match="not a readable index"):
+        index.open_index(tmp_path / "missing.parquet")
+
+
+def test_rejects_are_reported_as_they_are_returned(tmp_path: Path) -> None:
+    write(tmp_path / "good.jpg")
+    (tmp_path / "empty.png").touch()
+    events: list[Event] = []
+    _, rejected = index.build(tmp_path, events.append)
+    assert events == rejected
+
+
+def test_a_pipe_that_takes_a_files_place_is_an_error_and_no_wait(tmp_path: Path) -> None:
+    image = write(tmp_path / "1.jpg")
+    made, _ = index.build(tmp_path)
+    image.unlink()
+    os.mkfifo(image)
+    with pytest.raises(OSError, match="not a regular file"):
+        made.read_bytes(0)

@@ -1,0 +1,343 @@
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from btpipe import recipe
+from btpipe.data import index
+from btpipe.data.loader import Batch, EvaluationBatch, TrainingLoader, evaluation_batches
+from btpipe.data.views import Geometry
+from btpipe.errors import BudgetError, UsageError
+from btpipe.events import Event, FileRejected, ignore
+
+IMAGES = 26
+GEOMETRY = Geometry.for_size(32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """26 JPEGs of different content and size, some of them turned by EXIF."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(IMAGES):
+        cells = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 1 + i % 8
+        image = Image.fromarray(cells).resize((60 + 3 * i, 90 - 2 * i), Image.Resampling.BICUBIC)
+        image.save(root / f"{i:02}.jpg", quality=90, exif=exif)
+    return root
+
+
+def settings(**data: object) -> recipe.Recipe:
+    values = {"batch_size": 8, "image_size": 32, "threads": 2, "max_bad": 0.5} | data
+    return recipe.Recipe(
+        seed=11,
+        data=recipe.Data(**values),  # type: ignore[arg-type]
+        optim=recipe.Optim(epochs=2, warmup_epochs=0),
+    )
+
+
+def batches(
+    images: index.Index,
+    chosen: recipe.Recipe | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    quarantine: dict[int, str] | None = None,
+    events: list[Event] | None = None,
+) -> list[Batch]:
+    with TrainingLoader(
+        images,
+        chosen or settings(),
+        rank=rank,
+        world_size=world_size,
+        start_step=start_step,
+        device=torch.device("cpu"),
+        report=ignore if events is None else events.append,
+        quarantine={} if quarantine is None else quarantine,
+    ) as loader:
+        return list(loader)
+
+
+def assert_same(first: list[Batch], second: list[Batch]) -> None:
+    assert [batch.step for batch in first] == [batch.step for batch in second]
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one.images, other.images)
+        assert torch.equal(one.view1, other.view1)
+        assert torch.equal(one.view2, other.view2)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_an_epoch_is_every_full_batch_of_different_images(folder: Path) -> None:
+    made, _ = index.build(folder)
+    got = batches(made)
+    assert [batch.step for batch in got] == list(range(6))  # 26 // 8 steps, two epochs
+    for epoch in (got[:3], got[3:]):
+        rows = np.concatenate([batch.images for batch in epoch])
+        assert len(set(rows)) == 24
+    for batch in got:
+        for view in (batch.view1, batch.view2):
+            assert view.shape == (8, 32, 32, 3)
+            assert view.dtype == torch.uint8
+            assert view.is_contiguous()
+    assert not torch.equal(got[0].view1, got[0].view2)
+
+
+def test_the_same_seed_gives_the_same_bytes_with_any_number_of_threads(folder: Path) -> None:
+    made, _ = index.build(folder)
+    assert_same(batches(made, settings(threads=1)), batches(made, settings(threads=3)))
+
+
+def test_two_ranks_together_get_what_one_gets(folder: Path) -> None:
+    made, _ = index.build(folder)
+    parts = [batches(made, rank=rank, world_size=2) for rank in range(2)]
+    together = [
+        Batch(
+            one.step,
+            np.concatenate([one.images, other.images]),
+            torch.cat([one.view1, other.view1]),
+            torch.cat([one.view2, other.view2]),
+        )
+        for one, other in zip(*parts, strict=True)
+    ]
+    assert_same(together, batches(made))
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 6])
+def test_starting_at_a_step_gives_the_rest_of_the_run(folder: Path, step: int) -> None:
+    made, _ = index.build(folder)
+    assert_same(batches(made, start_step=step), batches(made)[step:])
+
+
+def test_a_truncated_jpeg_costs_only_its_own_place(folder: Path) -> None:
+    made, _ = index.build(folder)
+    clean = batches(made)
+    truncate(folder / "05.jpg")
+    events: list[Event] = []
+    quarantine: dict[int, str] = {}
+    got = batches(made, quarantine=quarantine, events=events)
+    replaced = 0
+    for one, other in zip(clean, got, strict=True):
+        same = one.images != 5
+        replaced += int((~same).sum())
+        assert 5 not in other.images
+        np.testing.assert_array_equal(one.images[same], other.images[same])
+        assert torch.equal(one.view1[torch.from_numpy(same)], other.view1[torch.from_numpy(same)])
+        assert torch.equal(one.view2[torch.from_numpy(same)], other.view2[torch.from_numpy(same)])
+    assert replaced >= 1
+    assert list(quarantine) == [5]
+    assert quarantine[5].startswith("truncated or damaged JPEG")
+    assert events == [FileRejected("05.jpg", "decode", quarantine[5])]
+
+
+def test_a_stand_in_is_the_same_whether_the_bad_file_was_known_or_found(folder: Path) -> None:
+    made, _ = index.build(folder)
+    for name in ("05.jpg", "06.jpg", "07.jpg", "20.jpg"):
+        truncate(folder / name)
+    quarantine: dict[int, str] = {}
+    found = batches(made, quarantine=quarantine)
+    assert set(quarantine) <= {5, 6, 7, 20}
+    assert_same(batches(made, quarantine=dict(quarantine)), found)
+    assert_same(batches(made, start_step=4, quarantine=dict(quarantine)), found[4:])
+    assert_same(batches(made, start_step=4), found[4:])
+
+
+def test_a_stand_in_is_drawn_as_that_image_would_be(folder: Path) -> None:
+    made, _ = index.build(folder)
+    clean = {
+        (b.step // 3, int(row)): b.view1[i] for b in batches(made) for i, row in enumerate(b.images)
+    }
+    truncate(folder / "05.jpg")
+    for batch in batches(made):
+        for i, row in enumerate(batch.images):
+            if (batch.step // 3, int(row)) in clean:
+                assert torch.equal(batch.view1[i], clean[batch.step // 3, int(row)])
+
+
+def test_a_vanished_file_is_quarantined_and_replaced(folder: Path) -> None:
+    made, _ = index.build(folder)
+    (folder / "05.jpg").unlink()
+    (folder / "06.jpg").write_bytes(b"")
+    quarantine: dict[int, str] = {}
+    assert len(batches(made, quarantine=quarantine)) == 6
+    assert quarantine == {5: "cannot be read: No such file or directory", 6: "empty file"}
+
+
+def with_wrong_size(right: index.Index, row: int, width: int, height: int) -> index.Index:
+    table = right.table.to_pylist()
+    table[row] |= {"width": width, "height": height}
+    return index.Index(right.root, right.table.from_pylist(table, schema=right.table.schema))
+
+
+@pytest.mark.parametrize("size", [(900, 700), (5, 3), (75, 80)])
+def test_an_image_of_another_size_than_the_index_says_is_drawn_for_its_own(
+    folder: Path, size: tuple[int, int]
+) -> None:
+    right, _ = index.build(folder)
+    wrong = with_wrong_size(right, 5, *size)
+    assert_same(batches(wrong), batches(right))
+    ours, theirs = pixels_of(evaluated(wrong)), pixels_of(evaluated(right))
+    for row, pixels in theirs.items():
+        np.testing.assert_array_equal(ours[row], pixels)
+
+
+def test_more_bad_images_than_allowed_end_the_run(folder: Path) -> None:
+    made, _ = index.build(folder)
+    for name in ("03.jpg", "04.jpg", "05.jpg"):
+        truncate(folder / name)
+    allowed = settings(max_bad=3 / IMAGES)
+    assert len(batches(made, allowed)) == 6
+    with pytest.raises(BudgetError, match=r"3 of 26 images cannot be used(.|\n)*max_bad"):
+        batches(made, settings(max_bad=2 / IMAGES))
+
+
+def test_a_folder_of_bad_images_only_ends_instead_of_searching_for_ever(folder: Path) -> None:
+    made, _ = index.build(folder)
+    for path in folder.iterdir():
+        truncate(path)
+    with pytest.raises(BudgetError, match="26 of 26"):
+        batches(made, settings(max_bad=1.0))
+
+
+def test_too_few_images_or_a_batch_that_cannot_be_shared_is_refused(folder: Path) -> None:
+    made, _ = index.build(folder)
+    with pytest.raises(UsageError, match="26 images do not fill one batch of 32"):
+        batches(made, settings(batch_size=32))
+    with pytest.raises(UsageError, match="over 3 ranks"):
+        batches(made, world_size=3)
+
+
+def evaluated(
+    made: index.Index, rows: NDArray[np.int64] | None = None, batch_size: int = 8
+) -> list[EvaluationBatch]:
+    chosen = np.arange(len(made)) if rows is None else rows
+    return list(evaluation_batches(made, chosen, GEOMETRY, batch_size=batch_size, threads=2))
+
+
+def pixels_of(got: list[EvaluationBatch]) -> dict[int, NDArray[np.uint8]]:
+    return {int(row): b.pixels[i] for b in got for i, row in enumerate(b.rows)}
+
+
+def test_evaluation_keeps_the_order_of_the_rows(folder: Path) -> None:
+    made, _ = index.build(folder)
+    rows = np.array([7, 3, 25, 0, 12, 4, 9, 1, 2, 24])
+    got = evaluated(made, rows, batch_size=4)
+    assert [len(batch.rows) for batch in got] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate([batch.rows for batch in got]), rows)
+    digests = [digest for batch in got for digest in batch.digests]
+    assert digests == [hashlib.sha256(made.read_bytes(int(row))).hexdigest() for row in rows]
+    assert all(batch.rejected == [] for batch in got)
+
+
+def test_an_images_pixels_do_not_depend_on_its_neighbours(folder: Path) -> None:
+    made, _ = index.build(folder)
+    whole = pixels_of(evaluated(made, batch_size=26))
+    for row, pixels in pixels_of(evaluated(made, np.arange(26)[::-1], batch_size=3)).items():
+        np.testing.assert_array_equal(pixels, whole[row])
+
+
+def test_bad_images_are_rejected_with_their_reason_and_the_others_kept(folder: Path) -> None:
+    made, _ = index.build(folder)
+    clean = pixels_of(evaluated(made))
+    truncate(folder / "01.jpg")
+    truncate(folder / "02.jpg")
+    (folder / "09.jpg").unlink()
+    (folder / "10.jpg").write_bytes(b"")
+    (folder / "11.jpg").write_text("not found")
+    got = evaluated(made)
+    kept = pixels_of(got)
+    rejected = dict(pair for batch in got for pair in batch.rejected)
+    assert set(kept) | set(rejected) == set(range(IMAGES))
+    assert not set(kept) & set(rejected)
+    assert rejected[1].startswith("truncated or damaged JPEG")
+    assert rejected[2].startswith("truncated or damaged JPEG")
+    assert rejected[9] == "cannot be read: No such file or directory"
+    assert rejected[10] == "empty file"
+    assert rejected[11] == "not an image"
+    assert [sorted(row for row, _ in batch.rejected) for batch in got] == [
+        [1, 2],
+        [9, 10, 11],
+        [],
+        [],
+    ]
+    for row, pixels in kept.items():
+        np.testing.assert_array_equal(pixels, clean[row])
+
+
+def test_a_batch_of_bad_images_only_is_empty_and_the_next_one_comes(folder: Path) -> None:
+    made, _ = index.build(folder)
+    for row in range(8, 24):
+        truncate(folder / f"{row:02}.jpg")
+    got = evaluated(made)
+    assert [len(batch.rows) for batch in got] == [8, 0, 0, 2]
+    assert [len(batch.rejected) for batch in got] == [0, 8, 8, 0]
+    assert got[1].pixels.shape == (0, 32, 32, 3)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.2, 0.5, 0.9, 0.99])
+def test_a_jpeg_cut_anywhere_is_rejected(folder: Path, share: float) -> None:
+    made, _ = index.build(folder)
+    content = (folder / "00.jpg").read_bytes()
+    (folder / "00.jpg").write_bytes(content[: int(len(content) * share)])
+    (batch,) = evaluated(made, np.array([0, 1]))
+    assert batch.rows.tolist() == [1]
+    assert [row for row, _ in batch.rejected] == [0]
+
+
+def test_all_eight_orientations_show_the_same_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    upright = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((168, 120))
+    undo: dict[int, Image.Transpose] = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    for number in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = number
+        stored = upright.transpose(undo[number]) if number in undo else upright
+        stored.save(tmp_path / f"{number}.jpg", quality=98, exif=exif)
+    made, _ = index.build(tmp_path)
+    assert set(made.widths) == {168}
+    (batch,) = evaluated(made)
+    flat = batch.pixels.reshape(8, -1).astype(np.float64)
+    flat -= flat.mean(axis=1, keepdims=True)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    assert (flat @ flat.T).min() > 0.999  # JPEG's blocks lie elsewhere in a turned image
+
+
+def test_evaluation_of_no_rows_is_no_batches(folder: Path) -> None:
+    made, _ = index.build(folder)
+    assert evaluated(made, np.zeros(0, dtype=np.int64)) == []
+
+
+def test_leaving_early_leaves_nothing_running(folder: Path) -> None:
+    made, _ = index.build(folder)
+    rows = np.arange(IMAGES)
+    running: Iterator[EvaluationBatch] = evaluation_batches(
+        made, rows, GEOMETRY, batch_size=2, threads=2
+    )
+    assert next(running).rows.tolist() == [0, 1]
+    del running
+
+
+def test_evaluation_is_imported_without_torch() -> None:
+    code = "import sys, btpipe.data.loader, btpipe.data.index; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+from scipy import stats
+
+from btpipe.data import order
+
+LEAST_P = 1e-3  # seeds are fixed: passes always or never
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64, 1000, 1_281_167])
+def test_every_image_comes_once_an_epoch(count: int) -> None:
+    images = order.permutation(5, 2, count, 0, count)
+    np.testing.assert_array_equal(np.sort(images), np.arange(count))
+
+
+def test_a_slice_is_the_same_wherever_it_starts() -> None:
+    whole = order.permutation(5, 2, 1000, 0, 1000)
+    pieces = [order.permutation(5, 2, 1000, at, min(at + 77, 1000)) for at in range(0, 1000, 77)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
+def test_seed_and_epoch_each_change_the_order() -> None:
+    first = order.permutation(5, 2, 1000, 0, 1000)
+    for seed, epoch in [(6, 2), (5 + 2**40, 2), (5, 3)]:
+        assert (order.permutation(seed, epoch, 1000, 0, 1000) == first).sum() < 10
+
+
+def test_an_image_is_as_likely_at_every_position() -> None:
+    count, epochs = 12, 3000
+    orders = np.stack([order.permutation(0, epoch, count, 0, count) for epoch in range(epochs)])
+    for image in range(count):
+        positions = np.bincount(np.argwhere(orders == image)[:, 1], minlength=count)
+        assert stats.chisquare(positions).pvalue > LEAST_P / count
+    pairs = np.bincount(orders[:, 3] * count + orders[:, 4], minlength=count * count)
+    possible = pairs.reshape(count, count)[~np.eye(count, dtype=bool)]
+    assert stats.chisquare(possible).pvalue > LEAST_P
+
+
+def test_neighbours_in_the_folder_are_no_neighbours_in_an_epoch() -> None:
+    images = order.permutation(0, 0, 50_000, 0, 50_000)
+    assert abs(stats.spearmanr(images[:-1], images[1:]).statistic) < 0.02  # four deviations
+    assert abs(stats.spearmanr(np.arange(50_000), images).statistic) < 0.02
+
+
+def test_a_replacement_is_some_image_and_each_attempt_another_draw() -> None:
+    drawn = [order.replacement(1, 0, 4, attempt, 1000) for attempt in range(2000)]
+    assert drawn == [order.replacement(1, 0, 4, attempt, 1000) for attempt in range(2000)]
+    assert min(drawn) >= 0
+    assert max(drawn) < 1000
+    assert stats.kstest(np.array(drawn) / 1000, "uniform").pvalue > LEAST_P
+    assert order.replacement(1, 1, 4, 0, 1000) != order.replacement(1, 0, 4, 0, 1000)
+
+
+def test_a_seed_means_the_same_for_ever() -> None:
+    # Numbers of the first version: a change here makes every run in progress another one.
+    assert order.permutation(7, 3, 20, 0, 10).tolist() == [14, 9, 4, 5, 2, 3, 13, 1, 6, 11]
+    late = order.permutation(7, 3, 1_281_167, 1_000_000, 1_000_004)
+    assert late.tolist() == [535_796, 1_075_965, 749_059, 852_290]
+    assert [order.replacement(7, 3, 5, attempt, 1000) for attempt in range(3)] == [588, 34, 748]

@@ -1,0 +1,203 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torchvision import transforms
+
+from btpipe import recipe
+from btpipe.data import params
+
+COUNT = 4000
+LEAST_P = 1e-3
+"""Seeds are fixed, so a test passes always or never; at random 1 in 1000 would fail."""
+
+
+def draws(
+    view: recipe.View = recipe.VIEW_A,
+    *,
+    seed: int = 7,
+    epoch: int = 3,
+    view_number: int = 0,
+    images: NDArray[np.int64] = np.arange(COUNT),
+    width: int = 400,
+    height: int = 300,
+) -> params.Draws:
+    return params.draw(
+        view,
+        seed=seed,
+        epoch=epoch,
+        view_number=view_number,
+        images=images,
+        widths=np.full(len(images), width),
+        heights=np.full(len(images), height),
+    )
+
+
+def words(counter: list[int], key: list[int]) -> list[int]:
+    counters = np.array([counter], dtype=np.uint32)
+    return [int(word) for word in params.philox(counters, np.array(key, dtype=np.uint32))[0]]
+
+
+def test_philox_gives_the_known_answers_of_random123() -> None:
+    # kat_vectors of Random123, philox4x32 with 10 rounds
+    assert words([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 0xFFFFFFFF
+    assert words([ones] * 4, [ones] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    digits = [0xA4093822, 0x299F31D0]
+    assert words(pi, digits) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+def test_a_draw_does_not_depend_on_its_neighbours_in_the_batch() -> None:
+    together = draws()
+    rows = np.array([17, 3999, 0])
+    alone = draws(images=rows)
+    for field in dataclasses.fields(params.Draws):
+        np.testing.assert_array_equal(
+            getattr(alone, field.name), getattr(together, field.name)[rows], field.name
+        )
+
+
+@pytest.mark.parametrize(
+    ("seed", "epoch", "view_number"), [(8, 3, 0), (7 + 2**40, 3, 0), (7, 4, 0), (7, 3, 1)]
+)
+def test_seed_epoch_and_view_number_each_change_the_draw(
+    seed: int, epoch: int, view_number: int
+) -> None:
+    first, second = draws(), draws(seed=seed, epoch=epoch, view_number=view_number)
+    assert (first.crop_start != second.crop_start).any(axis=1).mean() > 0.9
+    correlation = np.corrcoef(first.factors[:, 0], second.factors[:, 0])[0, 1]
+    assert abs(correlation) < 0.06  # four standard deviations of independent draws
+
+
+def torchvision_crops(width: int, height: int, view: recipe.View) -> NDArray[np.float64]:
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    crop = transforms.RandomResizedCrop.get_params
+    return np.array(
+        [crop(image, list(view.scale), list(view.ratio)) for _ in range(COUNT)], dtype=np.float64
+    )
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (90, 700), (2000, 100)])
+def test_crops_are_distributed_as_torchvisions(width: int, height: int) -> None:
+    drawn = draws(width=width, height=height)
+    start = drawn.crop_start.astype(np.float64)  # as torchvision's, so that equal ratios are ties
+    extent = drawn.crop_end - start
+    expected = torchvision_crops(width, height, recipe.VIEW_A)
+    for ours, theirs in [
+        (start[:, 0], expected[:, 0]),
+        (start[:, 1], expected[:, 1]),
+        (extent[:, 0], expected[:, 2]),
+        (extent[:, 1], expected[:, 3]),
+        (extent.prod(axis=1), expected[:, 2] * expected[:, 3]),
+        (extent[:, 1] / extent[:, 0], expected[:, 3] / expected[:, 2]),
+    ]:
+        assert stats.ks_2samp(ours, theirs).pvalue > LEAST_P
+
+
+def test_crops_are_whole_pixels_inside_images_of_any_shape() -> None:
+    rng = np.random.default_rng(0)
+    widths, heights = rng.integers(1, 3000, (2, COUNT)).astype(np.int32)
+    widths[:50], heights[50:100] = 1, 1
+    drawn = params.draw(
+        recipe.VIEW_A,
+        seed=0,
+        epoch=0,
+        view_number=0,
+        images=np.arange(COUNT),
+        widths=widths,
+        heights=heights,
+    )
+    assert (drawn.crop_start >= 0).all()
+    assert (drawn.crop_end <= np.stack([heights, widths], axis=1)).all()
+    assert (drawn.crop_end - drawn.crop_start >= 1).all()
+    assert (drawn.crop_start == np.rint(drawn.crop_start)).all()
+
+
+def test_where_no_attempt_fits_the_crop_is_torchvisions_central_one() -> None:
+    view = recipe.View(scale=(1.0, 1.0))  # the whole area of a panorama never has ratio 3/4 to 4/3
+    drawn = draws(view, width=1000, height=100)
+    top, left, height, width = torchvision_crops(1000, 100, view)[0]
+    assert (drawn.crop_start == [top, left]).all()
+    assert (drawn.crop_end == [top + height, left + width]).all()
+
+
+def test_jitter_is_distributed_as_torchvisions() -> None:
+    jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+    torch.manual_seed(0)
+    theirs = [
+        transforms.ColorJitter.get_params(
+            jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+        )
+        for _ in range(COUNT)
+    ]
+    drawn = draws()
+    for number in range(4):
+        expected = [float(values[number + 1]) for values in theirs]
+        assert stats.ks_2samp(drawn.factors[drawn.jitter, number], expected).pvalue > LEAST_P
+    counts = np.unique(drawn.order @ [64, 16, 4, 1], return_counts=True)[1]
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > LEAST_P
+
+
+def test_each_choice_happens_as_often_as_its_probability_says() -> None:
+    view = recipe.View(
+        flip=0.5,
+        gray=0.2,
+        jitter=recipe.Jitter(probability=0.8),
+        blur=recipe.Blur(probability=0.1, sigma=(0.5, 2.0)),
+        solarize=recipe.Solarize(probability=0.3),
+    )
+    drawn = draws(view)
+    for happened, probability in [
+        (drawn.flip, 0.5),
+        (drawn.gray, 0.2),
+        (drawn.jitter, 0.8),
+        (drawn.blur_sigma > 0, 0.1),
+        (drawn.solarize, 0.3),
+    ]:
+        assert stats.binomtest(int(happened.sum()), COUNT, probability).pvalue > LEAST_P
+    sigma = drawn.blur_sigma[drawn.blur_sigma > 0]
+    assert stats.kstest(sigma, stats.uniform(0.5, 1.5).cdf).pvalue > LEAST_P
+
+
+def test_choices_are_independent_of_each_other() -> None:
+    drawn = draws(recipe.View(solarize=recipe.Solarize(probability=0.5), gray=0.5))
+    columns = np.stack([drawn.flip, drawn.gray, drawn.solarize, drawn.crop_start[:, 1] > 40])
+    correlations = np.corrcoef(columns)[np.triu_indices(4, 1)]
+    assert np.abs(correlations).max() < 0.06  # four standard deviations
+
+
+def test_colours_map_greys_to_greys_whatever_is_drawn() -> None:
+    drawn = draws()
+    total = drawn.color_matrix.sum(axis=2), drawn.mean_matrix.sum(axis=2)
+    for rows in total:
+        assert np.abs(rows - rows[:, :1]).max() < 1e-5  # float32 sums of a few numbers around 1
+
+
+def test_nothing_drawn_leaves_the_colours_alone() -> None:
+    still = recipe.View(jitter=recipe.Jitter(probability=0.0), gray=0.0)
+    drawn = draws(still)
+    assert np.abs(drawn.color_matrix - np.eye(3)).max() < 1e-7  # a turn by 0 there and back
+    assert not (drawn.jitter | drawn.gray).any()
+    assert not drawn.mean_matrix.any()
+    assert not drawn.color_offset.any()
+
+
+def test_a_seed_means_the_same_for_ever() -> None:
+    # Numbers of the first version: a change here makes every run in progress another one.
+    images = np.array([0, 12_345_678_901])
+    drawn = draws(images=images, view_number=1)
+    assert drawn.crop_start.tolist() == [[51, 84], [159, 156]]
+    assert drawn.crop_end.tolist() == [[284, 266], [281, 282]]
+    assert drawn.flip.tolist() == [False, True]
+    assert drawn.order.tolist() == [[3, 2, 0, 1], [2, 1, 0, 3]]
+    np.testing.assert_allclose(
+        drawn.factors,
+        [[1.0602, 0.8608, 0.8872, -0.071], [1.1309, 0.6139, 1.0102, 0.0613]],
+        atol=1e-4,  # as many digits as are written here
+    )

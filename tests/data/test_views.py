@@ -1,0 +1,255 @@
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter, ImageOps
+from torchvision.transforms import InterpolationMode, functional
+
+from btpipe import recipe
+from btpipe.data import params, views
+
+SIZE = 96
+# Mean differences from Pillow in grey levels (0 to 255), measured on photographs and rounded up.
+RESIZE_LEVELS = 0.3  # bicubic with antialias 0.20, bilinear less
+BRIGHTNESS_LEVELS = 0.6  # 0.43: Pillow cuts fractions off, DALI rounds
+SATURATION_LEVELS = 0.6  # 0.38: likewise, and the grey is a rounded byte
+GRAY_LEVELS = 0.3  # 0.13
+CONTRAST_LEVELS = 0.8  # brightness' rounding, and the mean grey is a rounded integer
+BLUR_LEVELS = 0.8  # 0.35 to 0.70: Pillow's blur is passes of a box
+HUE_LEVELS = 10.0  # 8 to 9 at a tenth of a turn: YIQ against HSV
+MIRROR_LEVELS = 0.01  # the same sums in another order: single roundings
+
+Picture = NDArray[np.uint8]
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Coarse colours, finer ones over them and a little noise, none near black or white, as RGB."""
+    rng = np.random.default_rng(seed)
+    layers = np.zeros((height, width, 3))
+    for cells, weight in ((4, 60.0), (16, 30.0), (64, 10.0)):
+        grid = rng.uniform(-1, 1, (cells, cells, 3))
+        channels = [
+            Image.fromarray(grid[..., c].astype(np.float32)).resize((width, height), 3)
+            for c in range(3)
+        ]
+        layers += weight * np.stack([np.asarray(channel) for channel in channels], axis=2)
+    gray = layers.mean(axis=2, keepdims=True)
+    layers = gray + 0.6 * (layers - gray)  # about as colourful as photographs are
+    noise = rng.normal(0, 2, layers.shape)
+    return Image.fromarray((layers + noise + 128).clip(20, 220).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+
+
+def whole(image: Image.Image) -> params.Draws:
+    """The draw that takes the whole image and changes nothing."""
+    return params.Draws(
+        crop_start=np.zeros((1, 2), np.float32),
+        crop_end=np.array([[image.height, image.width]], np.float32),
+        flip=np.zeros(1, np.bool_),
+        color_matrix=np.eye(3, dtype=np.float32)[None],
+        color_offset=np.zeros((1, 3), np.float32),
+        mean_matrix=np.zeros((1, 3, 3), np.float32),
+        blur_sigma=np.zeros(1, np.float32),
+        solarize=np.zeros(1, np.bool_),
+        jitter=np.zeros(1, np.bool_),
+        gray=np.zeros(1, np.bool_),
+        factors=np.array([[1.0, 1.0, 1.0, 0.0]]),
+        order=np.arange(4)[None],
+    )
+
+
+def drawn(image: Image.Image, draws: params.Draws, kind: str = "PNG") -> NDArray[np.int64]:
+    """View 1 of `training_pipeline` for these draws."""
+    always = recipe.View(
+        blur=recipe.Blur(probability=1.0), solarize=recipe.Solarize(probability=1.0)
+    )
+    pipeline = views.training_pipeline((always, always), SIZE, batch_size=1, threads=1, gpu=None)
+    sizes = np.array([[image.height, image.width]])
+    pipeline.feed_input("encoded", [encoded(image, kind)])
+    pipeline.feed_input("serial", np.zeros((1, 1), np.int64))
+    for name, values in views.training_inputs((draws, whole(image)), sizes).items():
+        pipeline.feed_input(name, values)
+    pipeline.schedule_run()
+    view1, view2, _, _ = pipeline.outputs()
+    untouched = drawn_by_pillow(Image.open(io.BytesIO(encoded(image, kind).tobytes())))
+    assert levels(np.array(view2[0]), untouched) < RESIZE_LEVELS  # the other view is its own
+    return np.array(view1[0]).astype(np.int64)
+
+
+def drawn_by_pillow(image: Image.Image, box: tuple[int, int, int, int] | None = None) -> Picture:
+    return np.asarray(image.crop(box or (0, 0, *image.size)).resize((SIZE, SIZE), 3))
+
+
+def levels(ours: NDArray[np.integer], theirs: NDArray[np.integer]) -> float:
+    return float(np.abs(ours.astype(np.float64) - theirs).mean())
+
+
+def coloured(image: Image.Image, factors: list[float], order: list[int]) -> params.Draws:
+    number = np.array([factors]), np.array([order])
+    matrix, mean_matrix, offset = params.color(*number, np.zeros(1, np.bool_))
+    return dataclasses.replace(
+        whole(image),
+        color_matrix=matrix.astype(np.float32),
+        mean_matrix=mean_matrix.astype(np.float32),
+        color_offset=offset.astype(np.float32),
+        jitter=np.ones(1, np.bool_),
+    )
+
+
+@pytest.fixture(scope="module")
+def image() -> Image.Image:
+    """As large as a view, so that only the operation in question can differ."""
+    return photograph(SIZE, SIZE)
+
+
+def test_the_crop_is_pillows_bicubic_one() -> None:
+    image = photograph(300, 400)
+    draws = dataclasses.replace(
+        whole(image),
+        crop_start=np.array([[20, 30]], np.float32),
+        crop_end=np.array([[220, 310]], np.float32),
+    )
+    assert levels(drawn(image, draws), drawn_by_pillow(image, (30, 20, 310, 220))) < RESIZE_LEVELS
+
+
+def test_an_enlarged_crop_is_pillows_as_well() -> None:
+    image = photograph(300, 400)
+    draws = dataclasses.replace(
+        whole(image),
+        crop_start=np.array([[100, 100]], np.float32),
+        crop_end=np.array([[140, 150]], np.float32),
+    )
+    theirs = drawn_by_pillow(image, (100, 100, 150, 140))
+    assert levels(drawn(image, draws), theirs) < 2 * RESIZE_LEVELS  # DALI looks past the crop
+
+
+def test_a_flip_mirrors_left_and_right() -> None:
+    image = photograph(200, 150)
+    ours = drawn(image, dataclasses.replace(whole(image), flip=np.ones(1, np.bool_)))
+    assert levels(ours, drawn(image, whole(image))[:, ::-1]) < MIRROR_LEVELS
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.15])
+def test_brightness_is_pillows(image: Image.Image, factor: float) -> None:
+    ours = drawn(image, coloured(image, [factor, 1, 1, 0], [0, 1, 2, 3]))
+    theirs = np.asarray(functional.adjust_brightness(image, factor))
+    assert levels(ours, theirs) < BRIGHTNESS_LEVELS
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.2])
+def test_contrast_is_about_the_crops_mean_grey_as_pillows(
+    image: Image.Image, factor: float
+) -> None:
+    ours = drawn(image, coloured(image, [1, factor, 1, 0], [0, 1, 2, 3]))
+    theirs = np.asarray(functional.adjust_contrast(image, factor))
+    assert levels(ours, theirs) < CONTRAST_LEVELS
+
+
+@pytest.mark.parametrize("factor", [0.8, 1.2])
+def test_saturation_is_pillows(image: Image.Image, factor: float) -> None:
+    ours = drawn(image, coloured(image, [1, 1, factor, 0], [0, 1, 2, 3]))
+    theirs = np.asarray(functional.adjust_saturation(image, factor))
+    assert levels(ours, theirs) < SATURATION_LEVELS
+
+
+@pytest.mark.parametrize("turns", [-0.1, 0.1])
+def test_hue_turns_the_same_way_as_torchvisions(image: Image.Image, turns: float) -> None:
+    ours = drawn(image, coloured(image, [1, 1, 1, turns], [0, 1, 2, 3]))
+    assert levels(ours, np.asarray(functional.adjust_hue(image, turns))) < HUE_LEVELS
+    assert levels(ours, np.asarray(functional.adjust_hue(image, -turns))) > HUE_LEVELS
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 1, 3, 0], [1, 2, 0, 3], [3, 0, 1, 2]])
+def test_factors_apply_in_the_drawn_order(image: Image.Image, order: list[int]) -> None:
+    factors = [0.8, 1.2, 0.8, 0.0]
+    operations = [
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+    ]
+    theirs = image
+    for number in order:
+        if number < 3:
+            theirs = operations[number](theirs, factors[number])
+    ours = drawn(image, coloured(image, factors, order))
+    bound = BRIGHTNESS_LEVELS + CONTRAST_LEVELS + SATURATION_LEVELS  # three roundings against one
+    assert levels(ours, np.asarray(theirs)) < bound
+
+
+def test_grey_is_pillows(image: Image.Image) -> None:
+    matrix, mean_matrix, _ = params.color(
+        np.array([[1.0, 1, 1, 0]]), np.arange(4)[None], np.ones(1, np.bool_)
+    )
+    draws = dataclasses.replace(
+        whole(image),
+        color_matrix=matrix.astype(np.float32),
+        mean_matrix=mean_matrix.astype(np.float32),
+        gray=np.ones(1, np.bool_),
+    )
+    ours = drawn(image, draws)
+    assert levels(ours, np.asarray(image.convert("L"))[..., None]) < GRAY_LEVELS
+    assert np.ptp(ours, axis=2).max() <= 1
+
+
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 2.0])
+def test_blur_is_nearly_pillows(image: Image.Image, sigma: float) -> None:
+    draws = dataclasses.replace(whole(image), blur_sigma=np.array([sigma], np.float32))
+    theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(sigma)))
+    assert levels(drawn(image, draws), theirs) < BLUR_LEVELS
+
+
+def test_solarise_inverts_from_the_threshold_on(image: Image.Image) -> None:
+    ours = drawn(image, dataclasses.replace(whole(image), solarize=np.ones(1, np.bool_)))
+    plain = drawn(image, whole(image)).astype(np.uint8)
+    np.testing.assert_array_equal(ours, np.asarray(ImageOps.solarize(Image.fromarray(plain), 128)))
+
+
+def test_a_jpeg_is_decoded_as_by_pillow(image: Image.Image) -> None:
+    again = Image.open(io.BytesIO(encoded(image, "JPEG").tobytes()))
+    assert levels(drawn(image, whole(image), "JPEG"), np.asarray(again)) < 0.01  # the same library
+
+
+SIZES = [
+    (256, 256),
+    (300, 400),
+    (401, 307),
+    (1000, 333),
+    (64, 50),
+    (97, 1203),
+    (500, 375),
+    (30, 31),
+]
+"""(height, width): odd and even, panoramas, and smaller than the view."""
+
+
+@pytest.mark.parametrize("size", [224, 96])
+def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(size: int) -> None:
+    geometry = views.Geometry.for_size(size)
+    images = [photograph(*shape, seed) for seed, shape in enumerate(SIZES)]
+    pipeline = views.evaluation_pipeline(geometry, batch_size=len(SIZES), threads=1, gpu=None)
+    pipeline.feed_input("encoded", [encoded(image) for image in images])
+    pipeline.feed_input("serial", np.arange(len(SIZES), dtype=np.int64)[:, None])
+    for name, values in views.evaluation_inputs(geometry, np.array(SIZES)).items():
+        pipeline.feed_input(name, values)
+    pipeline.schedule_run()
+    pixels, serials, shapes = pipeline.outputs()
+    np.testing.assert_array_equal(serials.as_array()[:, 0], np.arange(len(SIZES)))
+    np.testing.assert_array_equal(shapes.as_array()[:, :2], SIZES)
+    for i, image in enumerate(images):
+        resized = functional.resize(
+            image, geometry.resize, InterpolationMode.BILINEAR, antialias=True
+        )
+        theirs = np.asarray(functional.center_crop(resized, [size, size]))
+        assert levels(np.array(pixels[i]), theirs) < 0.5, SIZES[i]
+
+
+def test_geometry_keeps_the_published_field_of_view() -> None:
+    assert views.Geometry.for_size(224) == views.Geometry(224, 256, "bilinear")
+    assert views.Geometry.for_size(96).resize == 110
