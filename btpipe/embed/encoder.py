@@ -1,5 +1,6 @@
-"""A bundle, opened: pixels in, vectors out. No torch."""
+"""A bundle, opened: images in, vectors out. No torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -7,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btpipe.data.views import Geometry
+from btpipe.embed import files
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.export import contract
 from btpipe.export.session import Device, Session
@@ -46,13 +48,27 @@ class Encoder:
                 expected=f"{self.geometry.size} and {self.bundle.dimension}, as config.json says",
             )
 
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 `(n, S, S, 3)` in the evaluation view -> float32 `(n, D)`.
+    def embed(self, images: NDArray[np.uint8] | Sequence[Path | str]) -> NDArray[np.float32]:
+        """Pixels uint8 `(n, S, S, 3)` in the evaluation view, or n image files -> float32 `(n, D)`.
 
         Raises:
-            UsageError: pixels of another shape or type.
+            UsageError: pixels of another shape or type, or a file that is not a whole image.
         """
-        return self._session.run(pixels)
+        if isinstance(images, np.ndarray):
+            return self._session.run(images)
+        batches = files.pixels([Path(path) for path in images], self.geometry) if images else ()
+        parts = [self._session.run(pixels) for pixels in batches]
+        return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
+
+
+def load(bundle: Path | str, *, device: Device = "auto", threads: int = 0) -> Encoder:
+    """Opens a bundle: `btpipe.load("exports/NAME").embed(["a.jpg", "b.jpg"])` is `(2, D)` float32.
+
+    Raises:
+        UsageError: no folder there.
+        IntegrityError: no bundle, or one whose bytes changed.
+    """
+    return Encoder(Path(bundle), device=device, threads=threads)
 
 
 def _geometry(bundle: contract.Bundle) -> Geometry:

@@ -140,13 +140,19 @@ def _card(
         step=source.step,
         trained=source.checkpoint is not None,
         recipe_digest=source.recipe.digest,
-        recipe_toml=source.recipe.to_toml(),
+        recipe_toml=_without_folders(source.recipe).to_toml(),
         data_fingerprint=source.index.fingerprint,
         images=len(source.index),
         checkpoint=source.checkpoint_digest,
         encoder_digest=encoder_digest,
         gate_table=gate.table(),
     )
+
+
+def _without_folders(recipe: Recipe) -> Recipe:
+    """The recipe with the last part of its folder's name: a card is read on other machines."""
+    data = recipe.data.model_copy(update={"train": Path(recipe.data.train).name})
+    return recipe.model_copy(update={"data": data})
 
 
 def read_run(run: Path, report: Report, *, untrained: bool) -> Source:

@@ -22,8 +22,8 @@ network.load_state_dict(safetensors.torch.load_file("{weights}"))
 ```
 
 `{model}` takes `images`, uint8 (n, {size}, {size}, 3) in RGB, and gives `embedding`, float32
-(n, {dimension}); it normalises inside. `timm.create_model("local-dir:{name}")` and Hugging Face's
-image processors read the other files{timm}.
+(n, {dimension}); it normalises inside. `timm.create_model("local-dir:{name}", pretrained=True)`
+and Hugging Face's image processors read the other files{timm}.
 """
 
 SMALL_STEM = """

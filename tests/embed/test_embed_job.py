@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from btpipe.export.bundle import export_run
 
 IMAGES = 40
 PART_ROWS = 8
+RANDOM_KILLS = 10
 BATCH = 5  # does not divide a part: batches lie across the borders of parts
 
 
@@ -256,6 +258,31 @@ def test_a_job_killed_twice_ends_with_the_table_of_one_that_was_not(
         "v.parquet",
         "v.rejects.parquet",
     ]
+
+
+@pytest.mark.slow
+def test_a_job_killed_at_any_time_ends_with_the_table_of_one_that_was_not(
+    bundle: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    draw_images(images, 400)
+    cut(images, "a/018.jpg", "b/221.jpg")
+    whole, killed = tmp_path / "whole" / "v.parquet", tmp_path / "killed" / "v.parquet"
+    began = time.monotonic()
+    assert start(images, whole, bundle) == 0
+    seconds = time.monotonic() - began
+    random = np.random.default_rng(0)
+    command = [sys.executable, "-c", JOB, *map(str, (images, killed, bundle)), "", "0"]
+    for _ in range(RANDOM_KILLS):
+        with subprocess.Popen(command) as job:
+            time.sleep(random.uniform(0.3, 1) * seconds)
+            job.kill()
+        if killed.exists():
+            assert content(killed.parent) == content(whole.parent)
+            killed.unlink()  # the job is made to finish again from nothing, or from its parts
+    assert start(images, killed, bundle) == 0
+    assert content(killed.parent) == content(whole.parent)
+    assert len(list(killed.parent.iterdir())) == 2
 
 
 def test_sigterm_ends_the_job_with_75_and_the_same_command_goes_on(
