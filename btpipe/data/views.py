@@ -50,7 +50,7 @@ def training_pipeline(
         outputs = [_training_view(image, views[i], f"{i}.", size) for i in range(2)]
         return (*outputs, _input("serial", 1, types.INT64), shape)
 
-    return _built(graph, batch_size, threads, gpu)
+    return _defined(graph, batch_size, threads, gpu)
 
 
 def training_inputs(draws: tuple[Draws, Draws], sizes: NDArray[np.int64]) -> Inputs:
@@ -86,7 +86,7 @@ def evaluation_pipeline(
         pixels = _resized(image, "", geometry.size, types.INTERP_LINEAR)
         return pixels, _input("serial", 1, types.INT64), shape
 
-    return _built(graph, batch_size, threads, gpu)
+    return _defined(graph, batch_size, threads, gpu)
 
 
 def evaluation_inputs(geometry: Geometry, sizes: NDArray[np.int64]) -> Inputs:
@@ -109,13 +109,13 @@ def decoding_pipeline(*, gpu: int | None) -> Pipeline:
         image, shape = _decoded(gpu)
         return image, _input("serial", 1, types.INT64), shape
 
-    return _built(graph, 1, 1, gpu)
+    return _defined(graph, 1, 1, gpu)
 
 
-def _built(
+def _defined(
     graph: Callable[[], tuple[DataNode, ...]], batch_size: int, threads: int, gpu: int | None
 ) -> Pipeline:
-    """The graph as a pipeline, with `if` on a sample's own values.
+    """The graph as a pipeline that is built at its first use, with `if` on a sample's own values.
 
     With a queue of one, every `schedule_run` starts one run (more make the first call start more);
     runs may be scheduled ahead all the same.
@@ -128,9 +128,7 @@ def _built(
         device_id=gpu,
         prefetch_queue_depth=1,
     )
-    pipeline = define()
-    pipeline.build()
-    return pipeline
+    return define()
 
 
 def _input(name: str, dimensions: int, dtype: types.DALIDataType) -> DataNode:
@@ -176,7 +174,8 @@ def _training_view(image: DataNode, view: recipe.View, prefix: str, size: int) -
     sigma = _input(f"{prefix}blur_sigma", 0, types.FLOAT)
     solarize = _input(f"{prefix}solarize", 0, types.BOOL)
     if recolor:
-        mean = fn.reductions.mean(pixels, axes=[0, 1], keep_dims=True)
+        # An argument of an operator is taken from host memory, also by the GPU's operators.
+        mean = fn.reductions.mean(pixels, axes=[0, 1], keep_dims=True).cpu()
         shift = fn.coord_transform(mean, M=mean_matrix, T=offset)
         pixels = fn.coord_transform(
             pixels, M=matrix, T=fn.reshape(shift, shape=[3]), dtype=types.UINT8

@@ -253,3 +253,11 @@ def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(size: int) -
 def test_geometry_keeps_the_published_field_of_view() -> None:
     assert views.Geometry.for_size(224) == views.Geometry(224, 256, "bilinear")
     assert views.Geometry.for_size(96).resize == 110
+
+
+def test_every_graph_can_be_defined_for_a_gpu_where_there_is_none() -> None:
+    # Definition checks what may be on which device; running needs the GPU.
+    both = (recipe.VIEW_A, recipe.VIEW_B)
+    views.training_pipeline(both, SIZE, batch_size=2, threads=1, gpu=0)
+    views.evaluation_pipeline(views.Geometry.for_size(SIZE), batch_size=2, threads=1, gpu=0)
+    views.decoding_pipeline(gpu=0)
