@@ -144,8 +144,8 @@ def decode_alone(file: NDArray[np.uint8], gpu: int | None) -> str | None:
         pipeline.feed_input("serial", np.zeros((1, 1), dtype=np.int64))
         pipeline.schedule_run()
         pipeline.outputs()
-    except RuntimeError as error:
-        return header.damage(file.tobytes()) or last_words(error)
+    except RuntimeError:
+        return header.damage(file.tobytes())
     decoders[gpu] = pipeline
     return None
 
