@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -54,8 +55,11 @@ def make_run(
     return run
 
 
-def make_bundle(folder: Path) -> Path:
-    """A bundle of a run on 24 images, all below `folder`."""
-    draw_images(folder / "images", 24)
-    run = make_run(folder / "runs" / "tiny", folder / "images")
-    return export_run(run, folder / "exports" / "tiny", ignore)
+def shared_home(factory: pytest.TempPathFactory) -> Path:
+    """`images/` (24), `runs/tiny/` and `exports/tiny/`, made once for the whole session."""
+    home = factory.getbasetemp() / "tiny-home"
+    if not home.exists():
+        draw_images(home / "images", 24)
+        run = make_run(home / "runs" / "tiny", home / "images")
+        export_run(run, home / "exports" / "tiny", ignore)
+    return home

@@ -121,7 +121,8 @@ def open_plan(folder: Path, plan: Plan, report: Report, *, overwrite: bool) -> P
             fix="choose another --out, finish with that bundle, or drop its work with --overwrite",
         )
     if found is not None:
-        report(Warned(f"{folder}: the images changed since this job began; it starts afresh"))
+        why = "images changed" if found.bundle == plan.bundle else "bundle is another one"
+        report(Warned(f"{folder}: the {why} since this job began; it starts afresh"))
     for path in folder.iterdir():
         if path.name != LOCK:
             path.unlink()

@@ -92,7 +92,7 @@ class Writer:
         pending: dict[int, _Part] = {}
         with StopSignals() as stop:
             for batch in meter.watch(batches):
-                for piece in self._pieces(batch):
+                for piece in self._pieces(batch, batch_size):
                     part = pending.setdefault(piece.number, piece)
                     if part is not piece:
                         part.append(piece)
@@ -107,9 +107,9 @@ class Writer:
         assert not pending, "every row of a batch is embedded or rejected"
         return meter.done
 
-    def _pieces(self, batch: EvaluationBatch) -> Iterator[_Part]:
+    def _pieces(self, batch: EvaluationBatch, batch_size: int) -> Iterator[_Part]:
         """The batch's rows and rejects, split at the borders of parts."""
-        vectors = self.encoder.embed(batch.pixels)
+        vectors = self._vectors(batch.pixels, batch_size)
         parts = batch.rows // self.plan.part_rows
         rejected = [(row // self.plan.part_rows, row, reason) for row, reason in batch.rejected]
         for number in sorted({*parts.tolist(), *(number for number, _, _ in rejected)}):
@@ -126,6 +126,14 @@ class Writer:
                     if part == number
                 ],
             )
+
+    def _vectors(self, pixels: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
+        """(n, S, S, 3) -> (n, D). A GPU gets batches of one shape: another has other algorithms."""
+        short = batch_size - len(pixels) if self.encoder.device == "cuda" else 0
+        if short == 0 or len(pixels) == 0:
+            return self.encoder.embed(pixels)
+        padding = np.zeros((short, *pixels.shape[1:]), np.uint8)
+        return self.encoder.embed(np.concatenate([pixels, padding]))[: len(pixels)]
 
     def _commit(self, part: _Part) -> None:
         for reject in part.rejects:

@@ -127,7 +127,8 @@ def _providers(device: Literal["cpu", "cuda"]) -> list[str | tuple[str, dict[str
     if device == "cpu":
         return [PROVIDERS["cpu"]]
     # HEURISTIC: an exhaustive search for every new shape costs more than it gains here.
-    cuda = (PROVIDERS["cuda"], {"cudnn_conv_algo_search": "HEURISTIC"})
+    # No TF32: a model that says fp32 computes in it, as on the CPU where the gate ran.
+    cuda = (PROVIDERS["cuda"], {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
     return [cuda, PROVIDERS["cpu"]]
 
 

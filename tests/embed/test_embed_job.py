@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny_run import draw_images, make_bundle, make_run
+from tiny_run import draw_images, make_run, shared_home
 
 from btpipe.embed.job import embed
 from btpipe.errors import BudgetError, IntegrityError, RefusedError, Stopped, UsageError
@@ -32,15 +32,15 @@ BATCH = 5  # does not divide a part: batches lie across the borders of parts
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
+    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.fixture(scope="session")
-def other_bundle(bundle: Path) -> Path:
+def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of another seed."""
-    home = bundle.parent.parent
-    run = make_run(home / "runs" / "other", home / "images", seed=9)
-    return export_run(run, home / "exports" / "other", ignore)
+    folder = tmp_path_factory.mktemp("other")
+    run = make_run(folder / "run", shared_home(tmp_path_factory) / "images", seed=9)
+    return export_run(run, folder / "bundle", ignore)
 
 
 @pytest.fixture

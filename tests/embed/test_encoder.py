@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny_run import draw_images, make_bundle
+from tiny_run import draw_images, shared_home
 
 import btpipe
 from btpipe.embed.encoder import load
@@ -18,7 +18,7 @@ from btpipe.events import ignore
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"))
+    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 def test_files_give_the_vectors_of_an_embedding_job(bundle: Path, tmp_path: Path) -> None:
