@@ -97,7 +97,7 @@ def embed(
     from btpipe.export import contract
 
     model = model or contract.newest_bundle()
-    budget = 0 if strict else job.parse_budget(max_bad)
+    budget = 0 if strict else _budget(max_bad)
     with progress.show("json" if as_json else "auto") as report:
         job.embed(
             source,
@@ -171,3 +171,20 @@ def recipe_list() -> None:
 
     for path in recipes.shipped():
         typer.echo(path.name)
+
+
+def _budget(text: str) -> float | None:
+    """`--max-bad`: "" is no bound, "10" a count, "0.01" or "1%" a share of the inputs."""
+    from btpipe.errors import UsageError
+
+    if not text:
+        return None
+    if text.isdecimal():
+        return int(text)
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UsageError(f"--max-bad {text}", expected="a count (10) or a share (0.01, or 1%)")
+    return share

@@ -116,8 +116,8 @@ def log(folder: Path, report: Report) -> Iterator[Report]:
 class Quarantine:
     """quarantine.csv: the images of the index that could not be decoded, each with its reason."""
 
-    def __init__(self, folder: Path, index: data_index.Index, *, writes: bool) -> None:
-        self._folder, self._index, self._writes = folder, index, writes
+    def __init__(self, folder: Path, index: data_index.Index) -> None:
+        self._folder, self._index = folder, index
 
     def known(self) -> dict[int, str]:
         """Row of the index to reason, for what was found so far."""
@@ -126,9 +126,14 @@ class Quarantine:
         return {row: reasons[path] for row, path in enumerate(paths) if path in reasons}
 
     def update(self, found: Mapping[int, str]) -> None:
-        """Writes what this rank found beside what the file already names."""
-        if not self._writes or not found:
+        """Adds what this rank found to what the file already names; one rank at a time."""
+        if not found:
             return
+        with (self._folder / RECIPE).open() as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            self._add(found)
+
+    def _add(self, found: Mapping[int, str]) -> None:
         rows = _read_quarantine(self._folder)
         listed = {path for path, _, _ in rows}
         paths = self._index.table.column("path")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from btpipe import artifact, events, progress, runtime
 from btpipe.data.index import open_index
+from btpipe.errors import RecipeError
 from btpipe.pretrain import checkpoint, folder, train
 from btpipe.recipe import Recipe
 
@@ -20,12 +21,13 @@ def pretrain(run: Path, recipe: Recipe, *, devices: str, mode: progress.Mode) ->
     if runtime.under_torchrun():
         _one_of_many(run, recipe, mode, prepares=True)
         return
+    count = runtime.devices(devices)
+    _require_divisible(recipe, count)
     with progress.show(mode) as report:
         folder.prepare(run, recipe, report)
         if _is_finished(run, recipe):
             report(events.Note(f"nothing to do: {run} is trained to its last step"))
             return
-    count = runtime.devices(devices)
     with folder.lock(run):
         if count == 1:
             _one_of_many(run, recipe, mode, prepares=False)
@@ -42,10 +44,17 @@ def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode, prepares: bool 
             return
         with progress.show(mode) as report:
             if prepares:
+                _require_divisible(recipe, here.world_size)
                 folder.prepare(run, recipe, report)
             runtime.barrier()
             with folder.log(run, report) as logged:
                 train.fit(run, recipe, here, logged)
+
+
+def _require_divisible(recipe: Recipe, count: int) -> None:
+    if recipe.data.batch_size % count:
+        found = f"data.batch_size = {recipe.data.batch_size} on {count} processes"
+        raise RecipeError(found, expected="a batch that divides among them")
 
 
 def _is_finished(run: Path, recipe: Recipe) -> bool:

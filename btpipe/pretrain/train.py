@@ -11,7 +11,7 @@ import torch
 from btpipe import events, runtime
 from btpipe.data.index import Index, open_index
 from btpipe.data.loader import Batch, TrainingLoader
-from btpipe.errors import NumericsError, RecipeError, Stopped
+from btpipe.errors import NumericsError, Stopped
 from btpipe.events import Report
 from btpipe.pretrain import checkpoint, loss, network, optim, schedule
 from btpipe.pretrain.folder import Quarantine
@@ -52,13 +52,12 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
         Stopped: a signal came; the state is saved.
         NumericsError: the loss is not finite.
         BudgetError: more images were unreadable than `data.max_bad` allows.
-        RecipeError: the batch does not divide among the ranks.
         IntegrityError: no checkpoint of the run is whole.
     """
     index = open_index(folder / "index.parquet")
     run = _open(folder, recipe, here, report, index)
     _announce(run, len(index))
-    quarantine = Quarantine(folder, index, writes=here.is_first)
+    quarantine = Quarantine(folder, index)
     loader = TrainingLoader(
         index,
         recipe,
@@ -78,11 +77,6 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
 
 def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: Index) -> Run:
     """Network, optimiser and position, as the newest checkpoint left them."""
-    if recipe.data.batch_size % here.world_size:
-        raise RecipeError(
-            f"data.batch_size = {recipe.data.batch_size} on {here.world_size} ranks",
-            expected="a batch that divides among them",
-        )
     precision = runtime.precision(recipe.run.precision, here.device)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     model = network.initialise(recipe).to(here.device, dtype)

@@ -60,7 +60,7 @@ class Comparison:
 def compare(
     run: Path, test: Path, out: Path, report: Report, *, pretrained: Path | None = None, k: int = 20
 ) -> Comparison:
-    """Exports, embeds and judges the run's encoder and its untrained twin; keeps all of it in `out`.
+    """Exports, embeds and judges a run's encoder and its untrained twin; keeps all of it in `out`.
 
     `test`: labelled images (a folder for each class) that the run was not trained on; the training
     images are those of the run's index. `pretrained`: the run's bundle, where there is one already.
@@ -100,7 +100,7 @@ def _judge_pixels(train: Index, test: Index, k: int) -> Accuracy:
     )
 
 
-def _pixels(index: Index) -> tuple[NDArray[np.float32], list[str]]:
+def _pixels(index: Index) -> tuple[NDArray[np.floating], list[str]]:
     """(n, PIXELS * PIXELS * 3) in 0 to 1, and the n class names, of the images that decode."""
     rows = np.arange(len(index), dtype=np.int64)
     geometry = Geometry.for_size(PIXELS)
@@ -108,7 +108,7 @@ def _pixels(index: Index) -> tuple[NDArray[np.float32], list[str]]:
     flat = np.concatenate([b.pixels.reshape(len(b.pixels), -1) for b in batches])
     labels = index.labels
     names = [labels[row] or "" for b in batches for row in b.rows]
-    return flat.astype(np.float32) / 255, names
+    return flat / np.float32(255), names
 
 
 def _without_ends(report: Report) -> Report:
