@@ -35,19 +35,12 @@ class Runtime:
 
     device: torch.device
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
-    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and reports."""
         return self.rank == 0
-
-    @property
-    def cores(self) -> int:
-        """CPU cores this process may use for itself."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
 
 @contextlib.contextmanager
@@ -74,10 +67,7 @@ def start() -> Iterator[Runtime]:
     except (RuntimeError, ValueError) as error:
         raise MachineError(f"the ranks did not find each other: {error}") from error
     try:
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        yield _with_threads(
-            Runtime(device, dist.get_rank(), local_rank, dist.get_world_size(), local_world_size)
-        )
+        yield _with_threads(Runtime(device, dist.get_rank(), dist.get_world_size()))
     finally:
         dist.destroy_process_group()
 
@@ -86,8 +76,14 @@ def _with_threads(runtime: Runtime) -> Runtime:
     """torchrun gives every rank one thread; each gets its share of the cores instead."""
     import torch
 
-    torch.set_num_threads(runtime.cores)
+    torch.set_num_threads(cores())
     return runtime
+
+
+def cores() -> int:
+    """CPU cores that this process may use: its share of those that its machine's ranks may."""
+    alike = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // alike)
 
 
 def under_torchrun() -> bool:
@@ -391,7 +387,7 @@ def environment() -> dict[str, object]:
         "command": sys.argv,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cpu_has_bf16": cpu_has_bf16(),
         "gpus": gpus,

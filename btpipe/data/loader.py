@@ -6,7 +6,6 @@
 import concurrent.futures
 import dataclasses
 import itertools
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
+from btpipe import runtime
 from btpipe.data import order, params, reading, runs, views
 from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index
@@ -73,7 +73,7 @@ class TrainingLoader:
         self._share = size // world_size
         self._first = rank * self._share
         self._sizes = np.stack([index.heights, index.widths], axis=1).astype(np.int64)
-        self._threads = recipe.data.threads or len(os.sched_getaffinity(0))
+        self._threads = recipe.data.threads or runtime.cores()
         self._gpu = None if device.type == "cpu" else device.index or 0
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads + 2, "btpipe-read")
 

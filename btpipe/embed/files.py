@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from btpipe import runtime
 from btpipe.data import header
 from btpipe.data.index import SCHEMA, Index, readable
 from btpipe.data.loader import evaluation_batches
@@ -30,7 +31,7 @@ def pixels(paths: Sequence[Path], geometry: Geometry) -> Iterator[NDArray[np.uin
         np.arange(len(paths)),
         geometry,
         batch_size=BATCH,
-        threads=len(os.sched_getaffinity(0)),
+        threads=runtime.cores(),
     )
     for batch in batches:
         for row, reason in batch.rejected:

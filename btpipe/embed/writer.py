@@ -1,7 +1,6 @@
 """Images through the encoder into committed parts, and the parts into the table."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from btpipe import artifact
+from btpipe import artifact, runtime
 from btpipe.data.index import Index
 from btpipe.data.loader import EvaluationBatch, evaluation_batches
 from btpipe.embed import table, work
@@ -85,7 +84,7 @@ class Writer:
             np.concatenate(rows),
             self.encoder.geometry,
             batch_size=batch_size,
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=threads or runtime.cores(),
             gpu=gpu,
         )
         meter = _Meter(sum(map(len, rows)), self.plan.rows, self.report)

@@ -1,7 +1,6 @@
 """Makes bundles from runs: weights and model written, compared on real images, published."""
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from btpipe import artifact
+from btpipe import artifact, runtime
 from btpipe.data.index import Index, build, open_index
 from btpipe.data.loader import evaluation_batches
 from btpipe.data.views import Geometry
@@ -210,7 +209,7 @@ def _pixels(
     """Up to `count` images, evenly over the index, in the evaluation view: (n, S, S, 3)."""
     rows = np.unique(np.linspace(0, len(index) - 1, count).round().astype(np.int64))
     geometry = Geometry.for_size(preprocessing.size)
-    cores = len(os.sched_getaffinity(0))
+    cores = runtime.cores()
     parts = []
     for batch in evaluation_batches(index, rows, geometry, batch_size=BATCH, threads=cores):
         parts.append(batch.pixels)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from btpipe import runtime
 from btpipe.data import index as images
 from btpipe.data.index import Index
 from btpipe.data.loader import evaluation_batches
@@ -104,7 +105,9 @@ def _pixels(index: Index) -> tuple[NDArray[np.floating], list[str]]:
     """(n, PIXELS * PIXELS * 3) in 0 to 1, and the n class names, of the images that decode."""
     rows = np.arange(len(index), dtype=np.int64)
     geometry = Geometry.for_size(PIXELS)
-    batches = list(evaluation_batches(index, rows, geometry, batch_size=BATCH, threads=0))
+    batches = list(
+        evaluation_batches(index, rows, geometry, batch_size=BATCH, threads=runtime.cores())
+    )
     flat = np.concatenate([b.pixels.reshape(len(b.pixels), -1) for b in batches])
     labels = index.labels
     names = [labels[row] or "" for b in batches for row in b.rows]
