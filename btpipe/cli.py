@@ -96,8 +96,8 @@ def embed(
     from btpipe.embed import job
     from btpipe.export import contract
 
-    model = model or contract.newest_bundle()
     budget = 0 if strict else _budget(max_bad)
+    model = model or contract.newest_bundle()
     with progress.show("json" if as_json else "auto") as report:
         job.embed(
             source,
@@ -114,7 +114,7 @@ def embed(
 def eval_knn(
     vectors: Annotated[Path, typer.Argument(help="Table whose rows are the neighbours.")],
     test: Annotated[Path, typer.Option(help="Table whose rows are judged.")],
-    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
+    k: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="Neighbours that vote.")] = 20,
     as_json: Json = False,
 ) -> None:
     """Judge vectors by how many test images their nearest neighbours name rightly."""
@@ -130,7 +130,7 @@ def compare(
     test: Annotated[Path, typer.Option(help="Labelled images that the run has not seen.")],
     run: Annotated[Path | None, typer.Argument(help="Run folder; the newest one if none.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to keep; RUN/compare.")] = None,
-    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
+    k: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="Neighbours that vote.")] = 20,
     as_json: Json = False,
 ) -> None:
     """Judge a run's encoder against its untrained twin and raw pixels, on labelled images."""

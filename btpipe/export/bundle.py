@@ -79,7 +79,8 @@ def export_run(
     pixels = _gate_pixels(source.index, images, preprocessing, report)
     gate = publish(encoder, source, preprocessing, pixels=pixels, out=out, origin=origin)
     seconds = time.monotonic() - started
-    report(Finished("export", f"{out}\n{gate.table()}", seconds))
+    report(gate.tabled())
+    report(Finished("export", f"{out}: {preprocessing.size} pixels in, published", seconds))
     return out
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from btpipe import neighbours
 from btpipe.errors import NumericsError
+from btpipe.events import Tabled
 from btpipe.export.contract import Preprocessing
 from btpipe.export.onnx import Normalized
 from btpipe.export.session import Session
@@ -60,9 +61,9 @@ class Gate:
         """The gate as a JSON value, for a manifest."""
         return {**dataclasses.asdict(self), "batch_sizes": list(BATCHES)}
 
-    def table(self) -> str:
-        """The gate as a Markdown table, for people."""
-        rows = [
+    def tabled(self) -> Tabled:
+        """The gate as a table for people."""
+        rows = (
             ("mean cosine", f"{self.mean_cosine:.7f}", f"at least {self.thresholds.cosine}"),
             ("least cosine", f"{self.min_cosine:.7f}", ""),
             ("largest absolute difference", f"{self.max_difference:.2e}", ""),
@@ -71,9 +72,15 @@ class Gate:
                 f"{self.agreement:.4f}",
                 f"at least {self.thresholds.agreement}",
             ),
-        ]
-        lines = [f"| {self.images} images, {self.provider} | found | wanted |", "|---|---|---|"]
-        return "\n".join([*lines, *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
+        )
+        columns = (f"{self.images} images, {self.provider}", "found", "wanted")
+        return Tabled("torch against onnxruntime", columns, rows)
+
+    def table(self) -> str:
+        """The gate in Markdown."""
+        tabled = self.tabled()
+        lines = (tabled.columns, ("---",) * len(tabled.columns), *tabled.rows)
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def compare(
