@@ -1,23 +1,12 @@
-"""Recipes: TOML into typed, frozen values. Every default of btpipe stands here and nowhere else.
+"""The tables of a recipe: typed, frozen, closed. Every default of btpipe stands here."""
 
-A recipe may name a base with `extends = "other.toml"`; tables are merged, arrays are replaced.
-`--set table.key=value` comes last. An unknown key is refused with its file, its path and the
-nearest valid key; nothing is created before the whole recipe is valid.
-"""
-
-import dataclasses
-import difflib
 import json
-import tomllib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from btpipe.artifact import json_digest
-from btpipe.errors import RecipeError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -204,7 +193,7 @@ class Recipe(Table):
 
     def decisive(self) -> dict[str, object]:
         """Key path to value for every key that changes what is computed."""
-        flat = dict(_flatten(self.model_dump(mode="json")))
+        flat = dict(flatten(self.model_dump(mode="json")))
         return {key: value for key, value in flat.items() if key not in BOOKKEEPING}
 
     def to_toml(self) -> str:
@@ -224,104 +213,7 @@ BOOKKEEPING = frozenset(
 """Keys that may change between two starts of one run: none of them reaches the weights."""
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the TOML file `path`, on top of what it extends, with overrides last.
-
-    Where `path` does not exist, a recipe of that file name that ships with btpipe is taken.
-
-    Raises:
-        RecipeError: no such file, not TOML, an unknown key, a value of the wrong type or range.
-    """
-    layers = [*_chain(find(path)), *(_override(text) for text in overrides)]
-    sources: dict[str, str] = {}
-    merged: dict[str, object] = {}
-    for layer in layers:
-        sources.update({key: layer.source for key, _ in _flatten(layer.content)})
-        merged = _merge(merged, layer.content)
-    # JSON mode reads TOML's arrays as tuples and stays strict about everything else.
-    try:
-        return Recipe.model_validate_json(json.dumps(merged))
-    except ValidationError as error:
-        raise _explain(error.errors()[0], sources, layers[-1].source, len(error.errors())) from None
-    except ValueError as error:
-        raise RecipeError(f"{error}", where=path) from error
-
-
-def shipped() -> list[Path]:
-    """The recipes that come with btpipe, by name."""
-    inside = Path(__file__).parent / "recipes"  # in a wheel
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-    return sorted(folder.glob("*.toml"))
-
-
-def find(path: Path) -> Path:
-    """`path` if it is a file, else the shipped recipe of that name (`imagenet` or `imagenet.toml`).
-
-    Raises:
-        RecipeError: neither exists; the nearest shipped name is suggested.
-    """
-    if path.is_file():
-        return path
-    known = {recipe.stem: recipe for recipe in shipped()}
-    here = path.parent in (Path(), Path("recipes"))
-    if here and path.suffix in ("", ".toml") and path.stem in known:
-        return known[path.stem]
-    near = difflib.get_close_matches(path.stem, known, n=1)
-    hint = f"did you mean {near[0]}.toml? " if near else ""
-    raise RecipeError("no such recipe", where=path, fix=f"{hint}shipped: {', '.join(known)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
-    source: str
-    content: dict[str, object]
-
-
-def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[_Layer]:
-    """The file and what it extends, base first."""
-    if path.resolve() in seen:
-        raise RecipeError("extends itself", where=path, fix="break the circle of `extends`")
-    try:
-        content = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", where=path) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read: {error}", where=path) from error
-    base = content.pop("extends", None)
-    if base is None:
-        return [_Layer(str(path), content)]
-    if not isinstance(base, str):
-        raise RecipeError(f"extends = {base!r}", where=path, expected="the name of a TOML file")
-    beside = path.parent / base
-    parent = beside if beside.is_file() else find(Path(base))
-    return [*_chain(parent, (*seen, path.resolve())), _Layer(str(path), content)]
-
-
-def _override(text: str) -> _Layer:
-    """`table.key=value` as a layer; the value is TOML, or else a string."""
-    key, equals, value = text.partition("=")
-    source = f"--set {text}"
-    if not equals or not key.strip():
-        raise RecipeError("not an assignment", where=source, expected="--set table.key=value")
-    try:
-        return _Layer(source, tomllib.loads(f"{key} = {value}"))
-    except tomllib.TOMLDecodeError:
-        try:
-            return _Layer(source, tomllib.loads(f"{key} = {json.dumps(value)}"))
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"not an assignment: {error}", where=source) from error
-
-
-def _merge(base: dict[str, object], top: dict[str, object]) -> dict[str, object]:
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
-def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """(key path, leaf) for every leaf; entries of an array of tables are numbered."""
     if isinstance(value, dict):
         children = [(str(key), child) for key, child in value.items()]
@@ -331,48 +223,7 @@ def _flatten(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
         yield prefix, value
         return
     for key, child in children:
-        yield from _flatten(child, f"{prefix}.{key}" if prefix else key)
-
-
-def _explain(
-    error: ErrorDetails, sources: dict[str, str], fallback: str, count: int
-) -> RecipeError:
-    """One validation error as: file, key path, what was found and expected, the nearest key."""
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    source = next((s for k, s in sources.items() if k == key or k.startswith(f"{key}.")), fallback)
-    more = f" (and {count - 1} more)" if count > 1 else ""
-    if error["type"] == "extra_forbidden":
-        valid = _keys_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1) or _elsewhere(location[-1])
-        prefix = ".".join(location[:-1])
-        fix = (
-            f"did you mean {f'{prefix}.' if prefix and near[0] in valid else ''}{near[0]}?"
-            if near
-            else ""
-        )
-        known = f"one of {', '.join(valid)}" if valid else ""
-        return RecipeError(f"unknown key {key}{more}", where=source, expected=known, fix=fix)
-    message = error["msg"].removeprefix("Value error, ")
-    if not key:
-        return RecipeError(f"{message}{more}", where=fallback)
-    return RecipeError(f"{key} = {error['input']!r}{more}", where=source, expected=message)
-
-
-def _keys_at(location: list[str]) -> list[str]:
-    """The valid keys of the table at this path."""
-    keys = [key for key in _valid_paths() if key.split(".")[: len(location)] == location]
-    return list(dict.fromkeys(key.split(".")[len(location)] for key in keys))
-
-
-def _elsewhere(name: str) -> list[str]:
-    """Full paths whose last part is `name`, or close to it."""
-    last = {path.split(".")[-1]: path for path in _valid_paths()}
-    return [last[near] for near in difflib.get_close_matches(name, last, n=1)]
-
-
-def _valid_paths() -> list[str]:
-    return [path for path, _ in _flatten(Recipe().model_dump(mode="json"))]
+        yield from flatten(child, f"{prefix}.{key}" if prefix else key)
 
 
 def _toml_lines(table: dict[str, object], prefix: str) -> Iterator[str]:

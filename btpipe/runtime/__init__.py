@@ -1,0 +1,51 @@
+"""The machine a process runs on: devices, ranks, collectives, precision, stop signals.
+
+The only user of `torch.distributed` and of the environment. Model code is single-process code.
+Torch is imported when something needs it, so that the command line starts without it.
+"""
+
+from btpipe.runtime.collectives import (
+    Agreement,
+    all_reduce_sum,
+    barrier,
+    gather,
+    gather_rows,
+    rank,
+    sum_gradients,
+    world_size,
+)
+from btpipe.runtime.launcher import launch
+from btpipe.runtime.machine import (
+    Precision,
+    Runtime,
+    cores,
+    cpu_has_bf16,
+    devices,
+    environment,
+    precision,
+    start,
+    under_torchrun,
+)
+from btpipe.runtime.signals import StopSignals
+
+__all__ = [
+    "Agreement",
+    "Precision",
+    "Runtime",
+    "StopSignals",
+    "all_reduce_sum",
+    "barrier",
+    "cores",
+    "cpu_has_bf16",
+    "devices",
+    "environment",
+    "gather",
+    "gather_rows",
+    "launch",
+    "precision",
+    "rank",
+    "start",
+    "sum_gradients",
+    "under_torchrun",
+    "world_size",
+]

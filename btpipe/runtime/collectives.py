@@ -1,0 +1,169 @@
+"""What ranks do together. A collective is the identity when a process is alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+GRADIENT_BUCKET_BYTES = 64 * 2**20
+
+
+@functools.cache
+def _define_operators() -> None:
+    """Collectives as operators with a fake and a backward, whole in a compiled graph.
+
+    The convention of the backward: the loss is one, over all ranks; every rank holds the gradient
+    of its own rows, and what a rank contributed to others comes back as a sum over ranks.
+    """
+    import torch
+    import torch.distributed as dist
+
+    @torch.library.custom_op(
+        "btpipe::all_reduce_sum", mutates_args=(), schema="(Tensor x) -> Tensor"
+    )
+    def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @all_reduce_sum.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def all_reduce_backward(_: object, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(gradient)  # type: ignore[no-any-return]
+
+    all_reduce_sum.register_autograd(all_reduce_backward)
+
+    @torch.library.custom_op("btpipe::gather", mutates_args=(), schema="(Tensor x) -> Tensor")
+    def gather(x: torch.Tensor) -> torch.Tensor:
+        rows = x.new_empty((dist.get_world_size(), *x.shape))
+        dist.all_gather(list(rows.unbind()), x.contiguous())
+        return rows
+
+    @gather.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty((dist.get_world_size(), *x.shape))
+
+    def gather_backward(_: object, gradient: torch.Tensor) -> torch.Tensor:
+        return all_reduce_sum(gradient)[dist.get_rank()].clone()  # type: ignore[no-any-return]
+
+    gather.register_autograd(gather_backward)
+
+
+def world_size() -> int:
+    """Ranks in this process's group; 1 when it is alone."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's place in its group; 0 when it is alone."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, differentiable: (...) -> (...)."""
+    if world_size() == 1:
+        return x
+    import torch
+
+    _define_operators()
+    return torch.ops.btpipe.all_reduce_sum(x)  # type: ignore[no-any-return]
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """Every rank's tensor, in rank order, differentiable: (...) -> (world_size, ...)."""
+    if world_size() == 1:
+        return x[None]
+    import torch
+
+    _define_operators()
+    return torch.ops.btpipe.gather(x)  # type: ignore[no-any-return]
+
+
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """Every rank's rows, in rank order: (n, ...) -> (world_size * n, ...)."""
+    return gather(x).flatten(0, 1)
+
+
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Replaces every `.grad` by its sum over ranks, in buckets that are under way together."""
+    if world_size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    under_way = []
+    for bucket in _buckets(gradients):
+        flat = torch.cat([_memory_order(gradient) for gradient in bucket])
+        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in under_way:
+        assert work is not None
+        work.wait()
+        parts = torch.split(flat, [gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
+            _memory_order(gradient).copy_(part)
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(t.numel() * t.element_size() for t in bucket) >= GRADIENT_BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+def _memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """A flat view of a dense tensor in the order of its memory (channels_last needs no copy)."""
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if world_size() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+class Agreement:
+    """Small requests (stop, save) on which all ranks act at the same step.
+
+    Each step starts a reduction of this rank's requests and reads the one of the step before, so
+    that nobody waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[torch.Tensor, torch.distributed.Work | None] | None = None
+
+    def exchange(self, requests: Sequence[bool]) -> list[bool]:
+        """Hands in this step's requests; returns what any rank asked for one step earlier.
+
+        Alone, the answer is this step's.
+        """
+        if world_size() == 1:
+            return list(requests)
+        import torch
+        import torch.distributed as dist
+
+        before, self._pending = self._pending, None
+        flags = torch.tensor([int(request) for request in requests], dtype=torch.int32)
+        self._pending = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True)
+        if before is None:
+            return [False] * len(requests)
+        agreed, work = before
+        assert work is not None
+        work.wait()
+        return [bool(flag) for flag in agreed.tolist()]
