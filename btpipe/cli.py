@@ -7,7 +7,6 @@ import typer
 
 app = typer.Typer(
     name="btpipe",
-    help="From a folder of unlabelled images to your own encoder and a table of vectors.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,6 +22,27 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set optim.epochs=300"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from btpipe import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def btpipe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    """From a folder of unlabelled images to your own encoder and a table of vectors."""
+    del version
 
 
 @app.command()

@@ -1,26 +1,22 @@
 """Several processes on one machine, through torchrun's machinery."""
 
-import dataclasses
+import json
+import os
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
 from btpipe.errors import BtpipeError, MachineError, Stopped
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a rank ended: None, or the error it raised, in words that cross a process border."""
-
-    error: str | None = None
-    exit_code: int = 0
-
-
 def launch(count: int, entry: Callable[..., None], arguments: Sequence[object]) -> None:
-    """Runs `entry(*arguments)` in `count` processes on this machine, through torchrun's machinery.
+    """Runs `entry(*arguments)` in `count` processes on this machine.
 
     Raises:
-        BtpipeError: the error of the first rank that failed, with its exit code.
-        Stopped: a signal arrived; the ranks were told and had saved their state.
+        BtpipeError: the error of the rank that failed first, with its exit code.
+        Stopped: a signal arrived and was passed on to the ranks, which save their state.
         MachineError: a rank was lost.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -38,31 +34,43 @@ def launch(count: int, entry: Callable[..., None], arguments: Sequence[object]) 
         monitor_interval=0.2,
         start_method="spawn",
     )
-    try:
-        outcomes = elastic_launch(config, _rank)(entry, *arguments)
-    except SignalException as error:
-        raise Stopped(f"stopped by {error.sigval.name}; run the same command to go on") from error
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise MachineError(
-            f"rank {rank} was lost (exit code {failure.exitcode})",
-            fix="run the same command again: it goes on from the last checkpoint",
-        ) from error
-    for outcome in outcomes.values():
-        if outcome.error is not None:
-            _raise(outcome)
+    with tempfile.TemporaryDirectory(prefix="btpipe-ranks-") as folder:
+        notes = Path(folder)
+        try:
+            elastic_launch(config, _rank)(notes, entry, *arguments)
+        except SignalException as error:
+            fix = "run the same command to go on"
+            raise Stopped(f"stopped by {error.sigval.name}", fix=fix) from error
+        except ChildFailedError as error:
+            _raise_first(notes)
+            rank, failure = error.get_first_failure()
+            raise MachineError(
+                f"rank {rank} was lost (exit code {failure.exitcode})",
+                fix="run the same command again: it goes on from the last checkpoint",
+            ) from error
+        _raise_first(notes)
 
 
-def _rank(entry: Callable[..., None], *arguments: object) -> Outcome:
+def _rank(notes: Path, entry: Callable[..., None], *arguments: object) -> None:
+    """Notes this rank's own error: the others fail after it, for want of a partner."""
     try:
         entry(*arguments)
     except BtpipeError as error:
-        return Outcome(str(error), error.exit_code)
-    return Outcome()
+        note = {"error": str(error), "exit_code": error.exit_code}
+        path = notes / f"rank-{os.getpid()}.tmp"
+        path.write_text(json.dumps(note))
+        path.rename(path.with_suffix(".json"))
 
 
-def _raise(outcome: Outcome) -> None:
-    stopped = outcome.exit_code == Stopped.exit_code
-    error = (Stopped if stopped else BtpipeError)(outcome.error or "")
-    error.exit_code = outcome.exit_code
+def _raise_first(notes: Path) -> None:
+    """Raises what the first rank to fail noted, if any did."""
+    found = sorted(notes.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    if found:
+        note = json.loads(found[0].read_text())
+        _raise(note["error"], note["exit_code"])
+
+
+def _raise(message: str, exit_code: int) -> NoReturn:
+    error = (Stopped if exit_code == Stopped.exit_code else BtpipeError)(message)
+    error.exit_code = exit_code
     raise error

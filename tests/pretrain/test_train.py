@@ -15,7 +15,14 @@ from tiny_run import draw_images
 
 from btpipe import artifact
 from btpipe import recipe as recipes
-from btpipe.errors import BudgetError, NumericsError, RecipeError, RefusedError, UsageError
+from btpipe.errors import (
+    BtpipeError,
+    BudgetError,
+    NumericsError,
+    RecipeError,
+    RefusedError,
+    UsageError,
+)
 from btpipe.pretrain import launch
 
 RECIPE = """
@@ -232,5 +239,12 @@ def test_unreadable_images_are_replaced_and_named(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, epochs=2)
     run = pretrain(recipe, folder, "data.max_bad=0.1")
     assert paths[7].name in (run / "quarantine.csv").read_text()
+    two = pretrain(recipe, folder, "data.max_bad=0.1", name="two", devices="2")
+    assert paths[7].name in (two / "quarantine.csv").read_text()
+    assert curve(two) == pytest.approx(curve(run), rel=SINGLE_CURVE)
     with pytest.raises(BudgetError):
         pretrain(recipe, folder, "data.max_bad=0", name="strict")
+    # One of two ranks meets the file: its error is told, not that the other one lost it.
+    with pytest.raises(BtpipeError, match=r"data\.max_bad") as failed:
+        pretrain(recipe, folder, "data.max_bad=0", name="strict-two", devices="2")
+    assert failed.value.exit_code == BudgetError.exit_code
