@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
@@ -52,7 +53,10 @@ def launch(count: int, entry: Callable[..., None], arguments: Sequence[object]) 
 
 
 def _rank(notes: Path, entry: Callable[..., None], *arguments: object) -> None:
-    """Notes this rank's own error: the others fail after it, for want of a partner."""
+    """Notes this rank's own error and ends with its code: the others are ended after it.
+
+    Ends, instead of returning: a rank that returns waits for the launcher, which may wait for it.
+    """
     try:
         entry(*arguments)
     except BtpipeError as error:
@@ -60,6 +64,7 @@ def _rank(notes: Path, entry: Callable[..., None], *arguments: object) -> None:
         path = notes / f"rank-{os.getpid()}.tmp"
         path.write_text(json.dumps(note))
         path.rename(path.with_suffix(".json"))
+        sys.exit(error.exit_code)
 
 
 def _raise_first(notes: Path) -> None:
