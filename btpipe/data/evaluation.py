@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
-from btpipe.data import reading, runs, views
+from btpipe.data import decoding, reading, runs, views
 from btpipe.data.index import Index
 
 
@@ -39,8 +39,11 @@ def evaluation_batches(
 
     def read(row: int) -> reading.Content:
         content = reading.read_file(index, row)
-        digests[row] = "" if isinstance(content, str) else hashlib.sha256(content.data).hexdigest()
-        return content
+        if isinstance(content, str):
+            digests[row] = ""
+            return content
+        digests[row] = hashlib.sha256(content.data).hexdigest()
+        return content if gpu is not None else decoding.decode(content, None)
 
     def fit(load: runs.Load, sizes: NDArray[np.int64]) -> runs.Load:
         inputs = views.evaluation_inputs(geometry, sizes)

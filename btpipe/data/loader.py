@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
 from btpipe import runtime
-from btpipe.data import order, params, reading, runs, views
+from btpipe.data import decoding, order, params, reading, runs, views
 from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index
 from btpipe.errors import BudgetError, UsageError
@@ -156,7 +156,10 @@ class TrainingLoader:
         return next(candidate for candidate in candidates if candidate not in self.quarantine)
 
     def _read(self, row: int) -> reading.Content:
-        return reading.read_file(self.index, row)
+        content = reading.read_file(self.index, row)
+        if isinstance(content, str) or self._gpu is not None:
+            return content
+        return decoding.decode(content, None)
 
     def _drawn(self, load: runs.Load) -> runs.Load:
         epoch, seed = self._epoch(load.number), self.recipe.seed

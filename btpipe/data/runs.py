@@ -1,14 +1,14 @@
-"""Loads of files through a DALI graph, one after the other, whatever a file does to the graph.
+"""Loads of images through a DALI graph, one after the other, whatever a file does to the graph.
 
-DALI raises on a bad file, names none, and promises nothing about the pipeline afterwards. So every
-load in flight is kept until its output is out; after an error the pipeline is built anew, the
-culprits are found one by one with the same decoder, the load is mended, and all go in again.
+On a CPU the graph takes decoded images, so that no file can harm it (see `decoding`). On a GPU it
+decodes: DALI raises on a bad file, names none, and promises nothing about the pipeline afterwards.
+So every load in flight is kept until its output is out; after an error the pipeline is built anew,
+the culprits are found one by one with the same decoder, the load is mended, and all go in again.
 """
 
 import collections
 import dataclasses
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
 
-from btpipe.data import header, views
+from btpipe.data import decoding, views
 from btpipe.errors import MachineError
 
 RUNS_AHEAD = 2
@@ -30,7 +30,9 @@ Output = TensorListCPU | TensorListGPU
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """The images of one run: index rows, encoded bytes, sizes they were drawn for, graph inputs.
+    """The images of one run: index rows, files, sizes they were drawn for, graph inputs.
+
+    `files` are encoded bytes for a GPU, decoded images (height, width, 3) for a CPU.
 
     sizes (n, 2) are upright [height, width]. `number` tells the loads of one job apart.
     """
@@ -85,7 +87,8 @@ def run(
                 fed += 1
             *outputs, serials, shapes = pipeline.outputs()
         except RuntimeError as error:
-            mended = _mended(flying, mend, pool, gpu)
+            # On a CPU every file is decoded by then: no file is to blame.
+            mended = gpu is not None and _mended(flying, mend, pool, gpu)
             fruitless = 0 if mended else fruitless + 1
             if fruitless >= _FRUITLESS_REBUILDS:
                 fix = "try fewer threads or a smaller batch; the files themselves decode"
@@ -112,42 +115,22 @@ def last_words(error: Exception) -> str:
 def _feed(pipeline: Pipeline, load: Load) -> None:
     """Starts a run; an empty load starts none."""
     if len(load.rows):
-        pipeline.feed_input("encoded", load.files)
+        pipeline.feed_input("image", load.files)
         pipeline.feed_input("serial", load.serials)
         for name, values in load.inputs.items():
             pipeline.feed_input(name, values)
         pipeline.schedule_run()
 
 
-def _mended(flying: collections.deque[Load], mend: Mend, pool: Executor, gpu: int | None) -> bool:
+def _mended(flying: collections.deque[Load], mend: Mend, pool: Executor, gpu: int) -> bool:
     """Mends the first load in flight that has bad files; False where none has."""
     for i, load in enumerate(flying):
-        reasons = list(pool.map(lambda file: decode_alone(file, gpu), load.files))
-        bad = {position: reason for position, reason in enumerate(reasons) if reason}
+        contents = list(pool.map(lambda file: decoding.decode(file, gpu), load.files))
+        bad = {position: c for position, c in enumerate(contents) if isinstance(c, str)}
         if bad:
             flying[i] = mend(load, bad)
             return True
     return False
-
-
-_alone = threading.local()
-
-
-def decode_alone(file: NDArray[np.uint8], gpu: int | None) -> str | None:
-    """Why DALI does not decode this file; None when it does. Each thread keeps a decoder."""
-    if not len(file):
-        return "empty file"
-    decoders: dict[int | None, Pipeline] = _alone.__dict__.setdefault("decoders", {})
-    pipeline = decoders.pop(gpu, None) or views.decoding_pipeline(gpu=gpu)
-    try:
-        pipeline.feed_input("encoded", [file])
-        pipeline.feed_input("serial", np.zeros((1, 1), dtype=np.int64))
-        pipeline.schedule_run()
-        pipeline.outputs()
-    except RuntimeError:
-        return header.damage(file.tobytes())
-    decoders[gpu] = pipeline
-    return None
 
 
 def copied(output: Output) -> NDArray[np.uint8]:

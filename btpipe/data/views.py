@@ -46,7 +46,7 @@ def training_pipeline(
     """Outputs: view 1 and 2 (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
 
     def graph() -> tuple[DataNode, ...]:
-        image, shape = _decoded(gpu)
+        image, shape = _image(gpu)
         outputs = [_training_view(image, views[i], f"{i}.", size) for i in range(2)]
         return (*outputs, _input("serial", 1, types.INT64), shape)
 
@@ -82,7 +82,7 @@ def evaluation_pipeline(
     """Outputs: pixels (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
 
     def graph() -> tuple[DataNode, ...]:
-        image, shape = _decoded(gpu)
+        image, shape = _image(gpu)
         pixels = _resized(image, "", geometry.size, types.INTERP_LINEAR)
         return pixels, _input("serial", 1, types.INT64), shape
 
@@ -103,11 +103,10 @@ def evaluation_inputs(geometry: Geometry, sizes: NDArray[np.int64]) -> Inputs:
 
 
 def decoding_pipeline(*, gpu: int | None) -> Pipeline:
-    """Decodes one file and gives its shape: what it raises on is what the others raise on."""
+    """Decodes one file: what it raises on is what the other graphs raise on, on a GPU."""
 
     def graph() -> tuple[DataNode, ...]:
-        image, shape = _decoded(gpu)
-        return image, _input("serial", 1, types.INT64), shape
+        return (_decoded("encoded", gpu),)
 
     return _defined(graph, 1, 1, gpu)
 
@@ -135,15 +134,23 @@ def _input(name: str, dimensions: int, dtype: types.DALIDataType) -> DataNode:
     return fn.external_source(name=name, ndim=dimensions, dtype=dtype)
 
 
-def _decoded(gpu: int | None) -> tuple[DataNode, DataNode]:
-    image = fn.decoders.image(
-        _input("encoded", 1, types.UINT8),
+def _image(gpu: int | None) -> tuple[DataNode, DataNode]:
+    """The image and its shape: decoded on a GPU, taken as decoded on a CPU (see `decoding`)."""
+    if gpu is None:
+        image = fn.external_source(name="image", ndim=3, dtype=types.UINT8, layout="HWC")
+    else:
+        image = _decoded("image", gpu)
+    return image, image.shape(dtype=types.INT64)
+
+
+def _decoded(name: str, gpu: int | None) -> DataNode:
+    return fn.decoders.image(
+        _input(name, 1, types.UINT8),
         device="cpu" if gpu is None else "mixed",
         output_type=types.RGB,
         adjust_orientation=True,
         jpeg_fancy_upsampling=True,  # as libjpeg, on "mixed" as on "cpu"
     )
-    return image, image.shape(dtype=types.INT64)
 
 
 def _resized(

@@ -341,3 +341,25 @@ def test_evaluation_is_imported_without_torch() -> None:
     code = "import sys, btpipe.data.loader, btpipe.data.index; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_batches_of_many_formats_with_several_bad_files_lose_those_alone(tmp_path: Path) -> None:
+    """Mixed batches with failures ended the process when DALI decoded them as batches."""
+    random = np.random.default_rng(0)
+    for i in range(72):
+        picture = Image.fromarray(random.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8))
+        kind = ("jpg", "png", "bmp")[i % 3]
+        path = tmp_path / f"{i:02d}.{kind}"
+        picture.save(path)
+        if i % 8 == 0:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    found, refused = index.build(tmp_path)
+    listed, geometry = np.arange(len(found), dtype=np.int64), Geometry.for_size(32)
+    seen: dict[int, bytes] = {}
+    for seed in range(4):
+        rows, good, bad = np.random.default_rng(seed).permutation(listed), 0, 0
+        for batch in evaluation_batches(found, rows, geometry, batch_size=32, threads=2):
+            good, bad = good + len(batch.rows), bad + len(batch.rejected)
+            for row, pixels in zip(batch.rows.tolist(), batch.pixels, strict=True):
+                assert seen.setdefault(row, pixels.tobytes()) == pixels.tobytes()
+        assert (good, bad + len(refused)) == (63, 9)

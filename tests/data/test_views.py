@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import InterpolationMode, functional
 
 from btpipe import recipe
-from btpipe.data import params, views
+from btpipe.data import decoding, params, views
 
 SIZE = 96
 # Mean differences from Pillow in grey levels (0 to 255), measured on photographs and rounded up.
@@ -65,6 +65,12 @@ def whole(image: Image.Image) -> params.Draws:
     )
 
 
+def decoded(file: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    pixels = decoding.decode(file, None)
+    assert not isinstance(pixels, str), pixels
+    return pixels
+
+
 def drawn(image: Image.Image, draws: params.Draws, kind: str = "PNG") -> NDArray[np.int64]:
     """View 1 of `training_pipeline` for these draws."""
     always = recipe.View(
@@ -72,7 +78,7 @@ def drawn(image: Image.Image, draws: params.Draws, kind: str = "PNG") -> NDArray
     )
     pipeline = views.training_pipeline((always, always), SIZE, batch_size=1, threads=1, gpu=None)
     sizes = np.array([[image.height, image.width]])
-    pipeline.feed_input("encoded", [encoded(image, kind)])
+    pipeline.feed_input("image", [decoded(encoded(image, kind))])
     pipeline.feed_input("serial", np.zeros((1, 1), np.int64))
     for name, values in views.training_inputs((draws, whole(image)), sizes).items():
         pipeline.feed_input(name, values)
@@ -234,7 +240,7 @@ def test_the_evaluation_view_is_torchvisions_resize_and_centre_crop(size: int) -
     geometry = views.Geometry.for_size(size)
     images = [photograph(*shape, seed) for seed, shape in enumerate(SIZES)]
     pipeline = views.evaluation_pipeline(geometry, batch_size=len(SIZES), threads=1, gpu=None)
-    pipeline.feed_input("encoded", [encoded(image) for image in images])
+    pipeline.feed_input("image", [decoded(encoded(image)) for image in images])
     pipeline.feed_input("serial", np.arange(len(SIZES), dtype=np.int64)[:, None])
     for name, values in views.evaluation_inputs(geometry, np.array(SIZES)).items():
         pipeline.feed_input(name, values)
