@@ -71,4 +71,5 @@ Try next, on your own images:
   btpipe pretrain recipes/folder.toml --set data.train=DIR
   btpipe export --onnx
   btpipe embed DIR --out vectors.parquet
-Read the vectors: python -c "import pandas; print(pandas.read_parquet('{vectors}'))\""""
+Read the vectors:
+  python -c "import pyarrow.parquet as p; print(p.read_table('{vectors}'))\""""
