@@ -20,6 +20,7 @@ from btpipe.errors import IntegrityError, MachineError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +59,21 @@ def disk_errors(where: Path) -> Iterator[None]:
     """Turns what the disk says into a sentence with the path: no space, not permitted."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if _is_full(error):
             fix = "free some space and run the same command again: it goes on where it was"
             raise MachineError("no space left", where=where, fix=fix) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             fix = "choose a place you may write to"
             raise MachineError(f"cannot write ({error.strerror})", where=where, fix=fix) from error
         raise
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk, or this user's share of it, is full; safetensors says so in words only."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return any(f"(os error {code})" in str(error) for code in FULL)
 
 
 def fsync_path(path: Path) -> None:

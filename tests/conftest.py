@@ -1,6 +1,9 @@
 """What every test starts from: no launcher's variables, two threads, no terminal."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +36,24 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk of a size ("256k"), or gives the mounted one another; returns its folder."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a small disk")
+    mounted = tmp_path / "disk"
+
+    def resize(size: str) -> Path:
+        option = f"remount,size={size}" if mounted.exists() else f"size={size}"
+        mounted.mkdir(exist_ok=True)
+        mount = ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(mounted)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+            mounted.rmdir()
+            pytest.skip("this machine does not let root mount a disk")
+        return mounted
+
+    yield resize
+    if mounted.exists():
+        subprocess.run(["umount", str(mounted)], check=True)

@@ -107,7 +107,8 @@ def log(folder: Path, report: Report) -> Iterator[Report]:
     with (folder / EVENTS).open("a", buffering=1) as file:
 
         def both(event: Event) -> None:
-            file.write(json.dumps(event.record()) + "\n")
+            with artifact.disk_errors(folder / EVENTS):
+                file.write(json.dumps(event.record()) + "\n")
             report(event)
 
         yield both

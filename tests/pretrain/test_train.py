@@ -18,6 +18,7 @@ from btpipe import recipe as recipes
 from btpipe.errors import (
     BtpipeError,
     BudgetError,
+    MachineError,
     NumericsError,
     RecipeError,
     RefusedError,
@@ -251,3 +252,20 @@ def test_unreadable_images_are_replaced_and_named(tmp_path: Path) -> None:
     with pytest.raises(BtpipeError, match=r"data\.max_bad") as failed:
         pretrain(recipe, folder, "data.max_bad=0", name="strict-two", devices="2")
     assert failed.value.exit_code == BudgetError.exit_code
+
+
+def test_a_full_disk_ends_with_5_and_the_same_command_goes_on_when_there_is_space(
+    tmp_path: Path, images: Path, disk: Callable[[str], Path]
+) -> None:
+    recipe = write_recipe(tmp_path, epochs=2)
+    whole = newest_weights(pretrain(recipe, images, name="whole"))
+    runs = disk("120m")  # a checkpoint is 90 MB: the second one does not fit
+    settings = (f"data.train={images}", "run.checkpoint_steps=4")
+    wanted = recipes.load(recipe, settings)
+    with pytest.raises(MachineError, match="no space left") as failed:
+        launch.pretrain(runs / "tiny", wanted, devices="1", mode="auto")
+    assert failed.value.exit_code == 5
+    assert [p.name for p in (runs / "tiny" / "checkpoints").iterdir()] == ["step-00000004"]
+    disk("400m")
+    launch.pretrain(runs / "tiny", wanted, devices="1", mode="auto")
+    assert newest_weights(runs / "tiny") == whole
