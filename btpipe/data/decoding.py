@@ -1,10 +1,10 @@
 """One file at a time through DALI's decoder.
 
-On a CPU every file is decoded here, alone, in the reading threads. With DALI 2.4.0 a file that fails
-within a batch can end the process by SIGSEGV in the batch decoder: one damaged JPEG among 56 JPEG
-and PNG files did, in a bare graph as well, while damaged JPEGs among JPEGs alone did not. The cause
-is not known; without a failing file no batch crashed (240 batches of 32 and 64), and alone 380
-failures in 2,700 files did no harm.
+On a CPU every file is decoded here, alone, in the reading threads. With DALI 2.4.0 a file that
+fails within a batch can end the process by SIGSEGV in the batch decoder: one damaged JPEG among 56
+JPEG and PNG files did, in a bare graph as well, while damaged JPEGs among JPEGs alone did not. The
+cause is not known; without a failing file no batch crashed (240 batches of 32 and 64), and alone
+380 failures in 2,700 files did no harm.
 """
 
 import threading
