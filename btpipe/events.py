@@ -102,6 +102,9 @@ class StepDone(Event):
 
     `loss = on_diagonal + lambd * off_diagonal`, before `loss.scale`; rates are per second since the
     previous `StepDone`; `data_wait` is the share of that time spent waiting for the loader.
+    `mean_diagonal` and `off_diagonal_rms` are of the cross-correlation matrix, `dead_dimensions`
+    how many of its rows are constant over the batch; `overflows` counts the updates that the fp16
+    loss scale has left out since the run began.
     """
 
     step: int
@@ -109,11 +112,45 @@ class StepDone(Event):
     loss: float
     on_diagonal: float
     off_diagonal: float
+    mean_diagonal: float
+    off_diagonal_rms: float
+    dead_dimensions: int
+    overflows: int
     lr: float
     bias_lr: float
     images_per_second: float
     data_wait: float
     eta_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RanksMeasured(Event):
+    """Effective rank (RankMe) of `rows` encoder vectors and embeddings of one batch, all ranks'."""
+
+    step: int
+    encoder: float
+    projector: float
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class KnnJudged(Event):
+    """Nearest-neighbour accuracy (0 to 1) of the encoder on `images` labelled images."""
+
+    step: int
+    epoch: float
+    accuracy: float
+    images: int
+    neighbours: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm(Event):
+    """A number of the training that calls for a person: what it is, what it means, what to do."""
+
+    step: int
+    about: str
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from btpipe import recipe
 from btpipe.data.index import build
 from btpipe.events import ignore
 from btpipe.export.bundle import export_run
-from btpipe.pretrain import checkpoint, network
+from btpipe.pretrain import checkpoint, step
 
 SIZE = 32
 
@@ -45,13 +45,13 @@ def make_run(
     index, _ = build(images)
     index.save(run / "index.parquet")
     (run / "recipe.toml").write_text(described.to_toml())
-    made = network.initialise(described).train()
+    core = step.build(described, torch.device("cpu"))
+    made = core.network
     pixels = torch.randint(0, 256, (16, SIZE, SIZE, 3), generator=torch.Generator().manual_seed(0))
     for _ in range(3):
         made(pixels[:8].to(torch.uint8), pixels[8:].to(torch.uint8))
     state = checkpoint.State(step=3, recipe=described.digest, data=index.fingerprint)
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
-    checkpoint.save(run, state, made, optimizer, keep_last=2)
+    checkpoint.save(run, state, core, described.run)
     return run
 
 

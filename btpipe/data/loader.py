@@ -71,7 +71,12 @@ class TrainingLoader:
         self.steps = recipe.optim.epochs * self.steps_per_epoch
         self._report = report
         self._share = size // world_size
-        self._first = rank * self._share
+        # A micro-batch is shared out like a batch: the same images form it on any number of ranks.
+        micro = recipe.run.micro_batch or size
+        if micro % world_size:
+            found, fix = f"run.micro_batch {micro} over {world_size} ranks", "set run.micro_batch"
+            raise UsageError(found, expected=f"a multiple of {world_size}", fix=fix)
+        self._own = (np.arange(size).reshape(-1, world_size, micro // world_size))[:, rank].ravel()
         self._sizes = np.stack([index.heights, index.widths], axis=1).astype(np.int64)
         self._threads = recipe.data.threads or runtime.cores()
         self._gpu = None if device.type == "cpu" else device.index or 0
@@ -135,9 +140,10 @@ class TrainingLoader:
 
     def _planned(self, step: int) -> NDArray[np.int64]:
         """The images that the order alone gives this rank for a step."""
-        start = step % self.steps_per_epoch * self.recipe.data.batch_size + self._first
-        stop, epoch = start + self._share, self._epoch(step)
-        return order.permutation(self.recipe.seed, epoch, len(self.index), start, stop)
+        size, epoch = self.recipe.data.batch_size, self._epoch(step)
+        start = step % self.steps_per_epoch * size
+        batch = order.permutation(self.recipe.seed, epoch, len(self.index), start, start + size)
+        return batch[self._own]
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """`_planned`, with stand-ins for those that are known to be bad."""

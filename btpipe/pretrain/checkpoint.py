@@ -12,14 +12,16 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from btpipe import artifact
 from btpipe.errors import IntegrityError
 from btpipe.events import Report, Warned, ignore
+from btpipe.pretrain.step import Core
+from btpipe.recipe import Run
 
 KIND = "checkpoint"
 PREFIX = "step-"
+SCALE = "scale"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +33,20 @@ class State:
     data: str
 
 
-def save(
-    run: Path, state: State, network: nn.Module, optimizer: torch.optim.Optimizer, keep_last: int
-) -> Path:
-    """Writes the checkpoint of this step, then removes all but the `keep_last` newest.
+def save(run: Path, state: State, core: Core, settings: Run) -> Path:
+    """Writes the checkpoint of this step, then removes those that `settings` does not keep.
 
     Raises:
         MachineError: no space, or no permission; the checkpoints before it stay.
     """
     folder = run / "checkpoints" / f"{PREFIX}{state.step:08d}"
     with artifact.publish(folder, KIND, dataclasses.asdict(state)) as beside:
-        save_file(_dense(network.state_dict()), beside / "model.safetensors")
-        save_file(_dense(_optimizer_tensors(optimizer)), beside / "optim.safetensors")
+        save_file(_dense(core.network.state_dict()), beside / "model.safetensors")
+        save_file(_dense(_other_tensors(core)), beside / "optim.safetensors")
         (beside / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
-    for old in _folders(run)[keep_last:]:
-        _remove(old)
+    for old in _folders(run)[settings.keep_last :]:
+        if not settings.keep_every or _step(old) % settings.keep_every:
+            _remove(old)
     return folder
 
 
@@ -80,15 +81,15 @@ def read_state(folder: Path) -> State:
     return State(**{field.name: content[field.name] for field in dataclasses.fields(State)})
 
 
-def load(folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a checkpoint's tensors into a network and its optimiser, bit for bit.
+def load(folder: Path, core: Core) -> None:
+    """Puts a checkpoint's tensors into a network, its optimiser and loss scale, bit for bit.
 
     Raises:
         IntegrityError: a tensor is missing, left over, or of another shape.
     """
     try:
-        network.load_state_dict(load_file(folder / "model.safetensors"))
-        _load_optimizer(optimizer, load_file(folder / "optim.safetensors"))
+        core.network.load_state_dict(load_file(folder / "model.safetensors"))
+        _load_others(core, load_file(folder / "optim.safetensors"))
     except (RuntimeError, KeyError, IndexError) as error:
         raise IntegrityError(f"does not fit the recipe's network: {error}", where=folder) from error
 
@@ -106,7 +107,11 @@ def encoder_state(folder: Path) -> dict[str, torch.Tensor]:
 def _folders(run: Path) -> list[Path]:
     """Checkpoints by their final names, newest first."""
     found = [p for p in (run / "checkpoints").glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[len(PREFIX) :])
 
 
 def _remove(folder: Path) -> None:
@@ -121,27 +126,36 @@ def _dense(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """`INDEX.NAME` to tensor, INDEX counting parameters through the groups."""
-    return {
+def _other_tensors(core: Core) -> dict[str, torch.Tensor]:
+    """The optimiser's as `INDEX.NAME`, INDEX counting parameters through the groups; the loss
+    scale's as `scale.NAME`."""
+    tensors = {
         f"{index}.{name}": tensor
-        for index, parameter in enumerate(_parameters(optimizer))
-        for name, tensor in optimizer.state[parameter].items()
+        for index, parameter in enumerate(_parameters(core.optimizer))
+        for name, tensor in core.optimizer.state[parameter].items()
         if isinstance(tensor, torch.Tensor)
     }
+    scale = core.scale.tensors() if core.scale else {}
+    return tensors | {f"{SCALE}.{name}": tensor for name, tensor in scale.items()}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    parameters = list(_parameters(optimizer))
+def _load_others(core: Core, tensors: Mapping[str, torch.Tensor]) -> None:
+    parameters = list(_parameters(core.optimizer))
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        parameter = parameters[int(index)]
+        owner, _, name = key.partition(".")
+        if owner == SCALE:
+            assert core.scale is not None, "precision is part of the recipe"
+            core.scale.tensors()[name].copy_(tensor)
+            continue
+        parameter = parameters[int(owner)]
         # The parameter's own memory layout, so that sums run in the same order as before.
         alike = tensor.shape == parameter.shape
         place = (
-            torch.empty_like(parameter, dtype=tensor.dtype) if alike else torch.empty_like(tensor)
+            torch.empty_like(parameter, dtype=tensor.dtype)
+            if alike
+            else torch.empty_like(tensor, device=parameter.device)
         )
-        optimizer.state[parameter][name] = place.copy_(tensor)
+        core.optimizer.state[parameter][name] = place.copy_(tensor)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

@@ -14,6 +14,7 @@ correlation matrix ("cross"). Both are exact.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import torch
@@ -21,95 +22,204 @@ import torch
 from btpipe import runtime
 
 EPSILON = 1e-5  # of the published code's batch norm on the embeddings
+DEAD_VARIANCE = 1e-12
+"""Variance at or below which a dimension counts as constant."""
+BLOCK_BYTES = 16 * 2**20
+"""Size of a block of standardised columns: small beside (N, D), large enough for a product."""
+
 Form = Literal["gram", "cross"]
+Wire = Literal["auto", "bf16"]
+Halves = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""sum_ij C_ij^2, the diagonal of C (D,), dL/dz1 and dL/dz2 (n, D)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """Values of one batch, as 0-d tensors on the device; `off_diagonal` is before `lambd`."""
+    """What one batch's correlation matrix says, as 0-d tensors on the device, equal on all ranks.
+
+    `off_diagonal` is before `lambd`; `mean_diagonal` is the mean of C_ii; `dead` counts dimensions
+    that are constant over the batch in a view.
+    """
 
     on_diagonal: torch.Tensor
     off_diagonal: torch.Tensor
+    mean_diagonal: torch.Tensor
+    dead: torch.Tensor
 
     def total(self, lambd: float) -> torch.Tensor:
         """on_diagonal + lambd * off_diagonal."""
         return self.on_diagonal + lambd * self.off_diagonal
 
 
-@dataclasses.dataclass(frozen=True)
 class Standardised:
-    """Embeddings of one view with zero mean and unit variance per dimension over all ranks' rows.
+    """Embeddings of one view, with zero mean and unit variance per dimension over all ranks' rows.
 
-    `own` (n, D) are this rank's rows, `every` (N, D) those of all ranks in rank order,
-    `deviation` (D,) is sqrt(variance + EPSILON).
+    Made a block of columns at a time, in at least float32, so that no second (N, D) is held.
+    `own` (n, D) are this rank's rows, `every` (N, D) those of all ranks in rank order, both as the
+    network gave them; `mean` and `deviation` (D,), the latter sqrt(variance + EPSILON).
     """
 
-    own: torch.Tensor
-    every: torch.Tensor
-    deviation: torch.Tensor
+    def __init__(self, z: torch.Tensor) -> None:
+        self.own = z.detach()
+        self.mean, variance = _moments(self.own)
+        self.deviation = (variance + EPSILON).sqrt()
+        self.dead = (variance <= DEAD_VARIANCE).sum()
+        self._shift, self._scale = self.mean, 1 / self.deviation
+        self._first = runtime.rank() * len(z)
+        self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def gather(self, wire: Wire) -> None:
+        """Collects the rows of all ranks."""
+        if wire == "bf16" and runtime.world_size() > 1 and self.own.dtype.itemsize > 2:
+            # Rounded where values are of order 1, and on all ranks alike: the loss stays one.
+            self.own = ((self.own - self._shift) * self._scale).to(torch.bfloat16)
+            self._shift, self._scale = torch.zeros_like(self.mean), torch.ones_like(self.mean)
+        self.every = runtime.gather_rows(self.own)
+
+    def block(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(own rows, all ranks' rows) of these columns: (n, c), (N, c)."""
+        if self._whole is not None:
+            return self._whole
+        every = self._standard(self.every, columns)
+        both = every[self._first : self._first + len(self.own)], every
+        if columns == slice(0, self.own.shape[1]):
+            self._whole = both
+        return both
+
+    def block_of_own(self, columns: slice) -> torch.Tensor:
+        """This rank's rows of these columns: (n, c)."""
+        return self._whole[0] if self._whole else self._standard(self.own, columns)
+
+    def _standard(self, rows: torch.Tensor, columns: slice) -> torch.Tensor:
+        return (rows[:, columns] - self._shift[columns]).mul_(self._scale[columns])
 
 
-def standardise(z: torch.Tensor) -> Standardised:
-    """(n, D) per rank -> standardised over the N = world_size * n rows, in at least float32."""
-    wide = z.detach().to(torch.promote_types(z.dtype, torch.float32))
-    rows = runtime.gather_rows(wide)
-    variance, mean = torch.var_mean(rows, 0, correction=0)
-    deviation = (variance + EPSILON).sqrt()
-    every = (rows - mean) / deviation
-    first = runtime.rank() * len(wide)
-    return Standardised(every[first : first + len(wide)], every, deviation)
+def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (D,) of each column over the rows of all ranks.
+
+    In two passes, and merged over ranks as Chan et al. (1983) do: E[x^2] - mean^2 would cancel.
+    """
+    means, variances = [], []
+    for columns in _blocks(len(z), z.shape[1]):
+        wide = _wide(z[:, columns])
+        mean = wide.mean(0)
+        means.append(mean)
+        variances.append((wide - mean).square_().mean(0))
+    every = runtime.gather(torch.stack([torch.cat(means), torch.cat(variances)]))
+    rank_means, rank_variances = every.unbind(1)
+    mean = rank_means.mean(0)
+    return mean, rank_variances.mean(0) + (rank_means - mean).square().mean(0)
+
+
+def _wide(z: torch.Tensor) -> torch.Tensor:
+    return z.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _blocks(rows: int, dimension: int) -> list[slice]:
+    """Columns in blocks of at most `BLOCK_BYTES` of float32, of 256 or more."""
+    width = max(256, BLOCK_BYTES // (4 * rows))
+    return [slice(i, min(i + width, dimension)) for i in range(0, dimension, width)]
 
 
 def value_and_gradient(
-    z1: torch.Tensor, z2: torch.Tensor, lambd: float, form: Form
+    z1: torch.Tensor, z2: torch.Tensor, lambd: float, form: Form, wire: Wire = "auto"
 ) -> tuple[Terms, torch.Tensor, torch.Tensor]:
     """Loss over the global batch, and its gradient for this rank's rows.
 
     z1, z2: (n, D) on each rank, N = world_size * n. Returns the terms (equal on all ranks) and
     dL/dz1, dL/dz2, each (n, D) in at least float32: the true gradient of the global loss, to be
     summed over ranks once it has reached the parameters.
+
+    Memory beyond z and its gradient: "gram" two (n, N) matrices and a few blocks of columns, and
+    on several ranks the rows of the others; "cross" the (D, D) matrix and two (n, D).
     """
-    a, b = standardise(z1), standardise(z2)
-    count = len(a.every)
-    diagonal = (a.every * b.every).sum(0) / count
-    if form == "gram":
-        squares, gradient_a, gradient_b = _gram(a, b)
-    else:
-        squares, gradient_a, gradient_b = _cross(a, b)
-    on_diagonal = (1 - diagonal).square().sum()
-    off_diagonal = squares - diagonal.square().sum()
-    # dL/dC_ii is -2 (1 - C_ii); the redundancy term's own diagonal is taken out again.
-    on_c = (-2 * (1 - diagonal) - 2 * lambd * diagonal) / count
-    gradient_a = gradient_a.mul_(lambd).addcmul_(b.own, on_c)
-    gradient_b = gradient_b.mul_(lambd).addcmul_(a.own, on_c)
-    terms = Terms(on_diagonal, off_diagonal)
-    return terms, _through_standardise(gradient_a, a), _through_standardise(gradient_b, b)
+    a, b = Standardised(z1), Standardised(z2)
+    halves = _gram(a, b, lambd, wire) if form == "gram" else _cross(a, b, lambd)
+    squares, diagonal, gradient_a, gradient_b = halves
+    terms = Terms(
+        on_diagonal=(1 - diagonal).square().sum(),
+        off_diagonal=squares - diagonal.square().sum(),
+        mean_diagonal=diagonal.mean(),
+        dead=torch.maximum(a.dead, b.dead),
+    )
+    return terms, gradient_a, gradient_b
 
 
-def _gram(a: Standardised, b: Standardised) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """sum_ij C_ij^2 and its gradients for own rows, from (n, N) slices of the Gram matrices."""
-    count = len(a.every)
-    rows_a, rows_b = a.own @ a.every.T, b.own @ b.every.T
+def _gram(a: Standardised, b: Standardised, lambd: float, wire: Wire) -> Halves:
+    """From (n, N) slices of the two Gram matrices, a block of columns at a time."""
+    a.gather(wire)
+    b.gather(wire)
+    rows, dimension = a.own.shape
+    count = rows * runtime.world_size()
+    blocks = _blocks(count, dimension)
+    rows_a, rows_b = (a.mean.new_zeros(rows, count) for _ in range(2))
+    diagonal = torch.empty_like(a.mean)
+    for columns in blocks:
+        (own_a, every_a), (own_b, every_b) = a.block(columns), b.block(columns)
+        rows_a.addmm_(own_a, every_a.T)
+        rows_b.addmm_(own_b, every_b.T)
+        diagonal[columns] = _column_sums(every_a, every_b) / count
     squares = runtime.all_reduce_sum((rows_a * rows_b).sum()) / count**2
-    scale = 2 / count**2
-    return squares, (rows_b @ a.every).mul_(scale), (rows_a @ b.every).mul_(scale)
+    on_c = _on_diagonal_gradient(diagonal, lambd, count)
+    gradients = torch.empty(2, rows, dimension, dtype=a.mean.dtype, device=a.mean.device)
+    gradient_a, gradient_b = gradients
+    scale = 2 * lambd / count**2
+    rows_a *= scale
+    rows_b *= scale
+    for columns in blocks:
+        (own_a, every_a), (own_b, every_b) = a.block(columns), b.block(columns)
+        torch.addmm(own_b * on_c[columns], rows_b, every_a, out=gradient_a[:, columns])
+        torch.addmm(own_a * on_c[columns], rows_a, every_b, out=gradient_b[:, columns])
+    _through_standardise(gradient_a, a, count)
+    _through_standardise(gradient_b, b, count)
+    return squares, diagonal, gradient_a, gradient_b
 
 
-def _cross(a: Standardised, b: Standardised) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """sum_ij C_ij^2 and its gradients for own rows, from the (D, D) correlation matrix."""
-    count = len(a.every)
-    correlation = runtime.all_reduce_sum(a.own.T @ b.own).div_(count)
-    squares = correlation.square().sum()
-    scale = 2 / count
-    return squares, (b.own @ correlation.T).mul_(scale), (a.own @ correlation).mul_(scale)
+def _cross(a: Standardised, b: Standardised, lambd: float) -> Halves:
+    """From the (D, D) correlation matrix."""
+    whole = slice(0, a.own.shape[1])
+    own_a, own_b = a.block_of_own(whole), b.block_of_own(whole)
+    count = len(own_a) * runtime.world_size()
+    correlation = runtime.all_reduce_sum(own_a.T @ own_b).div_(count)
+    diagonal = correlation.diagonal().clone()
+    squares = torch.linalg.vector_norm(correlation).square()
+    on_c = _on_diagonal_gradient(diagonal, lambd, count)
+    scale = 2 * lambd / count
+    gradient_a = torch.addmm(own_b * on_c, own_b, correlation.T, alpha=scale)
+    gradient_b = torch.addmm(own_a * on_c, own_a, correlation, alpha=scale)
+    _through_standardise(gradient_a, a, count)
+    _through_standardise(gradient_b, b, count)
+    return squares, diagonal, gradient_a, gradient_b
 
 
-def _through_standardise(gradient: torch.Tensor, z: Standardised) -> torch.Tensor:
-    """Gradient (n, D) for standardised rows -> gradient for the rows before standardisation."""
-    count = len(z.every)
-    sums = torch.stack([gradient.sum(0), (gradient * z.own).sum(0)])
+def _on_diagonal_gradient(diagonal: torch.Tensor, lambd: float, count: int) -> torch.Tensor:
+    """What a_ni must be multiplied by for C_ii's share: dL/dC_ii is -2 (1 - C_ii), and the
+    redundancy term's own diagonal is taken out again."""
+    return (-2 * (1 - diagonal) - 2 * lambd * diagonal) / count
+
+
+def _column_sums(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """sum_n x_nd y_nd: (n, D), (n, D) -> (D,)."""
+    return (x * y).sum(0)
+
+
+def _through_standardise(gradient: torch.Tensor, z: Standardised, count: int) -> None:
+    """Gradient (n, D) for standardised rows -> for the rows before standardisation, in place."""
+    blocks = _blocks(len(gradient), gradient.shape[1])
+    sums = torch.empty(2, gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
+    for columns in blocks:
+        torch.sum(gradient[:, columns], 0, out=sums[0, columns])
+        sums[1, columns] = _column_sums(gradient[:, columns], z.block_of_own(columns))
     mean, along = runtime.all_reduce_sum(sums) / count
-    return gradient.sub_(mean).addcmul_(z.own, along, value=-1).div_(z.deviation)
+    for columns in blocks:
+        part = gradient[:, columns].sub_(mean[columns])
+        part.addcmul_(z.block_of_own(columns), along[columns], value=-1).div_(z.deviation[columns])
+
+
+def off_diagonal_rms(terms: Terms, dimension: int) -> float:
+    """Root mean square of C_ij, i != j: about 1 / sqrt(N) for independent features."""
+    pairs = max(1, dimension * (dimension - 1))
+    return math.sqrt(max(0.0, float(terms.off_diagonal)) / pairs)
 
 
 def choose_form(asked: Literal["auto", "gram", "cross"], count: int, dimension: int) -> Form:

@@ -1,6 +1,7 @@
 """A torchvision ResNet and the projector behind it; two views in, two embeddings out."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -50,6 +51,18 @@ def projector(widths: Sequence[int], inputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class Embedded(NamedTuple):
+    """What the network makes of two views of n images.
+
+    z1, z2: (n, D) embeddings, with their graph. features: (2n, F) the encoder's vectors, view
+    after view, without one.
+    """
+
+    z1: torch.Tensor
+    z2: torch.Tensor
+    features: torch.Tensor
+
+
 class BarlowTwins(nn.Module):
     """Encoder and projector, for two views at once.
 
@@ -61,14 +74,13 @@ class BarlowTwins(nn.Module):
         self.encoder = encoder(network, ViewBatchNorm)
         self.projector = projector(network.projector, features(network))
 
-    def forward(
-        self, view1: torch.Tensor, view2: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(n, H, W, 3) uint8 pixels of each view -> z1, z2 (n, D)."""
+    def forward(self, view1: torch.Tensor, view2: torch.Tensor) -> Embedded:
+        """(n, H, W, 3) uint8 pixels of each view -> embeddings and features."""
         dtype = self.projector[-1].weight.dtype
         pixels = normalise(torch.cat([view1, view2]), dtype)  # type: ignore[arg-type]
-        z1, z2 = self.projector(self.encoder(pixels)).chunk(2)
-        return z1, z2
+        features = self.encoder(pixels)
+        z1, z2 = self.projector(features).chunk(2)
+        return Embedded(z1, z2, features.detach())
 
 
 def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,6 +5,9 @@ every layer and updates the running ones in turn, as the published code's two pa
 statistics would be another method. Parameter and buffer names are those of torch's batch norm.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -22,6 +25,9 @@ class ViewBatchNorm(_BatchNorm):
     (n, C, ...) in evaluation, by the running statistics.
     """
 
+    tracking = True
+    """Whether a pass in training updates the running statistics (see `untracked`)."""
+
     def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - torch's name
         """(n, C) and (n, C, H, W) alike."""
 
@@ -29,7 +35,7 @@ class ViewBatchNorm(_BatchNorm):
         """Normalises; in training, updates the running statistics once for each view."""
         if not self.training:
             return super().forward(x)
-        if self.num_batches_tracked is not None:
+        if self.num_batches_tracked is not None and self.tracking:
             self.num_batches_tracked.add_(VIEWS)
         return torch.cat([self._one_view(view) for view in x.chunk(VIEWS)])
 
@@ -38,8 +44,8 @@ class ViewBatchNorm(_BatchNorm):
             return self._across_replicas(x)
         return functional.batch_norm(
             x,
-            self.running_mean,
-            self.running_var,
+            self.running_mean if self.tracking else None,
+            self.running_var if self.tracking else None,
             self.weight,
             self.bias,
             training=True,
@@ -59,7 +65,8 @@ class ViewBatchNorm(_BatchNorm):
         means, variances = runtime.gather(torch.stack([mean, variance])).unbind(1)
         mean = means.mean(0)
         variance = variances.mean(0) + (means - mean).square().mean(0)
-        self._track(mean.detach(), variance.detach(), count * len(means))
+        if self.tracking:
+            self._track(mean.detach(), variance.detach(), count * len(means))
         shape = (1, -1) + (1,) * (x.ndim - 2)
         scale = (variance + self.eps).rsqrt()
         shift = -mean * scale
@@ -76,6 +83,22 @@ class ViewBatchNorm(_BatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         unbiased = variance * (count / (count - 1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+@contextlib.contextmanager
+def untracked(network: nn.Module) -> Iterator[None]:
+    """A context in which passes of `network` leave its running statistics as they are.
+
+    For a batch that passes more than once in a step: only one of the passes counts.
+    """
+    layers = [module for module in network.modules() if isinstance(module, ViewBatchNorm)]
+    for layer in layers:
+        layer.tracking = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.tracking = True
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -21,7 +21,12 @@ class LARS(torch.optim.Optimizer):
 
     Biases and batch norm (one dimension) take u = g: no decay, no adaptation.
     One operation runs over all tensors of a kind; nothing loops over parameters in Python.
+
+    `found_inf` is torch's protocol for an update that must not happen: where this 0-d tensor is 1,
+    parameters and momenta stay as they are, and the host need not know.
     """
+
+    found_inf: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -50,10 +55,20 @@ class LARS(torch.optim.Optimizer):
             updates = [p.grad for p in parameters]
             if group["adapt"]:
                 updates = _adapt(parameters, updates, group["weight_decay"], group["eta"])
-            momenta = [self._momentum(p) for p in parameters]
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, updates)
-            torch._foreach_add_(parameters, momenta, alpha=-group["lr"])
+            torch._fused_sgd_(
+                parameters,
+                updates,
+                [self._momentum(p) for p in parameters],
+                weight_decay=0.0,
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                grad_scale=None,
+                found_inf=self.found_inf,
+            )
         return None
 
     def _momentum(self, parameter: torch.Tensor) -> torch.Tensor:
@@ -73,7 +88,8 @@ def _adapt(
     update_norms = torch.stack(torch._foreach_norm(updates))
     positive = (weight_norms > 0) & (update_norms > 0)
     trust = torch.where(positive, eta * weight_norms / update_norms, 1.0)
-    return list(torch._foreach_mul(updates, trust.unbind()))
+    torch._foreach_mul_(updates, trust.unbind())
+    return list(updates)
 
 
 def build(optim: Optim, network: nn.Module) -> torch.optim.Optimizer:
@@ -94,8 +110,8 @@ def build(optim: Optim, network: nn.Module) -> torch.optim.Optimizer:
         ]
         return LARS(groups, lr=0.0, weight_decay=0.0, momentum=optim.momentum, eta=optim.eta)
     if optim.name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, foreach=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, foreach=True)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, bias_lr: float) -> None:

@@ -101,6 +101,8 @@ class Network(Table):
     """"small": 3x3 first convolution with stride 1, no max-pool; for images of about 32 pixels."""
     projector: Annotated[tuple[Count, ...], Field(min_length=1)] = (8192, 8192, 8192)
     """Width of each Linear layer; the last one is D, the embedding's dimension in the loss."""
+    init_from: str = ""
+    """Weights the encoder starts from: a state dict, a bundle, a run; "": random ones by `seed`."""
 
 
 class Loss(Table):
@@ -111,6 +113,9 @@ class Loss(Table):
     """Factor on the loss before its gradient: 1 as published, others have others."""
     form: Literal["auto", "gram", "cross"] = "auto"
     """"gram": two N x N matrices; "cross": the D x D one. Equal; "auto" takes the cheaper."""
+    wire: Literal["auto", "bf16"] = "auto"
+    """What ranks send of their embeddings: "auto" as the network computes them, exact; "bf16" half
+    of float32, rounded after standardisation."""
 
 
 class Optim(Table):
@@ -119,8 +124,9 @@ class Optim(Table):
     name: Literal["lars", "adamw", "sgd"] = "lars"
     epochs: Annotated[int, Field(ge=0)] = 1000
     warmup_epochs: Annotated[int, Field(ge=0)] = 10
-    lr: Positive = 0.2
-    """Rate of the weights for 256 images."""
+    lr: Positive | Literal["auto"] = 0.2
+    """Rate of the weights for 256 images. "auto": the best of the author's trials at this batch
+    (LARS only; facebookresearch/barlowtwins, issue 7)."""
     bias_lr: Positive = 0.0048
     """Rate of the biases and of batch norm's scale and shift, for 256 images."""
     final_lr_ratio: NotNegative = 0.001
@@ -141,18 +147,43 @@ class Optim(Table):
 class Run(Table):
     """How the run is carried out: what may change between two starts of the same run."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """"auto": bf16 autocast on GPUs and on CPUs with AVX512-BF16 or AMX, float32 elsewhere."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """"auto": bf16 autocast on GPUs and on CPUs with AVX512-BF16 or AMX, float32 elsewhere.
+    "fp16": autocast with a loss scale. The correlation is in float32 or more always."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the network; "auto": on for GPUs, off for CPUs, where it gains nothing."""
+    micro_batch: Annotated[int, Field(ge=0)] = 0
+    """Images, over all ranks, that pass through the network together; 0: the whole batch.
+
+    The loss is that of the whole batch all the same (cached gradients: the network runs twice
+    forward, memory grows with the micro-batch). Batch norm sees one micro-batch at a time.
+    """
+    memory_budget: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the encoder's activations that is kept for the backward pass; the rest is computed
+    again. Same gradient, less memory, up to a third more time."""
+    gradient_wire: Literal["fp32", "bf16"] = "fp32"
+    """What ranks send of their gradients; "bf16" is half of it, rounded to 8 bits."""
     checkpoint_minutes: NotNegative = 10.0
     """Minutes between checkpoints; the end of the run always gets one."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0
     """Steps between checkpoints, beside the minutes; 0: by the minutes alone."""
     keep_last: Annotated[int, Field(ge=2)] = 2
     """How many of the newest checkpoints stay; two, so that one may turn out damaged."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between checkpoints that stay for good; 0: none does."""
     log_steps: Count = 10
     """Steps between two logged ones."""
+
+
+class Health(Table):
+    """What is measured beside the loss. Nothing of it reaches the weights."""
+
+    steps: Count = 100
+    """Steps between two measurements of the effective ranks."""
+    knn: str = ""
+    """Folder of labelled images (a folder for each class) to judge the encoder by; "": none."""
+    knn_epochs: Count = 10
+    """Epochs between two judgements."""
 
 
 class Recipe(Table):
@@ -165,6 +196,7 @@ class Recipe(Table):
     loss: Loss = Loss()
     optim: Optim = Optim()
     run: Run = Run()
+    health: Health = Health()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -179,6 +211,13 @@ class Recipe(Table):
                 )
             if view.blur.sigma[0] > view.blur.sigma[1]:
                 raise ValueError(f"views.{i}.blur.sigma: low is above high")
+        micro = self.run.micro_batch
+        if micro and (micro > self.data.batch_size or self.data.batch_size % micro):
+            raise ValueError(
+                f"run.micro_batch {micro} does not divide data.batch_size {self.data.batch_size}"
+            )
+        if self.optim.lr == "auto" and self.optim.name != "lars":
+            raise ValueError(f'optim.lr "auto" is known for lars, not for {self.optim.name}')
         if self.optim.warmup_epochs >= max(self.optim.epochs, 1) and self.optim.warmup_epochs > 0:
             raise ValueError(
                 f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of"
@@ -204,8 +243,12 @@ class Recipe(Table):
 BOOKKEEPING = frozenset(
     {
         "data.threads",
+        "health.knn",
+        "health.knn_epochs",
+        "health.steps",
         "run.checkpoint_minutes",
         "run.checkpoint_steps",
+        "run.keep_every",
         "run.keep_last",
         "run.log_steps",
     }

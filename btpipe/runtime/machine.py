@@ -16,7 +16,7 @@ from btpipe.errors import MachineError, UsageError
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["fp32", "bf16", "fp64"]
+Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def devices(asked: str) -> int:
     return int(asked)
 
 
-def precision(asked: Literal["auto", "fp32", "bf16", "fp64"], device: torch.device) -> Precision:
+def precision(asked: Literal["auto"] | Precision, device: torch.device) -> Precision:
     """What `run.precision` means here: "auto" is bf16 where the hardware computes in it."""
     if asked != "auto":
         return asked

@@ -1,0 +1,42 @@
+"""What a run is while it trains."""
+
+import dataclasses
+from pathlib import Path
+
+from btpipe.data.index import Index
+from btpipe.events import Report
+from btpipe.pretrain import checkpoint, schedule, step
+from btpipe.recipe import Recipe
+from btpipe.runtime import Runtime
+
+
+@dataclasses.dataclass
+class Run:
+    """What the loop carries from step to step."""
+
+    recipe: Recipe
+    folder: Path
+    runtime: Runtime
+    report: Report
+    core: step.Core
+    state: checkpoint.State
+    index: Index
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in the images; the last short one is dropped."""
+        return len(self.index) // self.recipe.data.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps_per_epoch * self.recipe.optim.epochs
+
+    def rates(self, at: int) -> tuple[float, float]:
+        """Learning rates of weights and biases at a step."""
+        return schedule.rates(
+            self.recipe.optim,
+            at,
+            steps_per_epoch=self.steps_per_epoch,
+            batch_size=self.recipe.data.batch_size,
+        )

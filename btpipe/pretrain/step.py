@@ -1,0 +1,114 @@
+"""The training step: one update of the weights from one global batch."""
+
+import contextlib
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from btpipe import runtime
+from btpipe.pretrain import finite, gradcache, loss, network, optim
+from btpipe.recipe import Recipe
+from btpipe.runtime import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Core:
+    """What an update needs and changes: the network, its optimiser, and how to compute."""
+
+    recipe: Recipe
+    device: torch.device
+    network: network.BarlowTwins
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    form: loss.Form
+    scale: finite.LossScale | None
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the network runs through torch.compile."""
+        return is_compiled(self.recipe, self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """The context of a forward pass."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, half or torch.bfloat16, enabled=half is not None)
+
+
+class Outcome(NamedTuple):
+    """What an update leaves behind, on the device: nothing of it has been waited for."""
+
+    terms: loss.Terms
+    embedded: network.Embedded
+    flags: finite.Flags
+
+
+def is_compiled(recipe: Recipe, device: torch.device) -> bool:
+    """What `run.compile` means on this device."""
+    asked = recipe.run.compile
+    return asked == "on" or (asked == "auto" and device.type == "cuda")
+
+
+def build(recipe: Recipe, device: torch.device) -> Core:
+    """Network, optimiser and precision as a run of this recipe starts with; not yet compiled."""
+    precision = runtime.precision(recipe.run.precision, device)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    model = network.initialise(recipe).to(device, dtype)
+    model.to(memory_format=torch.channels_last)
+    model.train()
+    form = loss.choose_form(recipe.loss.form, recipe.data.batch_size, recipe.network.projector[-1])
+    scale = finite.LossScale(device) if precision == "fp16" else None
+    return Core(recipe, device, model, optim.build(recipe.optim, model), precision, form, scale)
+
+
+def update(
+    core: Core, view1: torch.Tensor, view2: torch.Tensor, lr: float, bias_lr: float
+) -> Outcome:
+    """One update from this rank's share of the two views, (n, H, W, 3) uint8 each.
+
+    The true gradient of the global loss, summed over ranks and divided by `reference_world_size`:
+    the same update at any number of ranks. An update that is not finite is left out, on the device.
+    Nothing here waits for the device, and nothing loops over parameters in Python.
+    """
+    optim.set_rates(core.optimizer, lr, bias_lr)
+    core.optimizer.zero_grad(set_to_none=True)
+    embedded, terms = _backward(core, view1, view2)
+    parameters = [p for p in core.network.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = finite.flags(gradients, [embedded.z1, embedded.z2])
+    runtime.sum_gradients(parameters, core.recipe.run.gradient_wire)
+    if core.scale:
+        core.scale.unscale(gradients)
+    core.optimizer.found_inf = found.found_inf  # type: ignore[attr-defined]
+    core.optimizer.step()
+    if core.scale:
+        core.scale.update(found.found_inf)
+    return Outcome(terms, embedded, found)
+
+
+def _backward(
+    core: Core, view1: torch.Tensor, view2: torch.Tensor
+) -> tuple[network.Embedded, loss.Terms]:
+    """Leaves this rank's share of the gradient in the parameters."""
+
+    def forward(first: torch.Tensor, second: torch.Tensor) -> network.Embedded:
+        with core.autocast():
+            return core.network(first, second)  # type: ignore[no-any-return]
+
+    def judge(z1: torch.Tensor, z2: torch.Tensor) -> tuple[loss.Terms, torch.Tensor, torch.Tensor]:
+        settings = core.recipe.loss
+        terms, gradient1, gradient2 = loss.value_and_gradient(
+            z1, z2, settings.lambd, core.form, settings.wire
+        )
+        factor = settings.scale / core.recipe.optim.reference_world_size
+        scale = core.scale.scale * factor if core.scale else factor
+        return terms, gradient1.mul_(scale), gradient2.mul_(scale)
+
+    micro = core.recipe.run.micro_batch // runtime.world_size()
+    if micro and micro < len(view1):
+        return gradcache.backward(core.network, forward, judge, view1, view2, micro)
+    embedded = forward(view1, view2)
+    terms, gradient1, gradient2 = judge(embedded.z1, embedded.z2)
+    z1, z2 = embedded.z1, embedded.z2
+    torch.autograd.backward([z1, z2], [gradient1.to(z1.dtype), gradient2.to(z2.dtype)])
+    return network.Embedded(z1.detach(), z2.detach(), embedded.features), terms
