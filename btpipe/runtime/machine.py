@@ -34,8 +34,10 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def start() -> Iterator[Runtime]:
+def start(on: Literal["auto", "cpu"] = "auto") -> Iterator[Runtime]:
     """The runtime of this process, alone or as a rank of the group torchrun describes.
+
+    `on` "cpu" leaves the GPUs alone, so that there may be more ranks than GPUs.
 
     Raises:
         MachineError: the process group cannot be formed.
@@ -43,7 +45,7 @@ def start() -> Iterator[Runtime]:
     import torch
 
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
+    cuda = on == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
