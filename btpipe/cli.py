@@ -1,5 +1,6 @@
 """The commands. Each parses, calls one function and ends; heavy imports happen inside."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -54,12 +55,16 @@ def pretrain(
     devices: Annotated[
         str, typer.Option(help="auto, or how many GPUs (or CPU processes).")
     ] = "auto",
+    init_from: Annotated[
+        str, typer.Option(help="Weights to start from; the same as --set network.init_from=...")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Train an encoder on unlabelled images. Run again, it goes on from its last checkpoint."""
     from btpipe import recipe as recipes
 
-    wanted = recipes.load(recipe, overrides or ())
+    start = [f"network.init_from={json.dumps(init_from)}"] if init_from else []
+    wanted = recipes.load(recipe, [*(overrides or ()), *start])
     from btpipe.pretrain import launch
 
     run = runs / (name or recipe.stem)

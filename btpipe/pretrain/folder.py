@@ -1,6 +1,7 @@
 """The run folder `runs/NAME/`: made once from a recipe and its images, guarded, and gone on with.
 
 recipe.toml  index.parquet  environment.json  events.jsonl  quarantine.csv  checkpoints/step-N/
+initial/ (with `network.init_from`)
 """
 
 import csv
@@ -8,6 +9,7 @@ import fcntl
 import io
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from btpipe import artifact, recipe, runtime
 from btpipe.data import index as data_index
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, FileRejected, Report
+from btpipe.pretrain import initial, outside
 from btpipe.recipe import Recipe
 
 RECIPE, INDEX, ENVIRONMENT, EVENTS = (
@@ -35,20 +38,26 @@ def prepare(folder: Path, wanted: Recipe, report: Report) -> None:
     Raises:
         UsageError: `data.train` names no images, or fewer than a batch.
         RefusedError: the folder holds a run of another recipe; the keys that differ are named.
+        RefusedError: `network.init_from` does not fit, or has other content by now.
     """
     if (folder / RECIPE).is_file():
         _require_same(folder, wanted)
         artifact.sweep(folder / "checkpoints")
         if (folder / INDEX).is_file():
+            initial.require_same(folder, wanted.network)
             return
     elif folder.exists() and any(folder.iterdir()):
         raise RefusedError("is not a run of btpipe", where=folder, fix="choose another --name")
+    source = wanted.network.init_from
+    adopted = outside.read_encoder(Path(source), wanted.network) if source else None
     index, rejected = _index(wanted, report)
     with artifact.disk_errors(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     artifact.write_file(folder / RECIPE, wanted.to_toml().encode())
     artifact.write_json(folder / ENVIRONMENT, runtime.environment())
     _write_quarantine(folder, [(r.path, r.stage, r.reason) for r in rejected])
+    if adopted:
+        initial.adopt(folder, adopted)
     index.save(folder / INDEX)
 
 
@@ -83,22 +92,32 @@ def _require_same(folder: Path, wanted: Recipe) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
+def lock(folder: Path, wait_seconds: float = 0) -> Iterator[None]:
     """One process group at a time in a run folder; a dead one's lock is free.
+
+    `wait_seconds`: patience with a holder that may be about to end.
 
     Raises:
         RefusedError: a living process holds it.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    handle, started = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), time.monotonic()
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            fix = "wait for it, or stop it; choose another --name for a second run"
-            raise RefusedError("another process is training here", where=folder, fix=fix) from error
+        while not _locked(handle):
+            if time.monotonic() - started >= wait_seconds:
+                fix = "wait for it, or stop it; choose another --name for a second run"
+                raise RefusedError("another process is training here", where=folder, fix=fix)
+            time.sleep(0.1)
         yield
     finally:
         os.close(handle)
+
+
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from btpipe.data.index import Index, open_index
 from btpipe.data.loader import Batch, TrainingLoader
 from btpipe.errors import NumericsError, Stopped
 from btpipe.events import Report
-from btpipe.pretrain import checkpoint, finite, loss, step
+from btpipe.pretrain import checkpoint, finite, initial, loss, step
 from btpipe.pretrain.folder import Quarantine
 from btpipe.pretrain.meter import Meter, SaveClock
 from btpipe.pretrain.run import Run
@@ -59,6 +59,8 @@ def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: In
     if newest is not None:
         state = dataclasses.replace(state, step=checkpoint.read_state(newest).step)
         checkpoint.load(newest, core)
+    else:
+        initial.load(folder, recipe.network, core.network, report)
     if core.compiled:
         core.network.compile(fullgraph=True)
     return Run(recipe, folder, here, report, core, state, index)
