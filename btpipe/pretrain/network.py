@@ -1,17 +1,20 @@
 """A torchvision ResNet and the projector behind it; two views in, two embeddings out."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
-from btpipe.pretrain.norm import ViewBatchNorm
+from btpipe.pretrain.norm import ViewBatchNorm, untracked
 from btpipe.recipe import Network, Recipe
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+Context = contextlib.AbstractContextManager[None]
 
 
 def encoder(network: Network, norm_layer: type[nn.Module] = nn.BatchNorm2d) -> resnet.ResNet:
@@ -69,18 +72,56 @@ class BarlowTwins(nn.Module):
     Keys of the state: `encoder.*` (torchvision's) and `projector.*`.
     """
 
+    recomputed = 0
+    """How many residual blocks, from the first on, keep no activations (see `keep`)."""
+
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.encoder = encoder(network, ViewBatchNorm)
         self.projector = projector(network.projector, features(network))
 
+    def keep(self, share: float) -> None:
+        """Keeps about this share of the blocks' activations; the others are computed again.
+
+        Each stage's blocks hold half of what the stage before held for each block, and the first
+        ones hold most: they are the ones that are computed again.
+        """
+        stages = [self._layer(i) for i in range(4)]
+        held = [0.5**i for i, stage in enumerate(stages) for _ in stage]
+        kept = [sum(held[k:]) / sum(held) for k in range(len(held) + 1)]
+        self.recomputed = next(k for k, value in enumerate(kept) if value <= share + 1e-9)
+
     def forward(self, view1: torch.Tensor, view2: torch.Tensor) -> Embedded:
         """(n, H, W, 3) uint8 pixels of each view -> embeddings and features."""
         dtype = self.projector[-1].weight.dtype
         pixels = normalise(torch.cat([view1, view2]), dtype)  # type: ignore[arg-type]
-        features = self.encoder(pixels)
+        features = self._encode(pixels) if self.recomputed else self.encoder(pixels)
         z1, z2 = self.projector(features).chunk(2)
         return Embedded(z1, z2, features.detach())
+
+    def _layer(self, i: int) -> nn.Sequential:
+        stage: nn.Sequential = getattr(self.encoder, f"layer{i + 1}")
+        return stage
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What `self.encoder` computes; of the first blocks only the inputs are kept."""
+        net = self.encoder
+        x = net.maxpool(net.relu(net.bn1(net.conv1(pixels))))
+        for i, block in enumerate(block for k in range(4) for block in self._layer(k)):
+            x = _recomputing(block, x) if i < self.recomputed else block(x)
+        return torch.flatten(net.avgpool(x), 1)
+
+
+def _recomputing(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`block(x)`, computed again in the backward pass; running statistics count it once."""
+
+    def contexts() -> tuple[Context, Context]:
+        return contextlib.nullcontext(), untracked(block)
+
+    out: torch.Tensor = checkpoint(
+        block, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
+    return out
 
 
 def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

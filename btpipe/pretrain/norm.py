@@ -44,14 +44,18 @@ class ViewBatchNorm(_BatchNorm):
             return self._across_replicas(x)
         return functional.batch_norm(
             x,
-            self.running_mean if self.tracking else None,
-            self.running_var if self.tracking else None,
+            self._statistics(self.running_mean),
+            self._statistics(self.running_var),
             self.weight,
             self.bias,
             training=True,
             momentum=self.momentum or 0.0,
             eps=self.eps,
         )
+
+    def _statistics(self, running: torch.Tensor | None) -> torch.Tensor | None:
+        """What a pass may update: a copy that is thrown away where it does not count."""
+        return running if self.tracking or running is None else running.clone()
 
     def _across_replicas(self, x: torch.Tensor) -> torch.Tensor:
         """Means and squared deviations of all ranks, merged as Chan et al. (1983) do.
@@ -92,13 +96,14 @@ def untracked(network: nn.Module) -> Iterator[None]:
     For a batch that passes more than once in a step: only one of the passes counts.
     """
     layers = [module for module in network.modules() if isinstance(module, ViewBatchNorm)]
+    before = [layer.tracking for layer in layers]
     for layer in layers:
         layer.tracking = False
     try:
         yield
     finally:
-        for layer in layers:
-            layer.tracking = True
+        for layer, tracking in zip(layers, before, strict=True):
+            layer.tracking = tracking
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ import dataclasses
 from typing import NamedTuple
 
 import torch
+from torch._functorch import config as functorch_config
 
 from btpipe import runtime
 from btpipe.pretrain import finite, gradcache, loss, network, optim
@@ -56,9 +57,20 @@ def build(recipe: Recipe, device: torch.device) -> Core:
     model = network.initialise(recipe).to(device, dtype)
     model.to(memory_format=torch.channels_last)
     model.train()
+    if not is_compiled(recipe, device):  # a compiler chooses what to recompute (see `compile`)
+        model.keep(recipe.run.memory_budget)
     form = loss.choose_form(recipe.loss.form, recipe.data.batch_size, recipe.network.projector[-1])
     scale = finite.LossScale(device) if precision == "fp16" else None
     return Core(recipe, device, model, optim.build(recipe.optim, model), precision, form, scale)
+
+
+def compile(core: Core) -> None:  # noqa: A001 - torch's name
+    """Compiles the network in place, as one graph, so that state keys stay as they are.
+
+    `run.memory_budget` is the compiler's then: it recomputes what costs least.
+    """
+    functorch_config.activation_memory_budget = core.recipe.run.memory_budget
+    core.network.compile(fullgraph=True)
 
 
 def update(

@@ -57,12 +57,13 @@ def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: In
     state = checkpoint.State(0, recipe.digest, index.fingerprint)
     newest = checkpoint.newest(folder, report)
     if newest is not None:
-        state = dataclasses.replace(state, step=checkpoint.read_state(newest).step)
+        at = checkpoint.position(newest, index.fingerprint)
+        state = dataclasses.replace(state, step=at)
         checkpoint.load(newest, core)
     else:
         initial.load(folder, recipe.network, core.network, report)
     if core.compiled:
-        core.network.compile(fullgraph=True)
+        step.compile(core)
     return Run(recipe, folder, here, report, core, state, index)
 
 

@@ -1,0 +1,299 @@
+"""One update: the same from micro-batches, recomputed, on any number of ranks; or left out."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from btpipe import runtime
+from btpipe.pretrain import loss, norm, step
+from btpipe.recipe import Data, Loss, Network, Optim, Recipe, Run
+
+CPU = torch.device("cpu")
+EXACT = 1e-12  # float64, relative to the largest: the same sums in another order
+SINGLE = 1e-5  # the same in float32
+SIZE, IMAGES = 32, 8
+
+
+def recipe(run: Run | None = None, **tables: object) -> Recipe:
+    """A resnet18 at 32 pixels with a narrow projector, batch 8; in float64 unless `run` says."""
+    described = {
+        "data": Data(batch_size=IMAGES, image_size=SIZE),
+        "network": Network(backbone="resnet18", projector=(24, 16)),
+        "run": run or Run(precision="fp64"),
+        **tables,
+    }
+    return Recipe.model_validate(described)
+
+
+def views(count: int = IMAGES) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, count, SIZE, SIZE, 3)
+    first, second = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    return first, second
+
+
+def gradients(core: step.Core) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in core.network.named_parameters() if p.grad is not None}
+
+
+def assert_alike(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> None:
+    """Tensors of the same names, equal to `tolerance` of each one's largest value."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        largest = float(tensor.abs().max())
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance * largest)
+
+
+def freeze_norms(core: step.Core) -> None:
+    for module in core.network.modules():
+        if norm.is_norm(module):
+            module.eval()
+
+
+@contextmanager
+def largest_graph() -> Iterator[Callable[[], int]]:
+    """Bytes of the activations that autograd holds at the same time, at most."""
+    live, most = 0, 0
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            nonlocal live, most
+            self.tensor = tensor
+            self.nbytes = 0 if isinstance(tensor, nn.Parameter) else tensor.nbytes
+            live += self.nbytes
+            most = max(most, live)
+
+        def __del__(self) -> None:
+            nonlocal live
+            live -= self.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        yield lambda: most
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_micro_batches_give_the_gradient_of_the_whole_batch_where_batch_norm_is_frozen(
+    micro_batch: int,
+) -> None:
+    whole = step.build(recipe(), CPU)
+    parts = step.build(recipe(Run(precision="fp64", micro_batch=micro_batch)), CPU)
+    for core in (whole, parts):
+        freeze_norms(core)
+    expected, found = (step.update(core, *views(), 0.1, 0.1) for core in (whole, parts))
+    assert_alike(gradients(parts), gradients(whole), EXACT)
+    torch.testing.assert_close(
+        found.terms.off_diagonal, expected.terms.off_diagonal, rtol=EXACT, atol=0
+    )
+    torch.testing.assert_close(found.embedded.features, expected.embedded.features)
+    torch.testing.assert_close(found.embedded.z2, expected.embedded.z2)
+
+
+def test_micro_batches_differ_in_training_by_what_batch_norm_sees_alone() -> None:
+    """Against autograd through micro-batches that pass one by one and are judged together."""
+    described = recipe(Run(precision="fp64", micro_batch=4))
+    core, plain = step.build(described, CPU), step.build(described, CPU)
+    step.update(core, *views(), 0.0, 0.0)
+    first, second = views()
+    passed = [plain.network(first[i : i + 4], second[i : i + 4]) for i in (0, 4)]
+    z1, z2 = (torch.cat([getattr(part, name) for part in passed]) for name in ("z1", "z2"))
+    _, gradient1, gradient2 = loss.value_and_gradient(z1, z2, Loss().lambd, "cross")
+    torch.autograd.backward([z1, z2], [gradient1, gradient2])
+    assert_alike(gradients(core), gradients(plain), EXACT)
+    running = dict(plain.network.named_buffers())
+    for name, buffer in core.network.named_buffers():
+        torch.testing.assert_close(buffer, running[name], rtol=EXACT, atol=EXACT)
+
+
+def test_memory_follows_the_micro_batch() -> None:
+    held = {}
+    for micro_batch in (0, 4, 2):
+        core = step.build(recipe(Run(precision="fp64", micro_batch=micro_batch)), CPU)
+        with largest_graph() as most:
+            step.update(core, *views(), 0.1, 0.1)
+        held[micro_batch] = most()
+    assert held[4] < 0.55 * held[0]
+    assert held[2] < 0.3 * held[0]
+
+
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_recomputation_gives_the_same_gradient_and_counts_statistics_once(precision: str) -> None:
+    results, held = [], []
+    for budget in (1.0, 0.5, 0.01):
+        run = Run.model_validate({"precision": precision, "memory_budget": budget})
+        core = step.build(recipe(run), CPU)
+        with largest_graph() as most:
+            step.update(core, *views(), 0.1, 0.1)
+        held.append(most())
+        results.append((gradients(core), dict(core.network.named_buffers())))
+    for found, buffers in results[1:]:
+        assert_alike(found, results[0][0], 0.0)
+        for name, buffer in results[0][1].items():
+            assert torch.equal(buffers[name], buffer)
+    assert held[2] < held[1] < held[0]
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw", "sgd"])
+def test_an_update_that_is_not_finite_touches_neither_weights_nor_momenta(name: str) -> None:
+    core = step.build(recipe(optim=Optim.model_validate({"name": name})), CPU)
+    step.update(core, *views(), 0.01, 0.01)  # so that there are momenta
+    bad = next(core.network.projector.parameters())
+    good = bad[0, 0].item()
+    with torch.no_grad():
+        bad[0, 0] = torch.inf
+    before = [t.clone() for t in everything(core)]
+    outcome = step.update(core, *views(), 0.01, 0.01)
+    assert outcome.flags.found_inf.item() == 1
+    for tensor, was in zip(everything(core), before, strict=True):
+        assert torch.equal(tensor, was)
+    with torch.no_grad():
+        bad[0, 0] = good
+    outcome = step.update(core, *views(), 0.01, 0.01)
+    assert outcome.flags.found_inf.item() == 0
+    assert not all(torch.equal(t, was) for t, was in zip(everything(core), before, strict=True))
+    assert all(torch.isfinite(t).all() for t in everything(core))
+
+
+def everything(core: step.Core) -> list[torch.Tensor]:
+    """All that an update changes, but for the running statistics of the forward pass."""
+    states = [core.optimizer.state[p] for p in core.network.parameters()]
+    momenta = [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
+    return [*(p.detach() for p in core.network.parameters()), *momenta]
+
+
+def one_bad_rank_of_two() -> None:
+    """Runs on two ranks: the second one's gradient of one parameter is not a number."""
+    with runtime.start() as here:
+        core = step.build(recipe(), CPU)
+        if here.rank == 1:
+            core.network.encoder.conv1.weight.register_hook(lambda g: g * torch.nan)
+        before = [p.detach().clone() for p in core.network.parameters()]
+        first, second = views()
+        own = slice(here.rank * 4, here.rank * 4 + 4)
+        outcome = step.update(core, first[own], second[own], 0.1, 0.1)
+        assert outcome.flags.ranks.tolist() == [0, 1]
+        assert torch.isfinite(outcome.terms.on_diagonal)
+        for parameter, was in zip(core.network.parameters(), before, strict=True):
+            assert torch.equal(parameter, was)
+
+
+def test_one_bad_rank_keeps_the_update_from_all_and_is_named() -> None:
+    runtime.launch(2, one_bad_rank_of_two, ())
+
+
+def test_fp16_overflows_lower_the_scale_and_are_counted() -> None:
+    core = step.build(recipe(Run(precision="fp16")), CPU)
+    assert core.scale is not None
+    core.scale.scale.fill_(2.0**60)
+    before = [p.detach().clone() for p in core.network.parameters()]
+    assert step.update(core, *views(), 0.1, 0.1).flags.found_inf.item() == 1
+    assert (int(core.scale.overflows), float(core.scale.scale)) == (1, 2.0**59)
+    assert all(
+        torch.equal(p, was) for p, was in zip(core.network.parameters(), before, strict=True)
+    )
+    core.scale.scale.fill_(2.0**10)
+    assert step.update(core, *views(), 0.1, 0.1).flags.found_inf.item() == 0
+    assert int(core.scale.overflows) == 1
+    single = step.build(recipe(Run(precision="fp32")), CPU)
+    step.update(single, *views(), 0.1, 0.1)
+    cosine = nn.functional.cosine_similarity(flat(core), flat(single), 0)
+    assert cosine > 0.99  # fp16 convolutions: 10 bits of mantissa
+
+
+def flat(core: step.Core) -> torch.Tensor:
+    return torch.cat([g.flatten().float() for g in gradients(core).values()])
+
+
+class Watchman(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations, and those among them that make the host wait for the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count, self.waits = 0, list[str]()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        if any(name in str(function) for name in self.WAITING):
+            self.waits.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["lars", "adamw", "sgd"])
+def test_nothing_in_the_step_waits_for_the_device(name: str) -> None:
+    core = step.build(recipe(optim=Optim.model_validate({"name": name})), CPU)
+    with Watchman() as watchman:
+        step.update(core, *views(), 0.1, 0.1)
+    assert watchman.count > 100
+    assert watchman.waits == []
+    with Watchman() as watchman:
+        float(torch.ones(()))
+    assert watchman.waits  # so that the test can fail
+
+
+def test_lars_takes_as_many_operations_for_many_parameters_as_for_few() -> None:
+    counts = []
+    for depth in ((16,), (16,) * 20):
+        described = recipe(network=Network(backbone="resnet18", projector=depth))
+        core = step.build(described, CPU)
+        step.update(core, *views(), 0.1, 0.1)
+        with Watchman() as watchman:
+            core.optimizer.step()
+        counts.append(watchman.count)
+    assert counts[0] == counts[1]
+
+
+def gradients_of_ranks(path: str, precision: str, mutated: bool) -> None:
+    """Runs on several ranks: saves the summed gradient of one global batch."""
+    with runtime.start() as here:
+        if mutated:
+            # The fault that this test is for: what others made of this rank's statistics is lost.
+            gather = runtime.gather
+            norm.runtime.gather = lambda x: gather(x.detach())  # type: ignore[attr-defined]
+        core = step.build(recipe(Run.model_validate({"precision": precision})), CPU)
+        share = IMAGES // here.world_size
+        first, second = views()
+        own = slice(here.rank * share, (here.rank + 1) * share)
+        step.update(core, first[own], second[own], 0.1, 0.1)
+        if here.is_first:
+            torch.save(gradients(core), path)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """The gradient in one process, by precision."""
+    found = {}
+    for precision in ("fp64", "fp32"):
+        core = step.build(recipe(Run.model_validate({"precision": precision})), CPU)
+        step.update(core, *views(), 0.1, 0.1)
+        found[precision] = gradients(core)
+    return found
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", EXACT), ("fp32", SINGLE)])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_gradient_does_not_depend_on_the_number_of_ranks(
+    tmp_path: object,
+    alone: dict[str, dict[str, torch.Tensor]],
+    ranks: int,
+    precision: str,
+    tolerance: float,
+) -> None:
+    path = f"{tmp_path}/gradients.pt"
+    runtime.launch(ranks, gradients_of_ranks, (path, precision, False))
+    assert_alike(torch.load(path), alone[precision], tolerance)
+
+
+def test_a_collective_without_its_backward_is_seen(
+    tmp_path: object, alone: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    path = f"{tmp_path}/gradients.pt"
+    runtime.launch(2, gradients_of_ranks, (path, "fp64", True))
+    with pytest.raises(AssertionError, match="not close"):
+        assert_alike(torch.load(path), alone["fp64"], 1e-3)
