@@ -142,6 +142,7 @@ class KnnJudged(Event):
     accuracy: float
     images: int
     neighbours: int
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,14 @@ class Meter:
         yield
         self._waited += time.perf_counter() - started
 
-    def stepped(self, outcome: Outcome) -> None:
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """A context whose time counts for nothing."""
+        started = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - started
+
+    def stepped(self, outcome: Outcome) -> events.StepDone | None:
         """Counts a step; reports every `run.log_steps` and the last one, and only then syncs."""
         run = self._run
         self._steps += 1
@@ -57,33 +64,33 @@ class Meter:
                 float(outcome.terms.on_diagonal)
                 run.report(events.Compiled(time.perf_counter() - self._started))
                 self._restart()
-                return
+                return None
         done = run.state.step
         if done % run.recipe.run.log_steps and done != run.steps:
-            return
-        self._report(outcome.terms)
+            return None
+        logged = self._measure(outcome.terms)
+        run.report(logged)
         self._restart()
+        return logged
 
-    def _report(self, terms: loss.Terms) -> None:
+    def _measure(self, terms: loss.Terms) -> events.StepDone:
         run, seconds = self._run, time.perf_counter() - self._started
         lambd, batch_size = run.recipe.loss.lambd, run.recipe.data.batch_size
         lr, bias_lr = run.rates(run.state.step - 1)
         scale = run.core.scale
-        run.report(
-            events.StepDone(
-                step=run.state.step,
-                epoch=run.state.step / run.steps_per_epoch,
-                loss=float(terms.total(lambd)),
-                on_diagonal=float(terms.on_diagonal),
-                off_diagonal=float(terms.off_diagonal),
-                mean_diagonal=float(terms.mean_diagonal),
-                off_diagonal_rms=loss.off_diagonal_rms(terms, run.recipe.network.projector[-1]),
-                dead_dimensions=int(terms.dead),
-                overflows=int(scale.overflows) if scale else 0,
-                lr=lr,
-                bias_lr=bias_lr,
-                images_per_second=events.per_second(self._steps * batch_size, seconds),
-                data_wait=min(1.0, self._waited / seconds),
-                eta_seconds=(run.steps - run.state.step) * seconds / self._steps,
-            )
+        return events.StepDone(
+            step=run.state.step,
+            epoch=run.state.step / run.steps_per_epoch,
+            loss=float(terms.total(lambd)),
+            on_diagonal=float(terms.on_diagonal),
+            off_diagonal=float(terms.off_diagonal),
+            mean_diagonal=float(terms.mean_diagonal),
+            off_diagonal_rms=loss.off_diagonal_rms(terms, run.recipe.network.projector[-1]),
+            dead_dimensions=int(terms.dead),
+            overflows=int(scale.overflows) if scale else 0,
+            lr=lr,
+            bias_lr=bias_lr,
+            images_per_second=events.per_second(self._steps * batch_size, seconds),
+            data_wait=min(1.0, self._waited / seconds),
+            eta_seconds=(run.steps - run.state.step) * seconds / self._steps,
         )

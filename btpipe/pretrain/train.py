@@ -12,6 +12,7 @@ from btpipe.errors import NumericsError, Stopped
 from btpipe.events import Report
 from btpipe.pretrain import checkpoint, finite, initial, loss, step
 from btpipe.pretrain.folder import Quarantine
+from btpipe.pretrain.health import Health
 from btpipe.pretrain.meter import Meter, SaveClock
 from btpipe.pretrain.run import Run
 from btpipe.recipe import Recipe
@@ -98,6 +99,7 @@ def _loop(run: Run, batches: Iterator[Batch], signals: runtime.StopSignals) -> N
     """Steps until the end or a stop; logs, and saves what a kill must not cost."""
     agreement, meter, clock = runtime.Agreement(), Meter(run), SaveClock(run)
     watch, before_it = finite.Watch(), None
+    health = Health(run, lambda: bool(signals.asked))
     started, before = time.perf_counter(), run.state.step
     while run.state.step < run.steps:
         with meter.waiting():
@@ -106,7 +108,7 @@ def _loop(run: Run, batches: Iterator[Batch], signals: runtime.StopSignals) -> N
         run.state = dataclasses.replace(run.state, step=batch.step + 1)
         _require_finite(run, watch.stepped(batch.step, outcome.flags, run.core.scale), before_it)
         before_it = batch
-        meter.stepped(outcome)
+        logged = meter.stepped(outcome)
         stop, save = agreement.exchange([bool(signals.asked), clock.is_due()])
         if stop or save or run.state.step == run.steps:
             _require_finite(run, watch.last(), batch)
@@ -115,6 +117,8 @@ def _loop(run: Run, batches: Iterator[Batch], signals: runtime.StopSignals) -> N
         if stop and run.state.step < run.steps:
             done = f"stopped at step {run.state.step} of {run.steps}"
             raise Stopped(f"{done}, the state is saved", fix="run the same command to go on")
+        with meter.aside():
+            health.stepped(outcome, logged)
     if run.steps == 0 and checkpoint.newest(run.folder) is None:
         _save(run)
     seconds = time.perf_counter() - started
