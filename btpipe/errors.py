@@ -6,7 +6,9 @@ BtpipeError            1    a bug, when it is raised bare
 |- BudgetError         3    finished, but more inputs were bad than `max_bad` allows
 |- RefusedError        4    going on would change the result silently
 |  `- IntegrityError   4    a file is not what its manifest says
+|     `- NewerError    4    a file is whole, and made by a newer btpipe
 |- MachineError        5    disk, permission, memory, a lost rank
+|  `- LostRankError    5    another rank is gone, and this one cannot go on without it
 |- NumericsError       6    not finite, or an export that disagrees
 `- Stopped            75    asked to stop; the state is saved, the same command goes on
 """
@@ -56,10 +58,18 @@ class IntegrityError(RefusedError):
     """A file is missing, changed, or newer than this btpipe reads."""
 
 
+class NewerError(IntegrityError):
+    """A file of a newer format: nothing is wrong with it, but this btpipe cannot read it."""
+
+
 class MachineError(BtpipeError):
     """The machine failed: disk, permission, memory, or a rank that was lost."""
 
     exit_code = 5
+
+
+class LostRankError(MachineError):
+    """Another rank of the job is gone or does not answer; what it met itself is the cause."""
 
 
 class NumericsError(BtpipeError):

@@ -1,57 +1,73 @@
-"""Starting a run: prepared once, then trained by one process, or by several that btpipe starts."""
+"""Starting a run: one process, several that btpipe starts, or ranks of torchrun or SLURM."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from btpipe import artifact, events, progress, runtime
 from btpipe.data.index import open_index
 from btpipe.errors import RecipeError
-from btpipe.pretrain import checkpoint, folder, train
+from btpipe.pretrain import checkpoint, folder, knn, train
 from btpipe.recipe import Recipe
+
+PREDECESSOR_SECONDS = 30.0
+"""How long the first rank waits for a run folder that another process is about to leave."""
 
 
 def pretrain(run: Path, recipe: Recipe, *, devices: str, mode: progress.Mode) -> None:
     """Trains `recipe` into the folder `run`, from where it stands; a finished run is left alone.
 
-    `devices`: processes on this machine ("auto": one for each GPU, or one). Under torchrun the
-    ranks are its own, and the first one prepares the folder.
+    `devices`: processes on this machine ("auto": one for each GPU, or one). Under torchrun and in
+    a SLURM step the ranks are theirs.
 
     Raises:
         BtpipeError: whatever `folder.prepare` and `train.fit` raise.
     """
-    if runtime.under_torchrun():
-        _one_of_many(run, recipe, mode, prepares=True)
+    count = 1 if runtime.is_rank() else runtime.devices(devices)
+    if count == 1:
+        _one_of_many(run, recipe, mode)
         return
-    count = runtime.devices(devices)
-    _require_divisible(recipe, count)
-    with progress.show(mode) as report:
-        folder.prepare(run, recipe, report)
-        if _is_finished(run, recipe):
-            report(events.Note(f"nothing to do: {run} is trained to its last step"))
-            return
-    with folder.lock(run):
-        if count == 1:
-            _one_of_many(run, recipe, mode, prepares=False)
-        else:
-            runtime.launch(count, _one_of_many, (run, recipe, mode))
+    require_divisible(recipe, count)
+    with progress.show(mode) as report, _open(run, recipe, report, wait_seconds=0) as finished:
+        pass  # refuses what is wrong before any rank starts; the first rank takes the folder again
+    if not finished:
+        runtime.launch(count, _one_of_many, (run, recipe, mode))
 
 
-def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode, prepares: bool = False) -> None:
-    """One rank's part: the first one shows progress and writes the log."""
+def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode) -> None:
+    """One rank's part: the first one holds the folder, shows progress and writes the log."""
     with runtime.start() as here:
+        require_divisible(recipe, here.world_size)
         if not here.is_first:
-            runtime.barrier()
-            train.fit(run, recipe, here, events.ignore)
+            if not runtime.any_rank(False):
+                train.fit(run, recipe, here, events.ignore)
             return
-        with progress.show(mode) as report:
-            if prepares:
-                _require_divisible(recipe, here.world_size)
-                folder.prepare(run, recipe, report)
-            runtime.barrier()
-            with folder.log(run, report) as logged:
-                train.fit(run, recipe, here, logged)
+        # Alone, a second start is told at once that the folder is taken.
+        wait_seconds = PREDECESSOR_SECONDS if here.world_size > 1 else 0
+        with progress.show(mode) as report, _open(run, recipe, report, wait_seconds) as finished:
+            if not runtime.any_rank(finished):
+                with folder.log(run, report) as logged:
+                    train.fit(run, recipe, here, logged)
 
 
-def _require_divisible(recipe: Recipe, count: int) -> None:
+@contextmanager
+def _open(run: Path, recipe: Recipe, report: events.Report, wait_seconds: float) -> Iterator[bool]:
+    """Holds the prepared run folder; whether the run is finished already, which is reported."""
+    labelled = knn.labelled_images(recipe, report)
+    if not run.exists():
+        folder.prepare(run, recipe, report)
+    with folder.lock(run, wait_seconds):
+        folder.prepare(run, recipe, report)  # sweeps what a killed process left: only with the lock
+        finished = _is_finished(run, recipe)
+        if finished:
+            report(events.Note(f"nothing to do: {run} is trained to its last step"))
+        elif labelled:
+            labelled.save(run / knn.INDEX)
+        yield finished
+
+
+def require_divisible(recipe: Recipe, count: int) -> None:
+    """Raises RecipeError where `data.batch_size` does not divide among `count` processes."""
     if recipe.data.batch_size % count:
         found = f"data.batch_size = {recipe.data.batch_size} on {count} processes"
         raise RecipeError(found, expected="a batch that divides among them")

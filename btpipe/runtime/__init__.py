@@ -7,6 +7,7 @@ Torch is imported when something needs it, so that the command line starts witho
 from btpipe.runtime.collectives import (
     Agreement,
     all_reduce_sum,
+    any_rank,
     barrier,
     gather,
     gather_rows,
@@ -22,9 +23,9 @@ from btpipe.runtime.machine import (
     cpu_has_bf16,
     devices,
     environment,
+    is_rank,
     precision,
     start,
-    under_torchrun,
 )
 from btpipe.runtime.signals import StopSignals
 
@@ -34,6 +35,7 @@ __all__ = [
     "Runtime",
     "StopSignals",
     "all_reduce_sum",
+    "any_rank",
     "barrier",
     "cores",
     "cpu_has_bf16",
@@ -41,11 +43,11 @@ __all__ = [
     "environment",
     "gather",
     "gather_rows",
+    "is_rank",
     "launch",
     "precision",
     "rank",
     "start",
     "sum_gradients",
-    "under_torchrun",
     "world_size",
 ]

@@ -13,8 +13,10 @@ GRADIENT_BUCKET_BYTES = 64 * 2**20
 
 
 @functools.cache
-def _define_operators() -> None:
+def define_operators() -> None:
     """Collectives as operators with a fake and a backward, whole in a compiled graph.
+
+    Called when a group is formed: inside a graph that is being traced it would break it.
 
     The convention of the backward: the loss is one, over all ranks; every rank holds the gradient
     of its own rows, and what a rank contributed to others comes back as a sum over ranks.
@@ -75,7 +77,6 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
         return x
     import torch
 
-    _define_operators()
     return torch.ops.btpipe.all_reduce_sum(x)  # type: ignore[no-any-return]
 
 
@@ -85,7 +86,6 @@ def gather(x: torch.Tensor) -> torch.Tensor:
         return x[None]
     import torch
 
-    _define_operators()
     return torch.ops.btpipe.gather(x)  # type: ignore[no-any-return]
 
 
@@ -138,12 +138,29 @@ def _memory_order(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def barrier() -> None:
-    """Waits for every rank."""
-    if world_size() > 1:
-        import torch.distributed as dist
+_PATIENT: list[torch.distributed.ProcessGroup] = []
 
-        dist.barrier()
+
+def wait_patiently(group: torch.distributed.ProcessGroup) -> None:
+    """From now on ranks wait for each other in this group, whose time-out is longer."""
+    _PATIENT[:] = [group]
+
+
+def any_rank(flag: bool) -> bool:
+    """Waits for every rank, however long its work takes; whether any of them says yes."""
+    if world_size() == 1:
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    flags = torch.tensor([int(flag)], dtype=torch.int32)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=_PATIENT[0])
+    return bool(flags.item())
+
+
+def barrier() -> None:
+    """Waits for every rank, however long its work takes; a rank that died ends the wait."""
+    any_rank(False)
 
 
 class Agreement:

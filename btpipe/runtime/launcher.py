@@ -1,81 +1,228 @@
-"""Several processes on one machine, through torchrun's machinery."""
+"""Several processes on one machine, each told its place by torchrun's variables."""
 
-import json
+import ctypes
+import dataclasses
+import multiprocessing
 import os
+import signal
 import sys
-import tempfile
-import uuid
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import SimpleQueue
 from typing import NoReturn
 
-from btpipe.errors import BtpipeError, MachineError, Stopped
+from btpipe.errors import BtpipeError, LostRankError, MachineError, Stopped
+from btpipe.runtime.signals import REPEAT_SECONDS, StopSignals
+
+END_SECONDS = 30.0
+"""How long ranks may take to end after one has failed; then they are killed."""
+
+NOTE_SECONDS = 2.0
+"""How long they may take before that, to end by themselves and say what they met."""
+
+NOTE_CHARACTERS = 4000  # so that the notes of many ranks fit a pipe that nobody reads yet
+AGAIN = "run the same command again: it goes on from the last checkpoint"
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Note:
+    """What a rank says before it ends with an error; `lost_peer`: another rank is the cause."""
+
+    rank: int
+    text: str
+    exit_code: int
+    lost_peer: bool = False
 
 
 def launch(count: int, entry: Callable[..., None], arguments: Sequence[object]) -> None:
     """Runs `entry(*arguments)` in `count` processes on this machine.
 
+    SIGTERM, SIGUSR1 and Ctrl-C are passed on to the ranks, which save their state. A launcher that
+    is killed takes its ranks along: they save, too.
+
     Raises:
         BtpipeError: the error of the rank that failed first, with its exit code.
-        Stopped: a signal arrived and was passed on to the ranks, which save their state.
-        MachineError: a rank was lost.
+        Stopped: a signal came before a rank had anything to save.
+        MachineError: a rank was lost; the others are ended within half a minute.
+        KeyboardInterrupt: a second Ctrl-C.
     """
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-    )
-    with tempfile.TemporaryDirectory(prefix="btpipe-ranks-") as folder:
-        notes = Path(folder)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    notes: SimpleQueue[_Note] = context.SimpleQueue()
+    ranks = []
+    for rank in range(count):
+        told = _variables(rank, count, store.port)
+        ranks.append(context.Process(target=_rank, args=(told, notes, entry, *arguments)))
+    signals = _Signals(ranks)
+    with signals.passed_on():
         try:
-            elastic_launch(config, _rank)(notes, entry, *arguments)
-        except SignalException as error:
-            fix = "run the same command to go on"
-            raise Stopped(f"stopped by {error.sigval.name}", fix=fix) from error
-        except ChildFailedError as error:
-            _raise_first(notes)
-            rank, failure = error.get_first_failure()
-            raise MachineError(
-                f"rank {rank} was lost (exit code {failure.exitcode})",
-                fix="run the same command again: it goes on from the last checkpoint",
-            ) from error
-        _raise_first(notes)
+            failed = _first_to_fail(ranks)
+            if failed is not None:
+                _end(ranks)
+        finally:
+            _kill(ranks)
+    if failed is not None:
+        _raise(_read(notes), signals, ranks, failed)
 
 
-def _rank(notes: Path, entry: Callable[..., None], *arguments: object) -> None:
-    """Notes this rank's own error and ends with its code: the others are ended after it.
+def _variables(rank: int, count: int, port: int) -> dict[str, str]:
+    """torchrun's variables for one rank; the last two say that the launcher holds the store."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
 
-    Ends, instead of returning: a rank that returns waits for the launcher, which may wait for it.
-    """
+
+class _Signals:
+    """What the launcher was asked by signals; they reach the ranks, whoever sent them to whom."""
+
+    def __init__(self, ranks: Sequence[SpawnProcess]) -> None:
+        self.asked, self.twice = "", False
+        self._ranks, self._seconds = ranks, 0.0
+
+    @contextmanager
+    def passed_on(self) -> Iterator[None]:
+        """Starts the ranks, and passes signals on for the length of a `with`."""
+        before = {number: signal.signal(number, self._handle) for number in StopSignals.SIGNALS}
+        # Held back until every rank is there; a rank begins with them held back, too.
+        signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.SIGNALS)
+        try:
+            for rank in self._ranks:
+                rank.start()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.SIGNALS)
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.SIGNALS)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        if not self.asked:
+            self.asked, self._seconds = signal.Signals(number).name, time.monotonic()
+            _send(self._ranks, signal.SIGTERM)
+        elif number == signal.SIGINT and time.monotonic() - self._seconds > REPEAT_SECONDS:
+            self.twice = True
+            _kill(self._ranks)
+
+
+def _rank(
+    told: dict[str, str],
+    notes: "SimpleQueue[_Note]",
+    entry: Callable[..., None],
+    *arguments: object,
+) -> None:
+    """One rank's process: what it is told, its work, and a note of its own error."""
+    os.environ.update(told)
+    # A launcher that is killed takes its ranks along: they are asked to stop.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.SIGNALS)
+    rank = int(told["RANK"])
     try:
         entry(*arguments)
     except BtpipeError as error:
-        note = {"error": str(error), "exit_code": error.exit_code}
-        path = notes / f"rank-{os.getpid()}.tmp"
-        path.write_text(json.dumps(note))
-        path.rename(path.with_suffix(".json"))
-        sys.exit(error.exit_code)
+        lost_peer = isinstance(error, LostRankError)
+        _leave(notes, _Note(rank, str(error), error.exit_code, lost_peer))
+    except Exception:
+        text = traceback.format_exc()[-NOTE_CHARACTERS:]
+        _leave(notes, _Note(rank, f"a bug, met by rank {rank}:\n{text}", BtpipeError.exit_code))
 
 
-def _raise_first(notes: Path) -> None:
-    """Raises what the first rank to fail noted, if any did."""
-    found = sorted(notes.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    if found:
-        note = json.loads(found[0].read_text())
-        _raise(note["error"], note["exit_code"])
+def _leave(notes: "SimpleQueue[_Note]", note: _Note) -> NoReturn:
+    try:
+        notes.put(note)
+    except OSError:  # the launcher is gone
+        sys.stderr.write(f"{note.text}\n")
+    sys.exit(note.exit_code)
 
 
-def _raise(message: str, exit_code: int) -> NoReturn:
-    error = (Stopped if exit_code == Stopped.exit_code else BtpipeError)(message)
-    error.exit_code = exit_code
-    raise error
+def _first_to_fail(ranks: Sequence[SpawnProcess]) -> int | None:
+    """Waits until every rank is done, or one ended with an error: that one.
+
+    Of several that ended together it is the one that a signal killed.
+    """
+    running = list(range(len(ranks)))
+    while running:
+        ready = connection.wait([ranks[number].sentinel for number in running])
+        ended = [number for number in running if ranks[number].sentinel in ready]
+        codes = {_exit_code(ranks[number]): number for number in ended}
+        failed = [code for code in codes if code != 0]
+        if failed:
+            return codes[min(failed)]
+        running = [number for number in running if number not in ended]
+    return None
+
+
+def _exit_code(rank: SpawnProcess) -> int:
+    rank.join()
+    assert rank.exitcode is not None
+    return rank.exitcode
+
+
+def _end(ranks: Sequence[SpawnProcess]) -> None:
+    """Lets the other ranks say what they met, then asks those that are left to end."""
+    for seconds in (NOTE_SECONDS, END_SECONDS):
+        until = time.monotonic() + seconds
+        for rank in ranks:
+            rank.join(max(0, until - time.monotonic()))
+        _send(ranks, signal.SIGTERM)
+
+
+def _kill(ranks: Sequence[SpawnProcess]) -> None:
+    _send(ranks, signal.SIGKILL)
+
+
+def _send(ranks: Sequence[SpawnProcess], number: signal.Signals) -> None:
+    for rank in ranks:
+        if rank.pid is not None and rank.exitcode is None:
+            os.kill(rank.pid, number)  # not reaped: the number is still its own
+
+
+def _read(notes: "SimpleQueue[_Note]") -> list[_Note]:
+    found = []
+    while not notes.empty():
+        found.append(notes.get())
+    return found
+
+
+def _raise(
+    notes: list[_Note], signals: _Signals, ranks: Sequence[SpawnProcess], failed: int
+) -> NoReturn:
+    """The cause: a second Ctrl-C, what a rank met itself, a first signal, else a lost rank."""
+    if signals.twice:
+        raise KeyboardInterrupt
+    for note in notes:
+        if not note.lost_peer:
+            error = (Stopped if note.exit_code == Stopped.exit_code else BtpipeError)(note.text)
+            error.exit_code = note.exit_code
+            raise error
+    if signals.asked:
+        raise Stopped(f"stopped by {signals.asked}", fix="run the same command to go on")
+    lost, how, fix = [failed], "", AGAIN
+    exit_code = _exit_code(ranks[failed])
+    if exit_code < 0:
+        how = f"killed by {signal.Signals(-exit_code).name}"
+        if exit_code == -signal.SIGKILL:
+            fix = (
+                f"if nobody killed it, the machine ran out of memory: lower what needs it; {AGAIN}"
+            )
+    elif notes:
+        told = {note.rank for note in notes}
+        lost = [number for number in range(len(ranks)) if number not in told] or lost
+        how = "it does not answer" if failed not in lost else notes[0].text
+    else:
+        how = f"it ended with exit code {exit_code}"
+    raise MachineError(f"rank {', '.join(map(str, lost))} was lost ({how})", fix=fix)

@@ -7,16 +7,27 @@ import dataclasses
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from btpipe.errors import MachineError, UsageError
+from btpipe.errors import LostRankError, MachineError, UsageError
+from btpipe.runtime import collectives, place
 
 if TYPE_CHECKING:
     import torch
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
+
+COLLECTIVE_SECONDS = 600.0
+"""How long ranks wait for one that does not answer. Long enough for a slow disk; a rank that died
+is noticed at once, its connections close. (On GPUs, NCCL's own watchdog ends a process then.)"""
+
+CULPRIT_SECONDS = 5.0
+"""How long a rank that lost another one waits to be ended: so its launcher meets the lost one
+first, and names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,34 +45,85 @@ class Runtime:
 
 
 @contextlib.contextmanager
-def start(on: Literal["auto", "cpu"] = "auto") -> Iterator[Runtime]:
-    """The runtime of this process, alone or as a rank of the group torchrun describes.
+def start(
+    on: Literal["auto", "cpu"] = "auto", collective_seconds: float = COLLECTIVE_SECONDS
+) -> Iterator[Runtime]:
+    """The runtime of this process, alone or as a rank of the group torchrun or SLURM describes.
 
     `on` "cpu" leaves the GPUs alone, so that there may be more ranks than GPUs.
 
     Raises:
+        LostRankError: another rank died, or did not answer for `collective_seconds`.
         MachineError: the process group cannot be formed.
     """
     import torch
 
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    here = place.find()
     cuda = on == "auto" and torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    local_rank = here.local_rank if here else 0
+    # SLURM may show each task one GPU of its own, as number 0.
+    number = local_rank % torch.cuda.device_count() if cuda else 0
+    device = torch.device("cuda", number) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if not under_torchrun():
+    if here is None:
         yield _with_threads(Runtime(device))
         return
+    with _group(here, "cpu:gloo,cuda:nccl" if cuda else "gloo", collective_seconds):
+        yield _with_threads(Runtime(device, here.rank, here.world_size))
+
+
+@contextlib.contextmanager
+def _group(here: place.Place, backend: str, collective_seconds: float) -> Iterator[None]:
+    """A process group for the length of a `with`; what it raises when a rank is gone, in words."""
     import torch.distributed as dist
 
+    method = here.address or "env://"
+    wait = timedelta(seconds=collective_seconds)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    except (RuntimeError, ValueError) as error:
-        raise MachineError(f"the ranks did not find each other: {error}") from error
+        if here.address:
+            dist.init_process_group(backend, method, wait, here.world_size, here.rank)
+        else:
+            dist.init_process_group(backend, timeout=wait)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        assert isinstance(patient, dist.ProcessGroup)
+        collectives.wait_patiently(patient)
+        collectives.define_operators()
+    except RuntimeError as error:
+        time.sleep(CULPRIT_SECONDS)
+        raise LostRankError(f"the ranks did not find each other: {error}") from error
+    except ValueError as error:
+        raise MachineError(f"the ranks cannot find each other: {error}") from error
     try:
-        yield _with_threads(Runtime(device, dist.get_rank(), dist.get_world_size()))
+        yield
+    except RuntimeError as error:
+        found = _lost(error)
+        if not found:
+            raise
+        time.sleep(CULPRIT_SECONDS)
+        fix = "run the same command again: it goes on from the last checkpoint"
+        raise LostRankError(found, fix=fix) from error
     finally:
         dist.destroy_process_group()
+
+
+def _lost(error: RuntimeError) -> str:
+    """What a collective's error says about the other ranks; nothing if it is another error."""
+    import torch.distributed as dist
+
+    text = str(error)
+    if "imed out" in text or "timeout" in text:
+        return "another rank does not answer" if _of_a_collective(error) else ""
+    gone = isinstance(error, dist.DistError) or _of_a_collective(error)
+    return "the connection to another rank was lost" if gone else ""
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    """gloo raises plain RuntimeErrors, NCCL and the store DistErrors."""
+    import torch.distributed as dist
+
+    words = ("gloo/transport", "Application timeout caused pair closure")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def _with_threads(runtime: Runtime) -> Runtime:
@@ -74,13 +136,15 @@ def _with_threads(runtime: Runtime) -> Runtime:
 
 def cores() -> int:
     """CPU cores that this process may use: its share of those that its machine's ranks may."""
-    alike = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // alike)
+    here, mine = place.find(), len(os.sched_getaffinity(0))
+    if here is None:
+        return mine
+    return max(1, min(mine, here.local_cores) or mine // here.local_world_size)
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun, or something that sets its variables, started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+def is_rank() -> bool:
+    """Whether torchrun or SLURM started this process as one of several."""
+    return place.find() is not None
 
 
 def devices(asked: str) -> int:
