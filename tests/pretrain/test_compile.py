@@ -73,7 +73,7 @@ def test_the_network_is_one_graph_on_two_ranks_too() -> None:
 
 def test_a_break_in_the_graph_is_an_error() -> None:
     core = build("fp64")
-    untraced = torch.compiler.disable(torch.square)
+    untraced = torch.compiler.disable(torch.square)  # type: ignore[no-untyped-call]
     core.network.projector.register_forward_hook(lambda _, __, out: untraced(out))
     core.network.compile(fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match="disable"):
