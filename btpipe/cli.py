@@ -16,6 +16,8 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: show and list them
 app.add_typer(recipe_app, name="recipe")
 eval_app = typer.Typer(no_args_is_help=True, help="Judge vectors.")
 app.add_typer(eval_app, name="eval")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench_app, name="bench")
 
 RecipePath = Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
 Overrides = Annotated[
@@ -179,6 +181,34 @@ def demo(
     from btpipe.road import demo as road
 
     road.run(out, seed=seed, mode="json" if as_json else "auto")
+
+
+@bench_app.command("step")
+def bench_step(
+    backbone: Annotated[str, typer.Option(help="A torchvision ResNet.")] = "resnet50",
+    size: Annotated[int, typer.Option(min=16, help="Pixels of a view's side.")] = 224,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of views in a step.")] = 16,
+    dimension: Annotated[int, typer.Option(min=2, help="Width of the projector's layers.")] = 8192,
+    steps: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 3,
+    grid: Annotated[
+        str, typer.Option(metavar="N,..xD,..", help="Batches and dimensions for the loss alone.")
+    ] = "64,256,1024,2048x8192",
+    loss_only: Annotated[bool, typer.Option("--loss-only", help="The loss's table alone.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compiled rows as well.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the training step, loss, LARS and traffic against the published formulation."""
+    from btpipe import progress
+    from btpipe.road import benchmark
+
+    sizes = benchmark.sizes(backbone, size, batch, dimension)
+    asked = benchmark.options(sizes, steps=steps, grid=grid)
+    options = benchmark.QUICK if quick else asked
+    with progress.show("json" if as_json else "auto") as report:
+        benchmark.run(options, report, compiled=compiled, loss_only=loss_only)
 
 
 @recipe_app.command("show")

@@ -1,0 +1,197 @@
+"""A process of its own for each thing that is measured: its memory and its threads are its own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from btpipe.errors import MachineError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+TURN_SECONDS = 0.2
+"""A turn repeats its action until it has taken this long, so that clocks resolve it."""
+WARM_UPS = {"cpu": 1, "cuda": 3}
+"""Actions before the first turn; a GPU also searches for algorithms in them."""
+
+Order = Literal["prepare", "measure", "peak"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Seconds of one action: by the clock (on a GPU, between two events), and of all CPU cores."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """What a seat answers when its GPU has too little memory."""
+
+
+Answer = Turn | OutOfMemory | int | None
+
+
+class PeakMemory:
+    """Most memory in use since this was made, beyond what was in use then and `beside_bytes`.
+
+    On a GPU what torch's allocator hands out; on a CPU the growth of the resident set (VmHWM of
+    the process, set back when this is made, against VmRSS).
+    """
+
+    def __init__(self, device: torch.device, beside_bytes: int = 0) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            with contextlib.suppress(OSError):  # then earlier peaks count too
+                Path("/proc/self/clear_refs").write_text("5")
+            before = _status_bytes("VmRSS")
+        self._before = before + beside_bytes
+
+    def read_bytes(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = _status_bytes("VmHWM")
+        return max(0, peak - self._before)
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An action that can be repeated, and the memory that it is charged for."""
+
+    action: Callable[[], object]
+    memory: PeakMemory
+
+
+class Seat:
+    """A process that prepares an action once and then takes its turns.
+
+    `prepare` runs in that process and must be picklable: a function of a module, or a partial.
+    """
+
+    def __init__(self, name: str, prepare: Callable[[], Prepared], threads: int) -> None:
+        self.name = name
+        # Forked from a server that has done the imports once, and nothing else.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["btpipe.road.benchmark_worker"])
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, prepare, threads), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def prepare(self) -> bool:
+        """Makes the action and runs it untimed; False where the GPU's memory does not do."""
+        return not isinstance(self._ask("prepare"), OutOfMemory)
+
+    def measure(self) -> Turn | None:
+        """One turn; None where the GPU's memory does not do."""
+        answer = self._ask("measure")
+        assert isinstance(answer, Turn | OutOfMemory)
+        return None if isinstance(answer, OutOfMemory) else answer
+
+    def peak_bytes(self) -> int:
+        """Peak memory of all actions so far."""
+        answer = self._ask("peak")
+        assert isinstance(answer, int)
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join(timeout=5)
+        self._process.kill()
+        self._process.join()
+
+    def _ask(self, order: Order) -> Answer:
+        try:
+            self._pipe.send(order)
+            answer: Answer = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(timeout=5)
+            raise MachineError(
+                f"the process of {self.name!r} ended (exit code {self._process.exitcode})",
+                fix="-9: too little memory, take smaller sizes; else see its traceback above",
+            ) from error
+        return answer
+
+
+def _serve(pipe: Connection, prepare: Callable[[], Prepared], threads: int) -> None:
+    """The life of a seat's process: answers until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle; it closes the pipe
+    torch.set_num_threads(threads)
+    prepared: Prepared | None = None
+    while True:
+        try:
+            order: Order = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer: Answer = None
+            if order == "prepare":
+                prepared = _warmed_up(prepare)
+            else:
+                assert prepared is not None
+                measures = order == "measure"
+                answer = _turn(prepared) if measures else prepared.memory.read_bytes()
+        except torch.OutOfMemoryError:
+            answer = OutOfMemory()
+        pipe.send(answer)
+
+
+def _warmed_up(prepare: Callable[[], Prepared]) -> Prepared:
+    prepared = prepare()
+    for _ in range(WARM_UPS[prepared.memory.device.type]):
+        prepared.action()
+    return prepared
+
+
+def _turn(prepared: Prepared) -> Turn:
+    """Repeats the action for about `TURN_SECONDS`; the mean of one."""
+    if prepared.memory.device.type == "cuda":
+        return _turn_of_gpu(prepared.action)
+    calls, started, cpu_started = 0, time.perf_counter(), time.process_time()
+    while calls == 0 or time.perf_counter() - started < TURN_SECONDS:
+        prepared.action()
+        calls += 1
+    cpu_seconds = time.process_time() - cpu_started
+    return Turn((time.perf_counter() - started) / calls, cpu_seconds / calls)
+
+
+def _turn_of_gpu(action: Callable[[], object]) -> Turn:
+    """Between two events, without waiting in between: as many calls as one call's time allows."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    calls = math.ceil(TURN_SECONDS / (time.perf_counter() - started))
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    cpu_started = time.process_time()
+    first.record()
+    for _ in range(calls):
+        action()
+    last.record()
+    last.synchronize()
+    cpu_seconds = time.process_time() - cpu_started
+    return Turn(first.elapsed_time(last) / 1000 / calls, cpu_seconds / calls)

@@ -1,0 +1,230 @@
+"""The benchmark: the published formulation is the published one, and what is measured is true."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typer.testing import CliRunner
+
+from btpipe import runtime
+from btpipe.cli import app
+from btpipe.errors import MachineError, UsageError
+from btpipe.pretrain import step
+from btpipe.recipe import Recipe
+from btpipe.road import benchmark, published, seat, wire
+from btpipe.road.benchmark_worker import Sizes
+
+PUBLISHED = load_file(Path(__file__).parent.parent / "pretrain" / "published.safetensors")
+EXACT = 1e-12  # float64; the same operations as those that made the numbers
+SINGLE = 1e-3  # float32 through a resnet18 and batch norm over 4 images, relative
+TINY = Sizes("resnet18", 32, 4, 16)
+MEBIBYTE = 2**20
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_the_loss_to_compare_with_is_the_published_one(i: int) -> None:
+    z1, z2 = (PUBLISHED[f"loss.{i}.z{k}"].clone().requires_grad_() for k in (1, 2))
+    lambd = float(PUBLISHED[f"loss.{i}.lambda"])
+    value = published.Loss(z1.shape[1], lambd).double()(z1, z2)
+    value.backward()
+    expected = [PUBLISHED[f"loss.{i}.{name}"] for name in ("value", "grad_z1", "grad_z2")]
+    torch.testing.assert_close([value, z1.grad, z2.grad], expected, rtol=EXACT, atol=EXACT)
+
+
+def test_the_lars_to_compare_with_is_the_published_one() -> None:
+    network = nn.Module()
+    for name in ("weight", "zero_weight", "bias"):
+        network.register_parameter(name, nn.Parameter(PUBLISHED[f"lars.{name}.0"].clone()))
+    lars = published.optimizer_for(network, weight_decay=0.01, momentum=0.9, eta=0.001)
+    for turn in range(6):
+        for group, rate in zip(lars.param_groups, (0.2, 0.0048), strict=True):
+            group["lr"] = rate * (turn + 1)
+        for name, parameter in network.named_parameters():
+            parameter.grad = PUBLISHED[f"lars.grad_{name}.{turn}"].clone()
+        lars.step()
+        for name, parameter in network.named_parameters():
+            expected = PUBLISHED[f"lars.{name}.{turn + 1}"]
+            torch.testing.assert_close(parameter.detach(), expected, rtol=EXACT, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "short", "tiny"])
+def test_the_schedule_to_compare_with_is_the_published_one(name: str) -> None:
+    epochs, steps_per_epoch, batch_size = (
+        int(v) for v in PUBLISHED[f"schedule.{name}.epochs_stepsperepoch_batch"]
+    )
+    for at, *expected in PUBLISHED[f"schedule.{name}.step_lrweights_lrbiases"].tolist():
+        rates = published.learning_rates(
+            int(at),
+            epochs=epochs,
+            warmup_epochs=10,
+            steps_per_epoch=steps_per_epoch,
+            batch_size=batch_size,
+            lr=0.2,
+            bias_lr=0.0048,
+            final_ratio=0.001,
+        )
+        assert rates == pytest.approx(tuple(expected), rel=EXACT, abs=EXACT)
+
+
+def test_both_steps_make_the_same_update_from_the_same_weights() -> None:
+    recipe = TINY.recipe()
+    core = step.build(
+        recipe.model_copy(update={"run": recipe.run.model_copy(update={"precision": "fp32"})}),
+        torch.device("cpu"),
+    )
+    baseline = published.Network(TINY.backbone, TINY.widths, recipe.loss.lambd)
+    baseline.load_state_dict(core.network.state_dict(), strict=False)
+    settings = recipe.optim
+    trainer = published.Trainer(
+        baseline,
+        published.optimizer_for(baseline, settings.weight_decay, settings.momentum, settings.eta),
+    )
+    pixels = torch.Generator().manual_seed(0)
+    views = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8, generator=pixels)
+    value = trainer.step(views[0], views[1], 0.5, 0.1)
+    outcome = step.update(core, views[0], views[1], 0.5, 0.1)
+    torch.testing.assert_close(value, outcome.terms.total(recipe.loss.lambd), rtol=SINGLE, atol=0.0)
+    ours = core.network.state_dict()
+    for name, tensor in baseline.state_dict().items():
+        if name in ours:
+            torch.testing.assert_close(ours[name], tensor, rtol=SINGLE, atol=SINGLE, msg=name)
+
+
+def hold_64_mebibytes() -> seat.Prepared:
+    memory = seat.PeakMemory(torch.device("cpu"), beside_bytes=16 * MEBIBYTE)
+
+    def action() -> None:
+        torch.ones(64 * MEBIBYTE // 4)
+
+    return seat.Prepared(action, memory)
+
+
+def sleep_and_count() -> seat.Prepared:
+    def action() -> None:
+        time.sleep(0.3)
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+
+    return seat.Prepared(action, seat.PeakMemory(torch.device("cpu")))
+
+
+def end_at_once() -> seat.Prepared:
+    raise SystemExit(3)
+
+
+def test_a_seat_measures_the_memory_of_its_own_action() -> None:
+    mine = seat.Seat("holds 64 MiB", hold_64_mebibytes, threads=1)
+    assert mine.prepare()
+    peak_bytes = mine.peak_bytes()
+    mine.close()
+    assert 47 * MEBIBYTE < peak_bytes < 60 * MEBIBYTE  # 64 - 16, and a little of the process
+
+
+def test_cpu_seconds_leave_out_what_the_process_waits() -> None:
+    mine = seat.Seat("sleeps", sleep_and_count, threads=1)
+    assert mine.prepare()
+    turn = mine.measure()
+    mine.close()
+    assert turn is not None
+    assert 0.1 <= turn.cpu_seconds < 0.2
+    assert turn.seconds >= 0.4
+
+
+def test_a_seat_that_ends_is_named() -> None:
+    mine = seat.Seat("ends at once", end_at_once, threads=1)
+    with pytest.raises(MachineError, match="'ends at once' ended \\(exit code 3\\)"):
+        mine.prepare()
+    mine.close()
+
+
+def test_the_ratio_is_the_median_over_turns_that_were_taken_together() -> None:
+    base = benchmark.Row("published", tuple(seat.Turn(9.0, s) for s in (2.0, 8.0, 4.0)))
+    row = benchmark.Row("core", tuple(seat.Turn(1.0, s) for s in (1.0, 2.0, 1.0)))
+    assert benchmark.faster(row, base, "cpu") == "4.00"
+    assert benchmark.faster(row, base, "cuda") == "9.00"
+    assert benchmark.faster(benchmark.Row("no memory"), base, "cpu") == "-"
+
+
+class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes that collectives are handed: (all-reduced, gathered from this rank)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reduced = self.gathered = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        match str(func):
+            case "btpipe.all_reduce_sum.default":
+                self.reduced += args[0].nbytes
+            case "btpipe.gather.default":
+                self.gathered += args[0].nbytes
+            case "c10d.allreduce_.default":
+                self.reduced += sum(tensor.nbytes for tensor in args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def count_what_is_sent(file: Path) -> None:
+    """Runs on every rank: one step, and what its collectives were handed."""
+    sizes = Sizes("resnet18", 32, 8, 32)
+    with runtime.start(on="cpu") as here:
+        recipe = sizes.recipe().model_copy(
+            update={"run": Recipe().run.model_copy(update={"precision": "fp32"})}
+        )
+        core = step.build(recipe, here.device)
+        views = torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8)
+        with Sent() as sent:
+            step.update(core, views[0], views[1], 0.0, 0.0)
+        if here.is_first:
+            file.write_text(json.dumps([sent.reduced, sent.gathered]))
+
+
+def test_the_bytes_on_paper_are_those_that_two_ranks_hand_over(tmp_path: Path) -> None:
+    runtime.launch(2, count_what_is_sent, (tmp_path / "sent.json",))
+    reduced, gathered = json.loads((tmp_path / "sent.json").read_text())
+    sizes = Sizes("resnet18", 32, 8, 32)
+    paper = wire.core_traffic(wire.count(sizes), 2, 8, "gram", "fp32").total
+    counted = wire.all_reduce(reduced, 2) + wire.all_gather(2 * gathered, 2)
+    assert counted == pytest.approx(paper, abs=2000)  # flags and scalars are not on paper
+
+
+def test_gathering_embeddings_is_less_than_half_of_reducing_the_matrix_in_bf16() -> None:
+    counted = wire.count(Sizes("resnet18", 32, 8, 8192))
+    ours = wire.core_traffic(counted, 32, 2048, "gram", "bf16").embeddings
+    assert ours / wire.published_traffic(counted, 32).embeddings == pytest.approx(0.125)
+
+
+def test_fewer_bytes_change_the_gradient_by_a_rounding_and_not_by_nothing() -> None:
+    errors = wire.measure_errors()
+    assert len(errors) == 3
+    assert all(1e-4 < error < 1e-2 for error in errors.values())  # bf16 has 8 bits: 2^-9 = 2e-3
+
+
+@pytest.mark.parametrize("grid", ["64", "64xA", "1x64", "x", "64x"])
+def test_a_grid_that_means_nothing_is_refused(grid: str) -> None:
+    with pytest.raises(UsageError, match="--grid"):
+        benchmark.parse_grid(grid)
+    assert benchmark.parse_grid("64,256x8192") == ((64, 256), (8192,))
+
+
+def test_an_unknown_backbone_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(UsageError, match="resnet18, resnet34"):
+        benchmark.parse_backbone("resnet19")
+
+
+def test_the_quick_benchmark_shows_its_five_tables() -> None:
+    result = CliRunner().invoke(app, ["bench", "step", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    *tables, end = (json.loads(line) for line in result.stdout.splitlines())
+    assert end["event"] == "Finished"
+    steps, losses, lars, traffic, errors = tables
+    assert [row[0] for row in losses["rows"]] == ["published", "gram", "cross"]
+    for table in (steps, losses, lars):
+        assert table["rows"][0][table["columns"].index("times faster")] == "1.00"
+    assert {row[1] for row in traffic["rows"]} == {"8", "32", "256"}
+    assert len(errors["rows"]) == 3
