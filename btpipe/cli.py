@@ -211,6 +211,16 @@ def bench_step(
         benchmark.run(options, report, compiled=compiled, loss_only=loss_only)
 
 
+@app.command()
+def selftest(as_json: Json = False) -> None:
+    """Check on this machine that loss, LARS, schedule, precisions and ranks are right."""
+    from btpipe import progress
+    from btpipe.road import selftest as testing
+
+    with progress.show("json" if as_json else "auto") as report:
+        testing.run(report)
+
+
 @recipe_app.command("show")
 def recipe_show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print a recipe with everything it extends, every default and every --set resolved."""

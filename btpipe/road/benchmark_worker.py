@@ -66,7 +66,7 @@ def core_step(
     recipe = sizes.recipe(Run(precision=precision, compile="on" if compiled else "off"))
     core = step.build(recipe, here)
     if compiled:
-        core.network.compile(fullgraph=True)
+        step.compile(core)
     views = _views(here, sizes)
     lr, bias_lr = _rates(recipe)
     return Prepared(functools.partial(step.update, core, *views, lr, bias_lr), memory)

@@ -1,0 +1,49 @@
+"""The self-test: it passes here, in time, and names what fails."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from btpipe.cli import app
+from btpipe.errors import NumericsError
+from btpipe.road import selftest
+from btpipe.road.selftest import Check
+
+CPU_SECONDS = 60
+"""The promise of the self-test, in CPU time of this process: wall time moves too much."""
+
+
+def test_the_self_test_passes_on_this_machine_in_under_a_minute() -> None:
+    started = time.process_time()
+    result = CliRunner().invoke(app, ["selftest", "--json"])
+    assert result.exit_code == 0, result.output
+    assert time.process_time() - started < CPU_SECONDS
+    shown, end = (json.loads(line) for line in result.stdout.splitlines())
+    assert end["event"] == "Finished"
+    names = [row[0] for row in shown["rows"]]
+    for part in ("loss, gram", "loss, cross", "LARS", "schedule", "step, fp32", "step, bf16"):
+        assert any(name.startswith(part) for name in names), part
+    assert {"masked update on cpu", "ranks, 1 and 2 CPU processes"} <= set(names)
+    assert {row[3] for row in shown["rows"]} == {"ok"}
+
+
+@pytest.mark.parametrize("measured", [2e-10, math.inf, math.nan])
+def test_what_fails_is_named_with_exit_code_6(measured: float) -> None:
+    good = Check("schedule", 1e-16, 1e-10, "")
+    bad = Check("loss, gram, float64 on cpu", measured, 1e-10, "")
+    selftest.require([good])
+    with pytest.raises(NumericsError, match="failed: loss, gram, float64 on cpu\n") as error:
+        selftest.require([good, bad])
+    assert error.value.exit_code == 6
+    shown = selftest.table([good, bad], torch.device("cpu"))
+    assert [row[3] for row in shown.rows] == ["ok", "FAILED"]
+
+
+def test_a_difference_is_relative_to_the_largest_value_and_sees_what_is_no_number() -> None:
+    expected = torch.tensor([0.0, -200.0])
+    assert selftest.difference(torch.tensor([1.0, -200.0]), expected) == 0.005
+    assert math.isnan(selftest.difference(torch.tensor([math.nan, -200.0]), expected))
