@@ -4,12 +4,15 @@ The only user of rich.
 """
 
 import contextlib
+import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Literal
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +22,7 @@ from btpipe.events import Event, Report
 
 Mode = Literal["auto", "json"]
 REJECTS_SHOWN = 5
+ALARM_STYLE = "bold red"
 
 
 @contextlib.contextmanager
@@ -48,36 +52,52 @@ class _Display:
         self._errors, self._results = Console(stderr=True), Console()
         if not self._results.is_terminal:
             self._results = Console(width=100, soft_wrap=True)
+        elif self._errors.is_terminal:
+            self._results = self._errors  # which knows where the live lines are: above them
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             console=self._errors,
-            disable=not self._errors.is_terminal,
-            transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
         self._run: events.RunStarted | None = None
+        self._training = Training()
         self._rejected = 0
+        self._live = Live(get_renderable=self._picture, console=self._errors, transient=True)
 
     def __enter__(self) -> None:
-        self._bars.start()
+        if self._errors.is_terminal:
+            self._live.start()
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        self._live.stop()
+
+    def _picture(self) -> Group:
+        """The bars, and below them what a training says of itself; no line is wrapped."""
+        lines = self._training.lines() if self._tasks else []
+        texts = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
+        return Group(self._bars, *texts)
 
     def show(self, event: Event) -> None:
         """Draws or prints one event."""
         match event:
             case events.RunStarted():
-                self._run = event
+                self._run, self._training = event, Training(event.batch_size)
                 if self._errors.is_terminal:
                     self._print(run_text(event))
                 self._bar("pretrain", event.step, event.steps, "")
             case events.StepDone():
                 steps = self._run.steps if self._run else event.step
-                self._bar("pretrain", event.step, steps, step_text(event))
+                self._bar("pretrain", event.step, steps, speed_text(event))
+                self._training = dataclasses.replace(self._training, step=event)
+            case events.RanksMeasured():
+                self._training = dataclasses.replace(self._training, ranks=event)
+            case events.KnnJudged():
+                self._training = dataclasses.replace(self._training, knn=event)
+                if self._errors.is_terminal:
+                    self._print(knn_text(event))
             case events.Progressed():
                 rate = f"{event.images_per_second:,.0f} images/s"
                 self._bar(event.job, event.done, event.total, rate)
@@ -94,6 +114,8 @@ class _Display:
         match event:
             case events.Warned():
                 self._print(f"warning: {event.text}")
+            case events.Alarm():
+                self._print(f"alarm: {event.about}, step {event.step}: {event.text}", ALARM_STYLE)
             case events.Note():
                 self._results.print(Text(event.text))
             case events.Tabled():
@@ -103,8 +125,9 @@ class _Display:
             case events.Finished():
                 self._finish(event)
 
-    def _print(self, text: str) -> None:
-        self._bars.console.print(Text(text))
+    def _print(self, text: str, style: str = "") -> None:
+        # Off a terminal a line stays one, however long: it is for logs and for grep.
+        self._errors.print(Text(text, style), soft_wrap=not self._errors.is_terminal)
 
     def _bar(self, job: str, done: int, total: int, rate: str) -> None:
         if job not in self._tasks:
@@ -135,13 +158,63 @@ def run_text(event: events.RunStarted) -> str:
     return f"{event.run}: {size}\n{place}, {way}{floor}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The latest that is known of a run, as the lines below its bar."""
+
+    batch_size: int = 0
+    step: events.StepDone | None = None
+    ranks: events.RanksMeasured | None = None
+    knn: events.KnnJudged | None = None
+
+    def lines(self) -> list[str]:
+        """Loss, correlation and, once they are measured, ranks and neighbours; 80 columns each."""
+        lines = []
+        if self.step:
+            lines += [step_text(self.step), correlation_text(self.step, self.batch_size)]
+        judged = [ranks_text(self.ranks)] if self.ranks else []
+        if self.knn:
+            judged.append(f"kNN {self.knn.accuracy:.1%} (epoch {self.knn.epoch:.0f})")
+        return [*lines, "  ".join(judged)] if judged else lines
+
+
+def speed_text(event: events.StepDone) -> str:
+    """How fast a run goes and how long it will take, beside its bar."""
+    return f"{event.images_per_second:,.0f} images/s  {duration(event.eta_seconds)} left"
+
+
 def step_text(event: events.StepDone) -> str:
-    """A logged step in one line: loss with its two terms, rate, speed, waiting, time left."""
+    """A logged step in one line: loss with its two terms, rate, share of time it waited."""
     return (
         f"epoch {event.epoch:.1f}  loss {event.loss:.1f} (on {event.on_diagonal:.1f},"
-        f" off {event.off_diagonal:.0f})  lr {event.lr:.2g}"
-        f"  {event.images_per_second:,.0f} images/s  data wait {event.data_wait:.0%}"
-        f"  {duration(event.eta_seconds)} left"
+        f" off {event.off_diagonal:.0f})  lr {event.lr:.2g}  wait {event.data_wait:.0%}"
+    )
+
+
+def correlation_text(event: events.StepDone, batch_size: int) -> str:
+    """The cross-correlation matrix in one line; what is as it should be is left out."""
+    chance = f" (chance {1 / math.sqrt(batch_size):.3f})" if batch_size else ""
+    text = f"diagonal {event.mean_diagonal:.3f}  off-diagonal {event.off_diagonal_rms:.3f}{chance}"
+    if event.dead_dimensions:
+        text += f"  dead {event.dead_dimensions:,}"
+    if event.overflows:
+        text += f"  overflows {event.overflows:,}"
+    return text
+
+
+def ranks_text(event: events.RanksMeasured) -> str:
+    """Effective ranks of a batch in one line."""
+    return (
+        f"rank: encoder {event.encoder:.0f}, projector {event.projector:.0f}"
+        f" (of {event.rows:,} images)"
+    )
+
+
+def knn_text(event: events.KnnJudged) -> str:
+    """A judgement by neighbours in one line."""
+    return (
+        f"kNN {event.accuracy:.1%} at epoch {event.epoch:.0f} ({event.images:,} images,"
+        f" k = {event.neighbours}, {duration(event.seconds)})"
     )
 
 

@@ -1,6 +1,13 @@
 """What a person and a machine see of events."""
 
+import dataclasses
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,11 +31,51 @@ STEP = events.StepDone(
 )
 
 
-def test_a_step_is_one_line_with_both_terms_rate_wait_and_time_left() -> None:
-    assert progress.step_text(STEP) == (
-        "epoch 1.5  loss 512.2 (on 300.5, off 41519)  lr 0.001  1,234 images/s"
-        "  data wait 2%  1 h 02 min left"
+RANKS = events.RanksMeasured(step=40, encoder=80.75, projector=31.4, rows=128)
+KNN = events.KnnJudged(40, epoch=1.5, accuracy=0.612, images=500, neighbours=20, seconds=8.1)
+NARROW = 80  # columns of a terminal as it opens
+
+
+def test_a_step_is_a_bar_and_short_lines_with_terms_correlation_ranks_and_neighbours() -> None:
+    assert progress.speed_text(STEP) == "1,234 images/s  1 h 02 min left"
+    assert progress.Training(2048, STEP, RANKS, KNN).lines() == [
+        "epoch 1.5  loss 512.2 (on 300.5, off 41519)  lr 0.001  wait 2%",
+        "diagonal 0.250  off-diagonal 0.110 (chance 0.022)  dead 3",
+        "rank: encoder 81, projector 31 (of 128 images)  kNN 61.2% (epoch 2)",
+    ]
+    assert progress.Training().lines() == []
+
+
+def test_the_lines_of_a_large_run_fit_a_narrow_terminal() -> None:
+    large = dataclasses.replace(
+        STEP,
+        epoch=1000.0,
+        loss=342_213.1,
+        on_diagonal=8192.4,
+        off_diagonal=67_100_672.0,
+        lr=0.00012,
+        data_wait=1.0,
+        dead_dimensions=65_536,
+        overflows=12_345,
     )
+    ranks = events.RanksMeasured(step=1, encoder=1024.0, projector=1024.0, rows=1024)
+    knn = events.KnnJudged(1, 1000.0, accuracy=1.0, images=20_000, neighbours=20, seconds=80.0)
+    for line in progress.Training(2048, large, ranks, knn).lines():
+        assert len(line) <= NARROW
+    assert len(progress.knn_text(knn)) <= NARROW
+
+
+def test_an_alarm_is_one_line_on_standard_error_without_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "many words " * 30 + "end"
+    with progress.show("auto") as report:
+        report(events.Alarm(120, "collapse", text))
+        report(RANKS)
+        report(KNN)
+    written = capsys.readouterr()
+    assert written.err == f"alarm: collapse, step 120: {text}\n"
+    assert written.out == ""
 
 
 def test_json_lines_hold_every_field(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,3 +125,54 @@ def test_durations_are_said_as_people_say_them(seconds: float, text: str) -> Non
 def test_rates_are_a_function_of_count_and_seconds() -> None:
     assert events.per_second(30, 2.0) == 15.0
     assert events.per_second(30, 0.0) == 0.0
+
+
+def test_on_a_terminal_a_result_stays_after_the_live_lines_are_gone() -> None:
+    """In a real pseudo-terminal: what remains on the screen is the alarm and the result."""
+    code = (
+        "from btpipe import events, progress\n"
+        "from test_progress import KNN, RANKS, STEP\n"
+        "with progress.show('auto') as report:\n"
+        "    report(STEP)\n    report(RANKS)\n"
+        "    report(events.Alarm(40, 'collapse', 'text'))\n"
+        "    report(events.Finished('pretrain', '40 steps', 3.2))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TERM": "xterm"}
+    above, terminal = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=terminal, stderr=terminal, env=environment
+    ) as process:
+        os.close(terminal)
+        written = b"".join(iter(lambda: _read(above), b""))
+    os.close(above)
+    assert process.returncode == 0
+    assert [line for line in screen(written.decode()) if line] == [
+        "alarm: collapse, step 40: text",
+        "pretrain: 40 steps (3.2 s)",
+    ]
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # the other end is closed
+        return b""
+
+
+def screen(written: str) -> list[str]:
+    """What a terminal shows after these characters: the few controls that live lines use."""
+    lines, row, column = [""], 0, 0
+    for control, text in re.findall(r"\x1b\[([?\d;]*[A-Za-z])|(\r|\n|[^\x1b\r\n]+)", written):
+        if text == "\r":
+            column = 0
+        elif text == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif text:
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + len(text) :]
+            column += len(text)
+        elif control.endswith("A"):
+            row -= int(control[:-1] or 1)
+        elif control == "2K":
+            lines[row] = ""
+    return lines
