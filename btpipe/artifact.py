@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from btpipe import __version__
-from btpipe.errors import IntegrityError, MachineError
+from btpipe.errors import IntegrityError, MachineError, NewerError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -164,7 +164,8 @@ def read(folder: Path, kind: str) -> Manifest:
     """The manifest of an artifact of this kind; its files exist with the sizes listed.
 
     Raises:
-        IntegrityError: no manifest, another kind, a newer format, a file missing or cut.
+        IntegrityError: no manifest, another kind, a file missing or cut.
+        NewerError: a newer format.
     """
     path = folder / MANIFEST
     try:
@@ -179,7 +180,7 @@ def read(folder: Path, kind: str) -> Manifest:
     if manifest.kind != kind:
         raise IntegrityError(f"is a {manifest.kind}", where=folder, expected=f"a {kind}")
     if manifest.format_version > FORMAT_VERSION:
-        raise IntegrityError(
+        raise NewerError(
             f"format_version {manifest.format_version} of btpipe {manifest.btpipe_version}",
             where=folder,
             expected=f"format_version {FORMAT_VERSION} or older",

@@ -51,14 +51,17 @@ _PROGRESS_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class Row:
+    """An image: its path below the root, its file and what its header says."""
+
     name: bytes
     file_bytes: int
     mtime_ns: int
     found: header.Header
 
 
-_Refused = tuple[bytes, str]
+Refused = tuple[bytes, str]
+"""A file or folder that is not used, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,13 +161,13 @@ def build(root: Path, report: Report = ignore) -> tuple[Index, list[FileRejected
         fix = "name a folder that holds images (JPEG, PNG, WebP, TIFF, BMP, PPM, JPEG 2000)"
         raise UsageError("no such folder", where=root, expected="a folder of images", fix=fix)
     root = root.absolute()
-    paths, refused = _walk(root)
-    rows: list[_Row] = []
+    paths, refused = walk(root)
+    rows: list[Row] = []
     started = reported = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(HEADER_THREADS) as pool:
         chunks = [paths[i : i + _CHUNK_FILES] for i in range(0, len(paths), _CHUNK_FILES)]
-        for done, results in enumerate(pool.map(functools.partial(_look_at_all, root), chunks), 1):
-            rows += [result for result in results if isinstance(result, _Row)]
+        for done, results in enumerate(pool.map(functools.partial(look_at_all, root), chunks), 1):
+            rows += [result for result in results if isinstance(result, Row)]
             refused += [result for result in results if isinstance(result, tuple)]
             if (now := time.monotonic()) - reported > _PROGRESS_SECONDS:
                 files, reported = min(done * _CHUNK_FILES, len(paths)), now
@@ -201,11 +204,11 @@ def read_regular(path: Path) -> bytes:
         return file.readall()
 
 
-def _walk(root: Path) -> tuple[list[bytes], list[_Refused]]:
+def walk(root: Path) -> tuple[list[bytes], list[Refused]]:
     """Relative paths of the files to look at, sorted by their bytes, and what is refused unread."""
     inside, top = os.path.realpath(os.fsencode(root)) + b"/", os.fsencode(root)
     paths: list[bytes] = []
-    refused: list[_Refused] = []
+    refused: list[Refused] = []
     folders = [b""]
     while folders:
         folder = folders.pop()
@@ -245,11 +248,12 @@ def _refuse_link(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
     return None if entry.is_file() else "not a regular file (pipe, socket or device)"
 
 
-def _look_at_all(root: Path, names: list[bytes]) -> list[_Row | _Refused | None]:
+def look_at_all(root: Path, names: list[bytes]) -> list[Row | Refused | None]:
+    """Reads the header of each file; None where nothing says that it is an image."""
     return [_look_at(root, name) for name in names]
 
 
-def _look_at(root: Path, name: bytes) -> _Row | _Refused | None:
+def _look_at(root: Path, name: bytes) -> Row | Refused | None:
     """The row of a file, why it is refused, or None where nothing says that it is an image."""
     path = root / os.fsdecode(name)
     try:
@@ -259,13 +263,13 @@ def _look_at(root: Path, name: bytes) -> _Row | _Refused | None:
         named = header.has_image_name(name)
         return (name, f"cannot be read: {error.strerror or error}") if named else None
     if isinstance(found, header.Header):
-        return _Row(name, status.st_size, status.st_mtime_ns, found)
+        return Row(name, status.st_size, status.st_mtime_ns, found)
     if found.is_image or header.has_image_name(name):
         return (name, found.reason)
     return None
 
 
-def _table(rows: list[_Row]) -> pa.Table:
+def _table(rows: list[Row]) -> pa.Table:
     paths = [readable(row.name) for row in rows]
     plain = [path.encode() == row.name for path, row in zip(paths, rows, strict=True)]
     columns = {

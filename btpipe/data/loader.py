@@ -67,6 +67,7 @@ class TrainingLoader:
             raise UsageError(found, expected=f"a multiple of {world_size}", fix=fix)
         self.index, self.recipe, self.start_step, self.device = index, recipe, start_step, device
         self.quarantine = quarantine
+        self.allowed_bad = int(recipe.data.max_bad * len(index) + 1e-9)  # 0.29 * 100 is below 29
         self.steps_per_epoch = len(index) // size
         self.steps = recipe.optim.epochs * self.steps_per_epoch
         self._report = report
@@ -87,6 +88,12 @@ class TrainingLoader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int, int]:
+        """Of a view of this rank's share: (n, H, W, 3)."""
+        size = self.recipe.data.image_size
+        return self._share, size, size, 3
 
     def close(self) -> None:
         """Stops the reading threads; what is in flight is dropped."""
@@ -210,12 +217,15 @@ class TrainingLoader:
         self.quarantine[row] = reason
         path = self.index.table["path"][row].as_py()
         self._report(FileRejected(path, "decode", reason))
-        allowed = self.recipe.data.max_bad * len(self.index) + 1e-9  # 0.29 * 100 is below 29
-        if len(self.quarantine) > allowed or len(self.quarantine) == len(self.index):
+        self.require_budget(len(self.quarantine), f", {path} the last: {reason}")
+
+    def require_budget(self, count: int, last: str = "") -> None:
+        """Raises BudgetError where `count` unusable images are more than `data.max_bad` allows."""
+        if count > self.allowed_bad or count == len(self.index):
             raise BudgetError(
-                f"{len(self.quarantine)} of {len(self.index)} images cannot be used,"
-                f" {path} the last: {reason}",
+                f"{count} of {len(self.index)} images cannot be used{last}",
                 where=self.index.root,
                 expected=f"at most data.max_bad = {self.recipe.data.max_bad:g} of them",
-                fix="remove or mend the files in quarantine.csv, or raise data.max_bad",
+                fix="see quarantine.csv in the run folder: raise data.max_bad to go on without"
+                " them, or mend them and train under another --name",
             )

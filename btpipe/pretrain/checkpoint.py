@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from btpipe import artifact
-from btpipe.errors import IntegrityError
+from btpipe.errors import IntegrityError, NewerError, RefusedError
 from btpipe.events import Report, Warned, ignore
 from btpipe.pretrain.step import Core
 from btpipe.recipe import Run
@@ -36,6 +37,8 @@ class State:
 def save(run: Path, state: State, core: Core, settings: Run) -> Path:
     """Writes the checkpoint of this step, then removes those that `settings` does not keep.
 
+    Those of later steps go too: they were damaged, or the run would have gone on from them.
+
     Raises:
         MachineError: no space, or no permission; the checkpoints before it stay.
     """
@@ -44,31 +47,40 @@ def save(run: Path, state: State, core: Core, settings: Run) -> Path:
         save_file(_dense(core.network.state_dict()), beside / "model.safetensors")
         save_file(_dense(_other_tensors(core)), beside / "optim.safetensors")
         (beside / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
-    for old in _folders(run)[settings.keep_last :]:
-        if not settings.keep_every or _step(old) % settings.keep_every:
-            _remove(old)
+    folders = _folders(run)
+    later = [old for old in folders if _step(old) > state.step]
+    beyond = folders[len(later) + settings.keep_last :]
+    every = settings.keep_every
+    for old in [*later, *(old for old in beyond if not every or _step(old) % every)]:
+        _remove(old)
     return folder
 
 
 def newest(run: Path, report: Report = ignore) -> Path | None:
     """The newest undamaged checkpoint of a run; None where there is none at all.
 
-    A damaged one is passed over with a warning that names it.
+    Damaged ones are passed over with one warning that names them and the one taken.
 
     Raises:
         IntegrityError: there are checkpoints, and none is whole.
+        NewerError: the newest whole one was written by a newer btpipe.
     """
-    folders = _folders(run)
-    for folder in folders:
+    damaged: list[str] = []
+    for folder in _folders(run):
         try:
             artifact.verify(folder, KIND)
+            read_state(folder)
+        except NewerError:
+            raise
         except IntegrityError as error:
-            report(Warned(f"damaged checkpoint passed over: {error}"))
+            damaged.append(f"{folder.name} is damaged ({'; '.join(str(error).splitlines())})")
             continue
+        if damaged:
+            report(Warned(f"{'; '.join(damaged)}: passed over, {folder.name} is taken instead"))
         return folder
-    if folders:
+    if damaged:
         raise IntegrityError(
-            f"none of {len(folders)} checkpoints is whole",
+            f"none of {len(damaged)} checkpoints is whole: {'; '.join(damaged)}",
             where=run / "checkpoints",
             fix="restore one from a copy, or move the run folder away and start afresh",
         )
@@ -76,9 +88,33 @@ def newest(run: Path, report: Report = ignore) -> Path | None:
 
 
 def read_state(folder: Path) -> State:
-    """Where the run stood at this checkpoint."""
-    content = json.loads((folder / "state.json").read_text())
-    return State(**{field.name: content[field.name] for field in dataclasses.fields(State)})
+    """Where the run stood at this checkpoint.
+
+    Raises:
+        IntegrityError: its state.json says nothing of the kind.
+    """
+    try:
+        content = json.loads((folder / "state.json").read_text())
+        return State(int(content["step"]), str(content["recipe"]), str(content["data"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"no readable state.json ({error})", where=folder) from error
+
+
+def position(folder: Path, data: str) -> int:
+    """Updates done at this checkpoint of a run over the data of this fingerprint.
+
+    Raises:
+        RefusedError: it was trained on other data: the run's index is not the one it had.
+    """
+    state = read_state(folder)
+    if state.data != data:
+        raise RefusedError(
+            "was trained on other images than index.parquet lists",
+            where=folder,
+            expected=f"data fingerprint {state.data[:12]}, not {data[:12]}",
+            fix="put the run's own index.parquet back, or choose another --name",
+        )
+    return state.step
 
 
 def load(folder: Path, core: Core) -> None:
@@ -90,7 +126,7 @@ def load(folder: Path, core: Core) -> None:
     try:
         core.network.load_state_dict(load_file(folder / "model.safetensors"))
         _load_others(core, load_file(folder / "optim.safetensors"))
-    except (RuntimeError, KeyError, IndexError) as error:
+    except (RuntimeError, LookupError, ValueError, SafetensorError) as error:
         raise IntegrityError(f"does not fit the recipe's network: {error}", where=folder) from error
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from btpipe import artifact, recipe, runtime
 from btpipe.data import index as data_index
+from btpipe.data import listing
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, FileRejected, Report
 from btpipe.pretrain import initial, outside
@@ -75,6 +76,29 @@ def _index(wanted: Recipe, report: Report) -> tuple[data_index.Index, list[FileR
             fix="add images, or lower the batch: --set data.batch_size=N",
         )
     return index, rejected
+
+
+def require_same_images(folder: Path) -> None:
+    """Makes sure that `data.train` still holds the images that the run's index lists.
+
+    Files in quarantine.csv are of no account: they are not trained on, or others stand in for them.
+
+    Raises:
+        RefusedError: images came, went or changed since the run began.
+        MachineError: the folder cannot be read.
+    """
+    index = data_index.open_index(folder / INDEX)
+    passed_over = {path for path, _, _ in _read_quarantine(folder)}
+    found = listing.changes(index, passed_over)
+    if found:
+        kinds = {"added": found.added, "removed": found.removed, "of another size": found.resized}
+        said = [f"{len(p)} {kind} ({p[0]})" for kind, p in kinds.items() if p]
+        raise RefusedError(
+            f"data.train = {str(index.root)!r} has changed since the run began: {', '.join(said)}",
+            where=folder,
+            expected=f"the {len(index)} images of its index.parquet",
+            fix="put the images back as they were, or train on the new ones under another --name",
+        )
 
 
 def _require_same(folder: Path, wanted: Recipe) -> None:

@@ -61,8 +61,10 @@ def _open(run: Path, recipe: Recipe, report: events.Report, wait_seconds: float)
         finished = _is_finished(run, recipe)
         if finished:
             report(events.Note(f"nothing to do: {run} is trained to its last step"))
-        elif labelled:
-            labelled.save(run / knn.INDEX)
+        else:
+            folder.require_same_images(run)
+            if labelled:
+                labelled.save(run / knn.INDEX)
         yield finished
 
 

@@ -11,18 +11,21 @@ from btpipe.pretrain.step import Outcome
 
 
 class SaveClock:
-    """When the next checkpoint is due, by minutes and by steps."""
+    """When the next checkpoint is due, by steps and by minutes."""
 
     def __init__(self, run: Run) -> None:
         self._run, self._seconds = run, time.monotonic()
 
-    def is_due(self) -> bool:
-        """Whether this rank wants a checkpoint of this state (minutes: the first rank)."""
+    def is_step(self) -> bool:
+        """Whether this very step is one to save: no rank needs another's word for it."""
         settings, step = self._run.recipe.run, self._run.state.step
-        if settings.checkpoint_steps and step % settings.checkpoint_steps == 0:
-            return True
+        every = (settings.checkpoint_steps, settings.keep_every)
+        return step == self._run.steps or any(n and step % n == 0 for n in every)
+
+    def is_overdue(self) -> bool:
+        """Whether this rank wants a checkpoint soon: the first one, by the minutes."""
         elapsed = time.monotonic() - self._seconds
-        return self._run.runtime.is_first and elapsed > settings.checkpoint_minutes * 60
+        return self._run.runtime.is_first and elapsed > self._run.recipe.run.checkpoint_minutes * 60
 
     def restart(self) -> None:
         """Starts the minutes anew, after a checkpoint."""

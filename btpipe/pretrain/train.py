@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from btpipe import artifact, events, runtime
@@ -15,6 +14,7 @@ from btpipe.pretrain.folder import Quarantine
 from btpipe.pretrain.health import Health
 from btpipe.pretrain.meter import Meter, SaveClock
 from btpipe.pretrain.run import Run
+from btpipe.pretrain.supply import Supply
 from btpipe.recipe import Recipe
 from btpipe.runtime import Runtime
 
@@ -47,7 +47,7 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
     )
     with runtime.StopSignals() as signals, loader:
         try:
-            _loop(run, iter(loader), signals)
+            _loop(run, Supply(loader, quarantine), signals)
         finally:
             quarantine.update(loader.quarantine)
 
@@ -95,7 +95,7 @@ def _announce(run: Run) -> None:
         run.report(events.Warned(text))
 
 
-def _loop(run: Run, batches: Iterator[Batch], signals: runtime.StopSignals) -> None:
+def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
     """Steps until the end or a stop; logs, and saves what a kill must not cost."""
     agreement, meter, clock = runtime.Agreement(), Meter(run), SaveClock(run)
     watch, before_it = finite.Watch(), None
@@ -103,14 +103,20 @@ def _loop(run: Run, batches: Iterator[Batch], signals: runtime.StopSignals) -> N
     started, before = time.perf_counter(), run.state.step
     while run.state.step < run.steps:
         with meter.waiting():
-            batch = next(batches)
+            batch = supply.next(run.state.step)
         outcome = step.update(run.core, batch.view1, batch.view2, *run.rates(batch.step))
         run.state = dataclasses.replace(run.state, step=batch.step + 1)
+        stop, save, found = agreement.exchange(
+            [bool(signals.asked), clock.is_overdue(), supply.has_found()]
+        )
+        save = save or stop or clock.is_step()
+        if found or save:
+            supply.require_budget()
         _require_finite(run, watch.stepped(batch.step, outcome.flags, run.core.scale), before_it)
         before_it = batch
         logged = meter.stepped(outcome)
-        stop, save = agreement.exchange([bool(signals.asked), clock.is_due()])
-        if stop or save or run.state.step == run.steps:
+        if save:
+            supply.record()
             _require_finite(run, watch.last(), batch)
             _save(run)
             clock.restart()

@@ -242,6 +242,7 @@ class Recipe(Table):
 
 BOOKKEEPING = frozenset(
     {
+        "data.max_bad",
         "data.threads",
         "health.knn",
         "health.knn_epochs",
