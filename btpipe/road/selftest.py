@@ -5,11 +5,9 @@ torch, or a doubt.
 """
 
 import copy
-import dataclasses
 import math
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -17,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from btpipe import runtime
-from btpipe.errors import NumericsError
-from btpipe.events import Finished, Report, Tabled
+from btpipe.events import Finished, Report
 from btpipe.pretrain import loss, network, optim, schedule, step
 from btpipe.recipe import Data, Loss, Network, Optim, Recipe, Run
 from btpipe.road import published
+from btpipe.road.checks import Check, difference, require, table, worst
 
 EXACT = 1e-10
 """float64 against float64, relative to the largest value: only the order of sums differs."""
@@ -36,21 +34,6 @@ STEPS, TRIES = 3, 12
 """Updates that a precision must make, and may need for it."""
 SCALE = 256.0
 """fp16's loss scale to begin with: a run's own 65536 is halved many times first."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """One thing that must hold: what was measured, and how much of it is allowed."""
-
-    name: str
-    measured: float
-    tolerance: float
-    about: str
-
-    @property
-    def is_ok(self) -> bool:
-        """Whether it holds; nothing that is not a number does."""
-        return self.measured <= self.tolerance
 
 
 def run(report: Report) -> None:
@@ -74,39 +57,6 @@ def run(report: Report) -> None:
     require(checks)
 
 
-def table(checks: Iterable[Check], device: torch.device) -> Tabled:
-    """The checks for people."""
-    rows = tuple(
-        (c.name, f"{c.measured:.1e}", f"{c.tolerance:.0e}", "ok" if c.is_ok else "FAILED", c.about)
-        for c in checks
-    )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    title = f"Self-test on {name}, torch {torch.__version__}"
-    return Tabled(title, ("check", "measured", "allowed", "", "what is measured"), rows)
-
-
-def require(checks: Iterable[Check]) -> None:
-    """Returns where all checks hold.
-
-    Raises:
-        NumericsError: a check failed; it names all that did.
-    """
-    failed = [check.name for check in checks if not check.is_ok]
-    if failed:
-        raise NumericsError(
-            f"the self-test failed: {'; '.join(failed)}",
-            expected="every check within what is allowed",
-            fix="train nothing here before it holds; try another torch, driver or precision",
-        )
-
-
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |found - expected| / max |expected|; not a number where either holds one."""
-    expected = expected.double().cpu()
-    error = (found.double().cpu() - expected).abs().max()
-    return float(error / expected.abs().max())
-
-
 def loss_checks(device: torch.device) -> list[Check]:
     """Value and gradient in both forms against autograd through the D x D matrix in float64."""
     about = "loss and gradient against autograd, relative"
@@ -117,9 +67,9 @@ def loss_checks(device: torch.device) -> list[Check]:
             (torch.device("cpu"), torch.float64, EXACT),
             (device, torch.float32, SINGLE),
         ):
-            worst = _worst(_loss_error(form, *shape, where, dtype) for shape in SHAPES)
+            error = worst(_loss_error(form, *shape, where, dtype) for shape in SHAPES)
             name = f"loss, {form}, {_short(dtype)} on {where.type}"
-            checks.append(Check(name, worst, tolerance, about))
+            checks.append(Check(name, error, tolerance, about))
     return checks
 
 
@@ -140,7 +90,7 @@ def _loss_error(
     assert z2.grad is not None
     here = drawn.to(device, dtype)
     terms, gradient1, gradient2 = loss.value_and_gradient(here[0], here[1], lambd, form)
-    return _worst(
+    return worst(
         (
             difference(terms.total(lambd), value.detach()),
             difference(gradient1, z1.grad),
@@ -182,7 +132,7 @@ def _lars_error(device: torch.device, dtype: torch.dtype) -> float:
         foreach.step()
         loop.step()
     pairs = zip(ours.parameters(), looped.parameters(), strict=True)
-    return _worst(difference(mine.detach(), theirs.detach()) for mine, theirs in pairs)
+    return worst(difference(mine.detach(), theirs.detach()) for mine, theirs in pairs)
 
 
 def schedule_checks() -> list[Check]:
@@ -205,7 +155,7 @@ def schedule_checks() -> list[Check]:
                 final_ratio=settings.final_lr_ratio,
             )
             errors += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    return [Check("schedule", _worst(errors), EXACT, "rates of three runs, absolute")]
+    return [Check("schedule", worst(errors), EXACT, "rates of three runs, absolute")]
 
 
 def step_checks(device: torch.device) -> list[Check]:
@@ -274,7 +224,7 @@ def _rank_check(ranks: int, on: Literal["auto", "cpu"], tolerance: float) -> Che
         runtime.launch(ranks, write_gradients, (paths[1], BATCH * ranks, on))
         one, several = map(load_file, paths)
     largest = max(float(gradient.abs().max()) for gradient in one.values())
-    error = _worst(float((several[name] - one[name]).abs().max()) / largest for name in one)
+    error = worst(float((several[name] - one[name]).abs().max()) / largest for name in one)
     where = "CPU processes" if on == "cpu" else "GPUs"
     about = "gradient of the same batch on 1 and several ranks, float64, relative"
     return Check(f"ranks, 1 and {ranks} {where}", error, tolerance, about)
@@ -306,12 +256,6 @@ def _views(batch: int = BATCH) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (2, batch, SIZE, SIZE, 3)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def _worst(errors: Iterable[float]) -> float:
-    """The largest, and not a number where one is none."""
-    found = list(errors)
-    return math.nan if any(math.isnan(error) for error in found) else max(found)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from btpipe.cli import app
 from btpipe.errors import NumericsError
-from btpipe.road import selftest
-from btpipe.road.selftest import Check
+from btpipe.road import checks
+from btpipe.road.checks import Check
 
 CPU_SECONDS = 60
 """The promise of the self-test, in CPU time of this process: wall time moves too much."""
@@ -35,15 +35,15 @@ def test_the_self_test_passes_on_this_machine_in_under_a_minute() -> None:
 def test_what_fails_is_named_with_exit_code_6(measured: float) -> None:
     good = Check("schedule", 1e-16, 1e-10, "")
     bad = Check("loss, gram, float64 on cpu", measured, 1e-10, "")
-    selftest.require([good])
+    checks.require([good])
     with pytest.raises(NumericsError, match="failed: loss, gram, float64 on cpu\n") as error:
-        selftest.require([good, bad])
+        checks.require([good, bad])
     assert error.value.exit_code == 6
-    shown = selftest.table([good, bad], torch.device("cpu"))
+    shown = checks.table([good, bad], torch.device("cpu"))
     assert [row[3] for row in shown.rows] == ["ok", "FAILED"]
 
 
 def test_a_difference_is_relative_to_the_largest_value_and_sees_what_is_no_number() -> None:
     expected = torch.tensor([0.0, -200.0])
-    assert selftest.difference(torch.tensor([1.0, -200.0]), expected) == 0.005
-    assert math.isnan(selftest.difference(torch.tensor([math.nan, -200.0]), expected))
+    assert checks.difference(torch.tensor([1.0, -200.0]), expected) == 0.005
+    assert math.isnan(checks.difference(torch.tensor([math.nan, -200.0]), expected))
