@@ -60,16 +60,33 @@ def pretrain(
     init_from: Annotated[
         str, typer.Option(help="Weights to start from; the same as --set network.init_from=...")
     ] = "",
+    sbatch: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a SLURM job file; start nothing.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, with --sbatch.")] = 1,
+    time: Annotated[str, typer.Option(help="Longest run time, with --sbatch: 1-12:00:00.")] = "",
+    partition: Annotated[str, typer.Option(help="SLURM partition, with --sbatch.")] = "",
     as_json: Json = False,
 ) -> None:
     """Train an encoder on unlabelled images. Run again, it goes on from its last checkpoint."""
     from btpipe import recipe as recipes
 
     start = [f"network.init_from={json.dumps(init_from)}"] if init_from else []
-    wanted = recipes.load(recipe, [*(overrides or ()), *start])
+    settings = [*(overrides or ()), *start]
+    wanted = recipes.load(recipe, settings)
     from btpipe.pretrain import launch
+    from btpipe.pretrain import sbatch as slurm
 
     run = runs / (name or recipe.stem)
+    job = slurm.Job(nodes, devices, time, partition)
+    if sbatch is not None:
+        pairs = [word for setting in settings for word in ("--set", setting)]
+        place = ["--name", run.name, "--runs", str(runs)]
+        words = ["pretrain", str(recipe), *pairs, *place, *(["--json"] if as_json else [])]
+        slurm.write(sbatch, run.name, wanted, words, job)
+        typer.echo(f"{sbatch} is written: sbatch {sbatch}")
+        return
+    job.require_default()
     launch.pretrain(run, wanted, devices=devices, mode="json" if as_json else "auto")
 
 

@@ -27,9 +27,12 @@ from btpipe.runtime.machine import (
     precision,
     start,
 )
+from btpipe.runtime.place import FIRST_PORT, PORTS
 from btpipe.runtime.signals import StopSignals
 
 __all__ = [
+    "FIRST_PORT",
+    "PORTS",
     "Agreement",
     "Precision",
     "Runtime",

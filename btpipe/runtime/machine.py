@@ -77,14 +77,18 @@ def start(
 def _group(here: place.Place, backend: str, collective_seconds: float) -> Iterator[None]:
     """A process group for the length of a `with`; what it raises when a rank is gone, in words."""
     import torch.distributed as dist
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed.rendezvous import rendezvous
 
-    method = here.address or "env://"
     wait = timedelta(seconds=collective_seconds)
     try:
-        if here.address:
-            dist.init_process_group(backend, method, wait, here.world_size, here.rank)
-        else:
-            dist.init_process_group(backend, timeout=wait)
+        address = here.address or "env://"
+        store = next(iter(rendezvous(address, here.rank, here.world_size)))[0]
+        # After a restart torchrun's store still holds the addresses of the ranks before.
+        store = PrefixStore(f"attempt-{here.attempt}", store)
+        dist.init_process_group(
+            backend, timeout=wait, store=store, rank=here.rank, world_size=here.world_size
+        )
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert isinstance(patient, dist.ProcessGroup)
         collectives.wait_patiently(patient)

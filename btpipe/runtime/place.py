@@ -13,6 +13,7 @@ class Place:
     """One rank of a job. `address` is empty where torchrun has its own way to bring ranks together.
 
     `local_cores` is what SLURM gives to each task; 0 if the ranks of a machine share its cores.
+    `attempt` counts torchrun's restarts.
     """
 
     rank: int
@@ -21,6 +22,7 @@ class Place:
     local_world_size: int
     address: str = ""
     local_cores: int = 0
+    attempt: int = 0
 
 
 def find() -> Place | None:
@@ -32,7 +34,8 @@ def find() -> Place | None:
     told = os.environ
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= told.keys():
         local = (int(told.get("LOCAL_RANK", "0")), int(told.get("LOCAL_WORLD_SIZE", "1")))
-        return Place(int(told["RANK"]), int(told["WORLD_SIZE"]), *local)
+        attempt = int(told.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        return Place(int(told["RANK"]), int(told["WORLD_SIZE"]), *local, attempt=attempt)
     tasks = int(told.get("SLURM_STEP_NUM_TASKS", told.get("SLURM_NTASKS", "1")))
     if not {"SLURM_STEP_ID", "SLURM_PROCID"} <= told.keys() or tasks < 2:
         return None

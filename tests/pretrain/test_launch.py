@@ -8,10 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_run import draw_images
+
+from btpipe import recipe
+from btpipe.errors import RefusedError, UsageError
+from btpipe.pretrain import launch, sbatch
 
 RECIPE = """
 [data]
@@ -92,6 +97,10 @@ def steps(folder: Path, start: int = 1) -> list[int]:
     return found
 
 
+def two_steps(folder: Path, start: int = 1) -> bool:
+    return len(steps(folder, start)) >= 2
+
+
 def checkpoints(folder: Path) -> list[str]:
     found = (folder / "runs" / "tiny" / "checkpoints").glob("*")
     return sorted(path.name for path in found)
@@ -129,7 +138,7 @@ def left_behind(folder: Path) -> list[Path]:
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path, images: Path) -> None:
     command = [sys.executable, *arguments(tmp_path, images, 500), "--devices", "2"]
     with started(command, tmp_path) as process:
-        wait_until(lambda: len(steps(tmp_path)) >= 2, process)
+        wait_until(partial(two_steps, tmp_path), process)
         ranks = ranks_of(process.pid)
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGKILL)
@@ -149,7 +158,7 @@ def test_a_signal_stops_all_ranks_at_one_step_with_one_checkpoint(
     command = [sys.executable, *arguments(tmp_path, images, 500), "--devices", "2"]
     target, _, name = to.partition(", ")
     with started(command, tmp_path) as process:
-        wait_until(lambda: len(steps(tmp_path)) >= 2, process)
+        wait_until(partial(two_steps, tmp_path), process)
         number, rank = signal.Signals[name], ranks_of(process.pid)[1]
         if target == "terminal":
             os.killpg(process.pid, number)
@@ -165,7 +174,7 @@ def test_a_signal_stops_all_ranks_at_one_step_with_one_checkpoint(
 def test_a_second_ctrl_c_ends_at_once_although_a_rank_hangs(tmp_path: Path, images: Path) -> None:
     command = [sys.executable, *arguments(tmp_path, images, 500), "--devices", "2"]
     with started(command, tmp_path) as process:
-        wait_until(lambda: len(steps(tmp_path)) >= 2, process)
+        wait_until(partial(two_steps, tmp_path), process)
         os.kill(ranks_of(process.pid)[1], signal.SIGSTOP)
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(2.5)  # within two seconds it is the same Ctrl-C
@@ -176,10 +185,11 @@ def test_a_second_ctrl_c_ends_at_once_although_a_rank_hangs(tmp_path: Path, imag
     assert checkpoints(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path: Path, images: Path) -> None:
     command = [sys.executable, *arguments(tmp_path, images, 500), "--devices", "2"]
     with started(command, tmp_path) as process:
-        wait_until(lambda: len(steps(tmp_path)) >= 2, process)
+        wait_until(partial(two_steps, tmp_path), process)
         ranks = ranks_of(process.pid)
         process.kill()
         _, _, errors = ended(process, LOST_SECONDS)  # the ranks hold its pipes until they end
@@ -187,3 +197,108 @@ def test_ranks_whose_launcher_is_killed_save_and_end(tmp_path: Path, images: Pat
     assert len(checkpoints(tmp_path)) == 1
     assert "Traceback" not in errors
     assert left_behind(tmp_path) == []
+
+
+def torchrun(*options: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_from_the_newest_checkpoint(
+    tmp_path: Path, images: Path
+) -> None:
+    own = [*arguments(tmp_path, images, 500), "--set", "run.checkpoint_steps=2"]
+    with started([*torchrun("--standalone", "--max-restarts", "1"), *own], tmp_path) as process:
+        wait_until(lambda: "step-00000002" in checkpoints(tmp_path), process)
+        with pytest.raises(RefusedError, match="another process is training here"):
+            pretrain(tmp_path, images, 500)
+        os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
+        wait_until(lambda: steps(tmp_path, start=2), process)
+        process.terminate()
+        code, _, errors = ended(process, LOST_SECONDS)
+    assert steps(tmp_path, start=2)[0] > 2
+    assert code != 0
+    assert "(exitcode: -9) local_rank: 1" in errors  # torchrun's own words, and the right rank
+    newest = int(checkpoints(tmp_path)[-1][-8:])
+    assert f"stopped at step {newest} of 1000, the state is saved" in errors
+
+
+def test_a_finished_run_is_left_alone_under_torchrun(tmp_path: Path, images: Path) -> None:
+    own = arguments(tmp_path, images, 2)
+    pretrain(tmp_path, images, 2)
+    before = (tmp_path / "runs" / "tiny" / "events.jsonl").read_bytes()
+    with started([*torchrun("--standalone"), *own], tmp_path) as process:
+        code, out, errors = ended(process, WAIT_SECONDS)
+    assert code == 0, errors
+    assert out.count("nothing to do") == 1
+    assert (tmp_path / "runs" / "tiny" / "events.jsonl").read_bytes() == before
+
+
+def pretrain(folder: Path, images: Path, epochs: int) -> None:
+    """The command for one process, in this one."""
+    (folder / "tiny.toml").write_text(RECIPE.format(epochs=epochs))
+    wanted = recipe.load(folder / "tiny.toml", (f"data.train={images}",))
+    launch.pretrain(folder / "runs" / "tiny", wanted, devices="1", mode="auto")
+
+
+# Two tasks on this machine, told what SLURM tells them; a signal to a step goes to its tasks.
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+step = dict(os.environ, SLURM_STEP_ID="0", SLURM_NTASKS="2", SLURM_STEP_NUM_TASKS="2",
+            SLURM_STEP_TASKS_PER_NODE="2", SLURM_STEP_NODELIST="localhost")
+tasks = [subprocess.Popen(sys.argv[1:], env=dict(step, SLURM_PROCID=i, SLURM_LOCALID=i))
+         for i in ("0", "1")]
+signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
+open("srun.pid", "w").write(str(os.getpid()))
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi
+"""
+
+
+def test_a_slurm_job_saves_is_requeued_and_goes_on(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = [*arguments(tmp_path, images, 500), "--devices", "2", "--sbatch", "job.sh"]
+    subprocess.run([sys.executable, *written], cwd=tmp_path, check=True)
+    assert not (tmp_path / "runs").exists()
+    subprocess.run(["bash", "-n", "job.sh"], cwd=tmp_path, check=True)
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost")
+    for start in (1, 2):
+        with started(["bash", "job.sh"], tmp_path) as process:
+            wait_until(partial(two_steps, tmp_path, start), process)
+            os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGUSR1)
+            code, _, errors = ended(process, LOST_SECONDS)
+        assert code == 75, errors
+        assert "the state is saved" in errors
+        assert len((tmp_path / "requeued").read_text().splitlines()) == start
+        assert steps(tmp_path) == list(range(1, len(steps(tmp_path)) + 1))
+    assert (tmp_path / "requeued").read_text() == f"requeue {os.getpid()}\n" * 2
+
+
+def test_a_job_file_is_checked_before_it_is_written_and_never_overwritten(tmp_path: Path) -> None:
+    file, job = tmp_path / "job.sh", sbatch.Job(2, "4", time="1-00:00:00", partition="gpu")
+    batch = recipe.Recipe(data=recipe.Data(batch_size=64))
+    sbatch.write(file, "shoes", batch, ["pretrain", "my recipe.toml"], job)
+    text = file.read_text()
+    asked = ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-00:00:00")
+    for line in (*asked, "--partition=gpu", "--signal=USR1@120", "--requeue"):
+        assert f"#SBATCH {line}\n" in text
+    assert f"srun {sys.executable} -m btpipe pretrain 'my recipe.toml'\n" in text
+    sbatch.write(file, "shoes", batch, ["pretrain", "my recipe.toml"], job)
+    with pytest.raises(RefusedError, match="says something else"):
+        sbatch.write(file, "shoes", batch, ["pretrain", "other.toml"], job)
+    assert file.read_text() == text
+    for wrong in (sbatch.Job(2, "auto"), sbatch.Job(3, "5")):
+        with pytest.raises(UsageError, match=r"GPUs of each machine|64 on 15 processes"):
+            sbatch.write(tmp_path / "other.sh", "shoes", batch, [], wrong)
+    with pytest.raises(UsageError, match="--sbatch FILE"):
+        sbatch.Job(2, "4").require_default()
+    assert not (tmp_path / "other.sh").exists()

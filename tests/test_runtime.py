@@ -1,0 +1,136 @@
+"""Ranks as one machine: sums and their gradients, a place told by SLURM, a rank that is lost."""
+
+import time
+
+import pytest
+import torch
+
+from btpipe import runtime
+from btpipe.errors import BtpipeError, MachineError
+from btpipe.runtime.place import find, first_host
+
+EXACT = 1e-14  # float64: the same few terms in another order
+BF16_ROUNDING = 2.0**-8  # of a number with 8 significant bits, relative
+
+
+def rows(rank: int, seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def check_collectives() -> None:
+    """Runs on each rank: values and gradients against what one process computes of all of them."""
+    with runtime.start("cpu") as here:
+        everyone = range(here.world_size)
+        x = rows(here.rank, 1, 3, 2).requires_grad_()
+        total = runtime.all_reduce_sum(x)
+        expected = torch.stack([rows(r, 1, 3, 2) for r in everyone])
+        torch.testing.assert_close(total.detach(), expected.sum(0), rtol=EXACT, atol=EXACT)
+        # Each rank's loss weighs the sum with its own weights; the whole loss is the sum of theirs.
+        (total * rows(here.rank, 2, 3, 2)).sum().backward()  # type: ignore[no-untyped-call]
+        weights = torch.stack([rows(r, 2, 3, 2) for r in everyone])
+        torch.testing.assert_close(x.grad, weights.sum(0), rtol=EXACT, atol=EXACT)
+
+        y = rows(here.rank, 1, 3, 2).requires_grad_()
+        gathered = runtime.gather(y)
+        torch.testing.assert_close(gathered.detach(), expected, rtol=0, atol=0)
+        (gathered * rows(here.rank, 3, here.world_size, 3, 2)).sum().backward()  # type: ignore[no-untyped-call]
+        weights = torch.stack([rows(r, 3, here.world_size, 3, 2) for r in everyone])
+        torch.testing.assert_close(y.grad, weights.sum(0)[here.rank], rtol=EXACT, atol=EXACT)
+
+        assert runtime.any_rank(here.rank == here.world_size - 1)
+        assert not runtime.any_rank(False)
+        check_wire(here)
+
+
+def check_wire(here: runtime.Runtime) -> None:
+    """float32 gradients of two layouts: summed as they are, and rounded to bf16 on the wire."""
+    gradients = [
+        torch.stack([rows(r, s, 4, 3, 5, 5) for r in range(here.world_size)]) for s in (4, 5)
+    ]
+    for wire, allowed in (("fp32", 2.0**-23), ("bf16", BF16_ROUNDING)):
+        parameters = [torch.nn.Parameter(torch.zeros(4, 3, 5, 5)) for _ in gradients]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient[here.rank].float()
+        last = gradients[-1][here.rank].float().to(memory_format=torch.channels_last)
+        parameters[-1].grad = last
+        runtime.sum_gradients(parameters, "bf16" if wire == "bf16" else "fp32")
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            assert parameter.grad is not None
+            error = (parameter.grad.double() - gradient.sum(0)).abs()
+            # One rounding of what is sent and one in each sum: world_size of them at most.
+            bound = here.world_size * allowed * gradient.abs().sum(0) * (1 + allowed)
+            assert (error <= bound).all()
+            assert wire == "fp32" or error.max() > 2.0**-12  # it was rounded
+
+
+def test_four_ranks_sum_gather_and_differentiate_like_one_process() -> None:
+    runtime.launch(4, check_collectives, ())
+
+
+def wait_for_a_rank_that_hangs() -> None:
+    with runtime.start("cpu", collective_seconds=2) as here:
+        runtime.barrier()
+        if here.rank == 1:
+            time.sleep(60)
+        runtime.gather_rows(torch.ones(2))
+
+
+def test_a_rank_that_does_not_answer_is_named() -> None:
+    with pytest.raises(MachineError, match=r"rank 1 was lost \(it does not answer\)"):
+        runtime.launch(3, wait_for_a_rank_that_hangs, ())
+
+
+def divide_by_zero() -> None:
+    with runtime.start("cpu") as here:
+        runtime.barrier()
+        assert 1 / here.rank
+
+
+def test_a_bug_in_one_rank_is_told_with_its_traceback() -> None:
+    with pytest.raises(
+        BtpipeError, match=r"a bug, met by rank 0:(.|\n)*ZeroDivisionError"
+    ) as failed:
+        runtime.launch(2, divide_by_zero, ())
+    assert failed.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu7,gpu9", "gpu7"),
+        ("gpu[03-07,9],cpu1", "gpu03"),
+        ("n[1,3]", "n1"),
+        ("rack[2-3]-gpu,x", "rack2-gpu"),
+        ("a-b.example.org", "a-b.example.org"),
+    ],
+)
+def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_a_task_of_a_slurm_step_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "SLURM_JOB_ID": "20003",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+        "SLURM_STEP_NODELIST": "gpu[11-12]",
+        "SLURM_CPUS_PER_TASK": "6",
+    }
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert find() is None  # the batch script, or a shell in an allocation
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    found = find()
+    assert found is not None
+    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (5, 8, 1, 4)
+    assert (found.address, found.local_cores) == ("tcp://gpu11:12003", 6)
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    monkeypatch.setenv("MASTER_PORT", "4000")
+    assert (found := find()) is not None
+    assert found.address == "tcp://head:4000"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert find() is None  # an interactive step of one task
