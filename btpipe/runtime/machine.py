@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from btpipe.errors import LostRankError, MachineError, UsageError
-from btpipe.runtime import collectives, place
+from btpipe.runtime.collectives import define_operators, wait_patiently
+from btpipe.runtime.place import Place, find
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ def start(
     """
     import torch
 
-    here = place.find()
+    here = find()
     cuda = on == "auto" and torch.cuda.is_available()
     local_rank = here.local_rank if here else 0
     # SLURM may show each task one GPU of its own, as number 0.
@@ -74,7 +75,7 @@ def start(
 
 
 @contextlib.contextmanager
-def _group(here: place.Place, backend: str, collective_seconds: float) -> Iterator[None]:
+def _group(here: Place, backend: str, collective_seconds: float) -> Iterator[None]:
     """A process group for the length of a `with`; what it raises when a rank is gone, in words."""
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -91,8 +92,8 @@ def _group(here: place.Place, backend: str, collective_seconds: float) -> Iterat
         )
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert isinstance(patient, dist.ProcessGroup)
-        collectives.wait_patiently(patient)
-        collectives.define_operators()
+        wait_patiently(patient)
+        define_operators()
     except RuntimeError as error:
         time.sleep(CULPRIT_SECONDS)
         raise LostRankError(f"the ranks did not find each other: {error}") from error
@@ -140,7 +141,7 @@ def _with_threads(runtime: Runtime) -> Runtime:
 
 def cores() -> int:
     """CPU cores that this process may use: its share of those that its machine's ranks may."""
-    here, mine = place.find(), len(os.sched_getaffinity(0))
+    here, mine = find(), len(os.sched_getaffinity(0))
     if here is None:
         return mine
     return max(1, min(mine, here.local_cores) or mine // here.local_world_size)
@@ -148,7 +149,7 @@ def cores() -> int:
 
 def is_rank() -> bool:
     """Whether torchrun or SLURM started this process as one of several."""
-    return place.find() is not None
+    return find() is not None
 
 
 def devices(asked: str) -> int:
