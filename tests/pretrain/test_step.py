@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -249,51 +250,57 @@ def test_lars_takes_as_many_operations_for_many_parameters_as_for_few() -> None:
     assert counts[0] == counts[1]
 
 
-def gradients_of_ranks(path: str, precision: str, mutated: bool) -> None:
-    """Runs on several ranks: saves the summed gradient of one global batch."""
+PRECISIONS = {"fp64": EXACT, "fp32": SINGLE}
+
+
+def gradients_of_one_batch() -> dict[str, dict[str, torch.Tensor]]:
+    """By precision: the gradient, summed over ranks, of the same global batch on any of them."""
+    share = IMAGES // runtime.world_size()
+    own = slice(runtime.rank() * share, (runtime.rank() + 1) * share)
+    first, second = views()
+    found = {}
+    for precision in PRECISIONS:
+        core = step.build(recipe(Run.model_validate({"precision": precision})), CPU)
+        step.update(core, first[own], second[own], 0.1, 0.1)
+        found[precision] = gradients(core)
+    return found
+
+
+def save_gradients(path: str, mutated: bool) -> None:
+    """Runs on several ranks."""
     with runtime.start() as here:
         if mutated:
             # The fault that this test is for: what others made of this rank's statistics is lost.
             gather = runtime.gather
             norm.runtime.gather = lambda x: gather(x.detach())  # type: ignore[attr-defined]
-        core = step.build(recipe(Run.model_validate({"precision": precision})), CPU)
-        share = IMAGES // here.world_size
-        first, second = views()
-        own = slice(here.rank * share, (here.rank + 1) * share)
-        step.update(core, first[own], second[own], 0.1, 0.1)
+        found = gradients_of_one_batch()
         if here.is_first:
-            torch.save(gradients(core), path)
+            torch.save(found, path)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    """The gradient in one process, by precision."""
-    found = {}
-    for precision in ("fp64", "fp32"):
-        core = step.build(recipe(Run.model_validate({"precision": precision})), CPU)
-        step.update(core, *views(), 0.1, 0.1)
-        found[precision] = gradients(core)
-    return found
+def alone() -> dict[str, dict[str, torch.Tensor]]:
+    """The gradients in one process."""
+    return gradients_of_one_batch()
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", EXACT), ("fp32", SINGLE)])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(
-    tmp_path: object,
-    alone: dict[str, dict[str, torch.Tensor]],
-    ranks: int,
-    precision: str,
-    tolerance: float,
+    tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]], ranks: int
 ) -> None:
-    path = f"{tmp_path}/gradients.pt"
-    runtime.launch(ranks, gradients_of_ranks, (path, precision, False))
-    assert_alike(torch.load(path), alone[precision], tolerance)
+    path = tmp_path / "gradients.pt"
+    runtime.launch(ranks, save_gradients, (str(path), False))
+    found = torch.load(path)
+    for precision, tolerance in PRECISIONS.items():
+        assert_alike(found[precision], alone[precision], tolerance)
 
 
 def test_a_collective_without_its_backward_is_seen(
-    tmp_path: object, alone: dict[str, dict[str, torch.Tensor]]
+    tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]]
 ) -> None:
-    path = f"{tmp_path}/gradients.pt"
-    runtime.launch(2, gradients_of_ranks, (path, "fp64", True))
-    with pytest.raises(AssertionError, match="not close"):
-        assert_alike(torch.load(path), alone["fp64"], 1e-3)
+    path = tmp_path / "gradients.pt"
+    runtime.launch(2, save_gradients, (str(path), True))
+    found = torch.load(path)
+    for precision in PRECISIONS:
+        with pytest.raises(AssertionError, match="not close"):
+            assert_alike(found[precision], alone[precision], 1e-3)
