@@ -447,7 +447,13 @@ def test_twenty_kills_and_one_bad_image_in_a_hundred_change_nothing(tmp_path: Pa
     paths = draw_images(images, 100)  # 12 steps an epoch
     spoil(paths[31])
     (images / "junk.jpg").write_bytes(b"\xff\xd8 and nothing more")
-    settings = ("optim.epochs=10", "data.max_bad=0.01", "run.checkpoint_steps=2", "run.keep_last=2")
+    settings = (
+        "optim.epochs=10",
+        "data.max_bad=0.01",
+        "data.image_size=16",
+        "run.checkpoint_steps=2",
+        "run.keep_last=2",
+    )
     whole = pretrain(tmp_path, images, *settings)
     run, writing = kill_and_resume(tmp_path, images, 20, *settings)
     assert writing, "no kill met a checkpoint that was being written"
