@@ -3,6 +3,7 @@
 #   make demo       sample images, pretraining on the CPU, export, vectors, one table
 #   make test       lint, format, types, and the tests that take seconds
 #   make test-slow  the tests that take minutes
+#   make peers      an environment with lightly beside ours, in build/peers (see tests/peers)
 #   make format     put the code into the form that `make test` wants
 #   make lock       resolve requirements.lock anew (uses uv)
 #   make clean      remove .venv and the tools' caches
@@ -18,10 +19,10 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow format lock clean
+.PHONY: help demo test test-slow peers format lock clean
 
 help:
-	@sed -n '3,8s/^#   //p' Makefile
+	@sed -n '3,9s/^#   //p' Makefile
 
 demo: $(STAMP)
 	@$(BIN)/btpipe demo
@@ -34,6 +35,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+# Shares what .venv has installed: torch alone is 6 GB.
+peers: $(STAMP)
+	@$(PYTHON) -m venv build/peers
+	@printf '%s\n%s\n' "$(CURDIR)" \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		> "$$(build/peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@build/peers/bin/pip install --quiet --no-deps lightly==1.6.0 lightly-utils==0.0.2
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix
