@@ -151,7 +151,14 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path: Path, images: Path
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize("to", ["one rank, SIGTERM", "launcher, SIGUSR1", "terminal, SIGINT"])
+@pytest.mark.parametrize(
+    "to",
+    [
+        "one rank, SIGTERM",
+        pytest.param("launcher, SIGUSR1", marks=pytest.mark.slow),
+        "terminal, SIGINT",
+    ],
+)
 def test_a_signal_stops_all_ranks_at_one_step_with_one_checkpoint(
     tmp_path: Path, images: Path, to: str
 ) -> None:
@@ -171,6 +178,7 @@ def test_a_signal_stops_all_ranks_at_one_step_with_one_checkpoint(
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once_although_a_rank_hangs(tmp_path: Path, images: Path) -> None:
     command = [sys.executable, *arguments(tmp_path, images, 500), "--devices", "2"]
     with started(command, tmp_path) as process:
@@ -257,6 +265,7 @@ if [ "$1" = show ]; then echo localhost; else echo "$@" >> requeued; fi
 """
 
 
+@pytest.mark.slow
 def test_a_slurm_job_saves_is_requeued_and_goes_on(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
