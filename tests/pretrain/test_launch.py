@@ -68,6 +68,8 @@ def started(command: Sequence[str], folder: Path) -> Iterator[subprocess.Popen[s
             yield process
         finally:
             if process.poll() is None:
+                for rank in ranks_of(process.pid).values():  # torchrun's have groups of their own
+                    os.kill(rank, signal.SIGKILL)
                 os.killpg(process.pid, signal.SIGKILL)
 
 
