@@ -1,12 +1,18 @@
 """Neighbours agree with brute force, votes with an example by hand, ranks with known matrices."""
 
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from btpipe import neighbours
 
+GRAM = 1e-6
+"""Relative: singular values from eigenvalues in float64, those of the decomposition beside them."""
+RANK_CPU_SECONDS = 3.0
+"""0.5 alone on two cores; idle threads that spin count as well. The decomposition takes 12."""
 ROUNDING = 1e-6
 """float32 sums of up to 48 products of numbers below 1."""
 
@@ -88,6 +94,71 @@ def test_a_small_temperature_does_not_overflow() -> None:
         np.array([[0, 1]]), np.array([[1.0, 0.9]], np.float32), np.array([0, 1]), 2, 1e-4
     )
     np.testing.assert_allclose(scores, [[1, 0]], atol=ROUNDING)
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_leaving_one_out_equals_brute_force(rng: np.random.Generator, k: int) -> None:
+    vectors = rng.normal(size=(50, 16))
+    vectors[30:33] = vectors[10]  # copies are neighbours of each other, but none of itself
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = (unit @ unit.T).astype(np.float32)
+    np.fill_diagonal(cosines, -2)
+    indices, similarities = neighbours.leave_one_out(vectors, k)
+    assert indices.shape == similarities.shape == (50, min(k, 49))
+    assert not (indices == np.arange(50)[:, None]).any()
+    expected = -np.sort(-cosines, axis=1)[:, : min(k, 49)]
+    np.testing.assert_allclose(similarities, expected, atol=ROUNDING)
+
+
+def test_more_copies_than_neighbours_are_still_no_row_itself() -> None:
+    indices, similarities = neighbours.leave_one_out(np.ones((6, 3)), 2)
+    assert not (indices == np.arange(6)[:, None]).any()
+    np.testing.assert_allclose(similarities, np.ones((6, 2)), atol=ROUNDING)
+    assert neighbours.leave_one_out(np.ones((1, 3)), 2)[0].shape == (1, 0)
+
+
+def decomposed_rank(vectors: NDArray[np.floating]) -> float:
+    """RankMe by its definition, from the singular values themselves."""
+    singular = np.linalg.svd(np.asarray(vectors, dtype=np.float64), compute_uv=False)
+    shares = singular[singular > 0] / singular.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+@pytest.mark.parametrize("shape", [(60, 200), (200, 60), (64, 64)])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0])
+def test_the_effective_rank_equals_the_decomposition(
+    rng: np.random.Generator, shape: tuple[int, int], decay: float
+) -> None:
+    vectors = rng.normal(size=shape) * np.arange(1, shape[1] + 1) ** -decay
+    expected = decomposed_rank(vectors)
+    assert neighbours.effective_rank(vectors) == pytest.approx(expected, rel=GRAM)
+    assert neighbours.effective_rank(vectors.T) == pytest.approx(expected, rel=GRAM)
+
+
+def test_noise_of_the_gram_matrix_is_not_counted_as_rank(rng: np.random.Generator) -> None:
+    thin = rng.normal(size=(200, 3)) @ rng.normal(size=(3, 400))
+    assert neighbours.effective_rank(thin) == pytest.approx(decomposed_rank(thin), rel=GRAM)
+
+
+def test_the_effective_rank_is_within_a_hundredth_where_the_gram_matrix_is_blind(
+    rng: np.random.Generator,
+) -> None:
+    """All but one singular value just below what float64 squares can tell from noise."""
+    count = 256
+    turns = [np.linalg.qr(rng.normal(size=(count, count)))[0] for _ in range(2)]
+    singular = np.full(count, 0.9 * np.sqrt(count * np.finfo(np.float64).eps))
+    singular[0] = 1
+    vectors = turns[0] * singular @ turns[1]
+    found, expected = neighbours.effective_rank(vectors), decomposed_rank(vectors)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert found != pytest.approx(expected, rel=GRAM)
+
+
+def test_the_effective_rank_of_a_wide_batch_takes_seconds_at_most() -> None:
+    vectors = np.random.default_rng(0).normal(size=(1024, 8192)).astype(np.float32)
+    started = time.process_time()
+    assert neighbours.effective_rank(vectors) > 1000
+    assert time.process_time() - started < RANK_CPU_SECONDS
 
 
 def test_the_effective_rank_counts_equal_directions(rng: np.random.Generator) -> None:
