@@ -18,7 +18,7 @@ COLLAPSED_RMS = 0.9
 independent ones 1 / sqrt(N). The healthy runs came to 0.73, far above their 0.09."""
 COLLAPSED_SHARE = 0.05
 """Effective rank over the largest that rows and dimensions allow. The healthy runs' encoders kept
-0.43 of it on 128 images and 0.28 on 1,024, their projectors 0.24 on 128."""
+0.43 of it on 128 images and 0.28 on 1,024; a projector 0.24 on 128, after three epochs."""
 COLLAPSED_RANK = 4.0
 """The same for few rows, of which 0.05 is about one direction, but a quarter of them at most. Of 16
 rows, rates far too high left the projector 2 to 4 directions, a healthy run 12 to 14."""
@@ -26,7 +26,8 @@ MOST_DEAD = 0.5
 DEAD_SHARE = 0.1
 """Dimensions that are constant over a batch; the healthy runs had none."""
 ALIKE = 0.95
-"""Mean diagonal while the rate still rises: equal views give 1, the healthy runs at most 0.5."""
+"""Mean diagonal while the rate still rises: equal views give 1, the drawn samples came to 0.5 in
+their first three epochs."""
 OVERFLOW_SHARE = 0.2
 """Updates left out in an interval: a scale that fits overflows once in 2,000 steps."""
 OVERFLOW_STEPS = 10
