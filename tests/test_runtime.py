@@ -10,6 +10,7 @@ from btpipe.errors import BtpipeError, MachineError
 from btpipe.runtime.place import find, first_host
 
 EXACT = 1e-14  # float64: the same few terms in another order
+MERGED = 1e-12  # float64, means up to 30 and a variance of 100 of them
 BF16_ROUNDING = 2.0**-8  # of a number with 8 significant bits, relative
 
 
@@ -22,25 +23,36 @@ def check_collectives() -> None:
     """Runs on each rank: values and gradients against what one process computes of all of them."""
     with runtime.start("cpu") as here:
         everyone = range(here.world_size)
-        x = rows(here.rank, 1, 3, 2).requires_grad_()
-        total = runtime.all_reduce_sum(x)
+        x = rows(here.rank, 1, 3, 2)
         expected = torch.stack([rows(r, 1, 3, 2) for r in everyone])
-        torch.testing.assert_close(total.detach(), expected.sum(0), rtol=EXACT, atol=EXACT)
-        # Each rank's loss weighs the sum with its own weights; the whole loss is the sum of theirs.
-        (total * rows(here.rank, 2, 3, 2)).sum().backward()  # type: ignore[no-untyped-call]
-        weights = torch.stack([rows(r, 2, 3, 2) for r in everyone])
-        torch.testing.assert_close(x.grad, weights.sum(0), rtol=EXACT, atol=EXACT)
-
-        y = rows(here.rank, 1, 3, 2).requires_grad_()
-        gathered = runtime.gather(y)
-        torch.testing.assert_close(gathered.detach(), expected, rtol=0, atol=0)
-        (gathered * rows(here.rank, 3, here.world_size, 3, 2)).sum().backward()  # type: ignore[no-untyped-call]
-        weights = torch.stack([rows(r, 3, here.world_size, 3, 2) for r in everyone])
-        torch.testing.assert_close(y.grad, weights.sum(0)[here.rank], rtol=EXACT, atol=EXACT)
+        torch.testing.assert_close(
+            runtime.all_reduce_sum(x), expected.sum(0), rtol=EXACT, atol=EXACT
+        )
+        torch.testing.assert_close(runtime.gather(x), expected, rtol=0, atol=0)
+        check_moments(here)
 
         assert runtime.any_rank(here.rank == here.world_size - 1)
         assert not runtime.any_rank(False)
         check_wire(here)
+
+
+def check_moments(here: runtime.Runtime) -> None:
+    """Moments of rows that ranks share, and their gradient, against those of all rows at once."""
+    shares = [rows(r, 1, 5, 3) + 10 * r for r in range(here.world_size)]
+    whole = torch.cat(shares).requires_grad_()
+    own = shares[here.rank].requires_grad_()
+    variance, mean = torch.var_mean(own, 0, correction=0)
+    merged = runtime.merge_moments(torch.stack([mean, variance]))
+    variance, mean = torch.var_mean(whole, 0, correction=0)
+    expected = torch.stack([mean, variance])
+    torch.testing.assert_close(merged, expected, rtol=MERGED, atol=MERGED)
+    # Each rank's loss weighs the moments with its own weights; the whole loss is the sum of theirs.
+    weights = [rows(r, 2, 2, 3) for r in range(here.world_size)]
+    (merged * weights[here.rank]).sum().backward()  # type: ignore[no-untyped-call]
+    (expected * torch.stack(weights).sum(0)).sum().backward()  # type: ignore[no-untyped-call]
+    assert whole.grad is not None
+    theirs = whole.grad.chunk(here.world_size)[here.rank]
+    torch.testing.assert_close(own.grad, theirs, rtol=MERGED, atol=MERGED)
 
 
 def check_wire(here: runtime.Runtime) -> None:
@@ -64,7 +76,7 @@ def check_wire(here: runtime.Runtime) -> None:
             assert wire == "fp32" or error.max() > 2.0**-12  # it was rounded
 
 
-def test_four_ranks_sum_gather_and_differentiate_like_one_process() -> None:
+def test_four_ranks_sum_gather_and_merge_like_one_process() -> None:
     runtime.launch(4, check_collectives, ())
 
 

@@ -97,7 +97,7 @@ class Standardised:
 def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance (D,) of each column over the rows of all ranks.
 
-    In two passes, and merged over ranks as Chan et al. (1983) do: E[x^2] - mean^2 would cancel.
+    In two passes: E[x^2] - mean^2 would cancel.
     """
     means, variances = [], []
     for columns in _blocks(len(z), z.shape[1]):
@@ -105,10 +105,9 @@ def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = wide.mean(0)
         means.append(mean)
         variances.append((wide - mean).square_().mean(0))
-    every = runtime.gather(torch.stack([torch.cat(means), torch.cat(variances)]))
-    rank_means, rank_variances = every.unbind(1)
-    mean = rank_means.mean(0)
-    return mean, rank_variances.mean(0) + (rank_means - mean).square().mean(0)
+    own = torch.stack([torch.cat(means), torch.cat(variances)])
+    mean, variance = runtime.merge_moments(own).unbind()
+    return mean, variance
 
 
 def _wide(z: torch.Tensor) -> torch.Tensor:
@@ -219,7 +218,8 @@ def _through_standardise(gradient: torch.Tensor, z: Standardised, count: int) ->
 def off_diagonal_rms(terms: Terms, dimension: int) -> float:
     """Root mean square of C_ij, i != j: about 1 / sqrt(N) for independent features."""
     pairs = max(1, dimension * (dimension - 1))
-    return math.sqrt(max(0.0, float(terms.off_diagonal)) / pairs)
+    total = float(terms.off_diagonal)
+    return math.sqrt(total / pairs) if not total < 0 else 0.0  # rounding; NaN stays NaN
 
 
 def choose_form(asked: Literal["auto", "gram", "cross"], count: int, dimension: int) -> Form:

@@ -37,11 +37,11 @@ class ViewBatchNorm(_BatchNorm):
             return super().forward(x)
         if self.num_batches_tracked is not None and self.tracking:
             self.num_batches_tracked.add_(VIEWS)
+        if runtime.world_size() > 1:
+            return self._across_replicas(x)
         return torch.cat([self._one_view(view) for view in x.chunk(VIEWS)])
 
     def _one_view(self, x: torch.Tensor) -> torch.Tensor:
-        if runtime.world_size() > 1:
-            return self._across_replicas(x)
         return functional.batch_norm(
             x,
             self._statistics(self.running_mean),
@@ -58,25 +58,23 @@ class ViewBatchNorm(_BatchNorm):
         return running if self.tracking or running is None else running.clone()
 
     def _across_replicas(self, x: torch.Tensor) -> torch.Tensor:
-        """Means and squared deviations of all ranks, merged as Chan et al. (1983) do.
-
-        Never E[x^2] - mean^2, which cancels. In at least float32.
-        """
+        """All views at once: one collective forward, one backward. In at least float32."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = x.numel() // x.shape[1]
-        dimensions = [0, *range(2, x.ndim)]
+        wide = torch.unflatten(wide, 0, (VIEWS, -1))
+        dimensions = [1, *range(3, wide.ndim)]
         variance, mean = torch.var_mean(wide, dimensions, correction=0)
-        means, variances = runtime.gather(torch.stack([mean, variance])).unbind(1)
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
+        mean, variance = runtime.merge_moments(torch.stack([mean, variance], 1)).unbind(1)
         if self.tracking:
-            self._track(mean.detach(), variance.detach(), count * len(means))
-        shape = (1, -1) + (1,) * (x.ndim - 2)
+            count = wide[0].numel() // wide.shape[2] * runtime.world_size()
+            for view in range(VIEWS):
+                self._track(mean[view].detach(), variance[view].detach(), count)
+        shape = (VIEWS, 1, -1) + (1,) * (wide.ndim - 3)
         scale = (variance + self.eps).rsqrt()
         shift = -mean * scale
         if self.affine:
             scale, shift = scale * self.weight, shift * self.weight + self.bias
-        return (wide * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        out = wide * scale.view(shape) + shift.view(shape)
+        return out.flatten(0, 1).to(x.dtype)
 
     @torch.no_grad()
     def _track(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:

@@ -46,7 +46,7 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update from the gradients at hand; parameters without one stay as they are."""
+        """One update, which uses the gradients at hand up; parameters without one stay."""
         assert closure is None, "LARS evaluates nothing itself"
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -54,7 +54,7 @@ class LARS(torch.optim.Optimizer):
                 continue
             updates = [p.grad for p in parameters]
             if group["adapt"]:
-                updates = _adapt(parameters, updates, group["weight_decay"], group["eta"])
+                _adapt(parameters, updates, group["weight_decay"], group["eta"])
             torch._fused_sgd_(
                 parameters,
                 updates,
@@ -81,15 +81,15 @@ class LARS(torch.optim.Optimizer):
 
 def _adapt(
     weights: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float, eta: float
-) -> list[torch.Tensor]:
-    """Decayed gradients, each scaled to the norm eta |w|."""
-    updates = torch._foreach_add(gradients, weights, alpha=weight_decay)
+) -> None:
+    """Decays gradients and scales each to the norm eta |w|, in place: a copy would cost as much
+    as all the rest."""
+    torch._foreach_add_(gradients, weights, alpha=weight_decay)
     weight_norms = torch.stack(torch._foreach_norm(weights))
-    update_norms = torch.stack(torch._foreach_norm(updates))
+    update_norms = torch.stack(torch._foreach_norm(gradients))
     positive = (weight_norms > 0) & (update_norms > 0)
     trust = torch.where(positive, eta * weight_norms / update_norms, 1.0)
-    torch._foreach_mul_(updates, trust.unbind())
-    return list(updates)
+    torch._foreach_mul_(gradients, trust.unbind())
 
 
 def build(optim: Optim, network: nn.Module) -> torch.optim.Optimizer:

@@ -128,7 +128,7 @@ def _lars_error(device: torch.device, dtype: torch.dtype) -> float:
         optim.set_rates(foreach, 0.2 * turn, 0.005 * turn)
         for mine, theirs in zip(ours.parameters(), looped.parameters(), strict=True):
             drawn = torch.randn(theirs.shape, generator=generator).to(dtype)
-            mine.grad, theirs.grad = drawn.to(device), drawn.double()
+            mine.grad, theirs.grad = drawn.to(device, copy=True), drawn.double()
         foreach.step()
         loop.step()
     pairs = zip(ours.parameters(), looped.parameters(), strict=True)
@@ -233,7 +233,10 @@ def _rank_check(ranks: int, on: Literal["auto", "cpu"], tolerance: float) -> Che
 def write_gradients(path: Path, batch: int, on: Literal["auto", "cpu"]) -> None:
     """Runs on every rank: the summed gradient of its rows of the batch; the first one writes it."""
     with runtime.start(on) as here:
-        core = step.build(_recipe(Run(precision="fp64"), batch=batch), here.device)
+        # Plain SGD leaves the gradients as they are.
+        described = _recipe(Run(precision="fp64"), batch=batch)
+        described = described.model_copy(update={"optim": Optim(name="sgd")})
+        core = step.build(described, here.device)
         mine = _views(batch).chunk(here.world_size, dim=1)[here.rank].to(here.device)
         step.update(core, mine[0], mine[1], 0.0, 0.0)
         if here.is_first:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from btpipe import artifact, runtime
 from btpipe.events import Tabled
 from btpipe.pretrain import loss, step
-from btpipe.recipe import Data, Loss, Network, Recipe, Run
+from btpipe.recipe import Data, Loss, Network, Optim, Recipe, Run
 from btpipe.road import published
 from btpipe.road.benchmark_worker import Sizes
 
@@ -89,17 +89,16 @@ def core_traffic(
     """This core's: embeddings gathered ("gram") or C all-reduced ("cross"), gradients all-reduced.
 
     `wire` is that of embeddings ("gram" alone has one) and gradients. Batch norm: moments gathered
-    in the forward pass, their gradient all-reduced in the backward one; the embeddings' moments
-    are gathered, and two sums of their gradient all-reduced.
+    in the forward pass, two sums all-reduced in the backward one; the same for the embeddings'.
     """
     width = {"fp32": 4, "bf16": 2}[wire]
-    moments = 4 * 2 * ranks
     if form == "gram":
         embeddings = all_gather(VIEWS * batch * counted.dimension * width, ranks)
     else:
         embeddings = all_reduce(4 * counted.dimension**2, ranks)
-    forward = all_gather(moments * (counted.channels + counted.dimension), ranks)
-    backward = all_reduce(moments * counted.channels + 4 * 2 * counted.dimension, ranks)
+    channels = counted.channels + counted.dimension
+    forward = all_gather(4 * ranks * 2 * channels, ranks)
+    backward = all_reduce(4 * 2 * channels, ranks)
     return Traffic(
         embeddings=embeddings,
         gradients=all_reduce(width * counted.parameters, ranks),
@@ -171,6 +170,7 @@ def _gradient(here: runtime.Runtime, loss_settings: Loss, run: Run) -> torch.Ten
         data=Data(batch_size=16, image_size=32),
         network=Network(backbone="resnet18", projector=(64, 64, 64)),
         loss=loss_settings,
+        optim=Optim(name="sgd"),  # leaves the gradients as they are
         run=run,
     )
     core = step.build(recipe, here.device)

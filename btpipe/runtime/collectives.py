@@ -14,12 +14,9 @@ GRADIENT_BUCKET_BYTES = 64 * 2**20
 
 @functools.cache
 def define_operators() -> None:
-    """Collectives as operators with a fake and a backward, whole in a compiled graph.
+    """Collectives as operators with a fake, whole in a compiled graph.
 
     Called when a group is formed: inside a graph that is being traced it would break it.
-
-    The convention of the backward: the loss is one, over all ranks; every rank holds the gradient
-    of its own rows, and what a rank contributed to others comes back as a sum over ranks.
     """
     import torch
     import torch.distributed as dist
@@ -36,11 +33,6 @@ def define_operators() -> None:
     def _(x: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    def all_reduce_backward(_: object, gradient: torch.Tensor) -> torch.Tensor:
-        return all_reduce_sum(gradient)  # type: ignore[no-any-return]
-
-    all_reduce_sum.register_autograd(all_reduce_backward)
-
     @torch.library.custom_op("btpipe::gather", mutates_args=(), schema="(Tensor x) -> Tensor")
     def gather(x: torch.Tensor) -> torch.Tensor:
         rows = x.new_empty((dist.get_world_size(), *x.shape))
@@ -51,10 +43,43 @@ def define_operators() -> None:
     def _(x: torch.Tensor) -> torch.Tensor:
         return x.new_empty((dist.get_world_size(), *x.shape))
 
-    def gather_backward(_: object, gradient: torch.Tensor) -> torch.Tensor:
-        return all_reduce_sum(gradient)[dist.get_rank()].clone()  # type: ignore[no-any-return]
+    _define_merge_moments()
 
-    gather.register_autograd(gather_backward)
+
+def _define_merge_moments() -> None:
+    """The one collective that is differentiated.
+
+    Its backward sends the gradient of the merged moments, not that of each rank's: their number
+    does not grow with the ranks. The loss is one, over all ranks, so what a rank's moments
+    contributed to the others comes back as a sum over ranks.
+    """
+    import torch
+
+    @torch.library.custom_op(
+        "btpipe::merge_moments", mutates_args=(), schema="(Tensor moments) -> Tensor"
+    )
+    def merge_moments(moments: torch.Tensor) -> torch.Tensor:
+        means, variances = torch.ops.btpipe.gather(moments).unbind(-2)
+        mean = means.mean(0)
+        return torch.stack([mean, variances.mean(0) + (means - mean).square().mean(0)], -2)
+
+    @merge_moments.register_fake
+    def _(moments: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(moments, memory_format=torch.contiguous_format)
+
+    class Context(torch.autograd.function.FunctionCtx):
+        saved_tensors: tuple[torch.Tensor, ...]
+
+    def keep(ctx: Context, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        own = inputs[0].select(-2, 0)
+        ctx.save_for_backward(own - output.select(-2, 0))
+
+    def backward(ctx: Context, gradient: torch.Tensor) -> torch.Tensor:
+        (own,) = ctx.saved_tensors
+        mean, variance = torch.ops.btpipe.all_reduce_sum(gradient).div(world_size()).unbind(-2)
+        return torch.stack([mean + 2 * variance * own, variance], -2)
+
+    merge_moments.register_autograd(backward, setup_context=keep)
 
 
 def world_size() -> int:
@@ -72,7 +97,7 @@ def rank() -> int:
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, differentiable: (...) -> (...)."""
+    """Sum over ranks: (...) -> (...)."""
     if world_size() == 1:
         return x
     import torch
@@ -81,12 +106,24 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """Every rank's tensor, in rank order, differentiable: (...) -> (world_size, ...)."""
+    """Every rank's tensor, in rank order: (...) -> (world_size, ...)."""
     if world_size() == 1:
         return x[None]
     import torch
 
     return torch.ops.btpipe.gather(x)  # type: ignore[no-any-return]
+
+
+def merge_moments(moments: torch.Tensor) -> torch.Tensor:
+    """Mean and variance (..., 2, C) over all ranks, from each rank's over equally many numbers.
+
+    As Chan et al. (1983): never E[x^2] - mean^2, which cancels. Differentiable.
+    """
+    if world_size() == 1:
+        return moments
+    import torch
+
+    return torch.ops.btpipe.merge_moments(moments)  # type: ignore[no-any-return]
 
 
 def gather_rows(x: torch.Tensor) -> torch.Tensor:

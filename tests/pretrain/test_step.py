@@ -20,10 +20,14 @@ SIZE, IMAGES = 32, 8
 
 
 def recipe(run: Run | None = None, **tables: object) -> Recipe:
-    """A resnet18 at 32 pixels with a narrow projector, batch 8; in float64 unless `run` says."""
+    """A resnet18 at 32 pixels with a narrow projector, batch 8; in float64 unless `run` says.
+
+    Plain SGD, which leaves the gradients as they were (LARS uses them up).
+    """
     described = {
         "data": Data(batch_size=IMAGES, image_size=SIZE),
         "network": Network(backbone="resnet18", projector=(24, 16)),
+        "optim": Optim(name="sgd"),
         "run": run or Run(precision="fp64"),
         **tables,
     }
@@ -271,8 +275,8 @@ def save_gradients(path: str, mutated: bool) -> None:
     with runtime.start() as here:
         if mutated:
             # The fault that this test is for: what others made of this rank's statistics is lost.
-            gather = runtime.gather
-            norm.runtime.gather = lambda x: gather(x.detach())  # type: ignore[attr-defined]
+            merge = runtime.merge_moments
+            norm.runtime.merge_moments = lambda x: merge(x.detach())  # type: ignore[attr-defined]
         found = gradients_of_one_batch()
         if here.is_first:
             torch.save(found, path)

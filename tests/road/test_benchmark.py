@@ -162,7 +162,7 @@ class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
         match str(func):
             case "btpipe.all_reduce_sum.default":
                 self.reduced += args[0].nbytes
-            case "btpipe.gather.default":
+            case "btpipe.gather.default" | "btpipe.merge_moments.default":
                 self.gathered += args[0].nbytes
             case "c10d.allreduce_.default":
                 self.reduced += sum(tensor.nbytes for tensor in args[0])
