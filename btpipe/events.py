@@ -5,6 +5,7 @@ or nobody is listening.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 
@@ -17,8 +18,12 @@ class Event:
         return type(self).__name__
 
     def record(self) -> dict[str, object]:
-        """The event as a flat JSON-ready record, `event` first."""
-        return {"event": self.name, **dataclasses.asdict(self)}
+        """The event as a flat record for JSON, `event` first; what is not finite is None there."""
+        fields = dataclasses.asdict(self)
+        for key, value in fields.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                fields[key] = None
+        return {"event": self.name, **fields}
 
 
 Report = Callable[[Event], None]

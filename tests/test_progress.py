@@ -90,6 +90,17 @@ def test_json_lines_hold_every_field(capsys: pytest.CaptureFixture[str]) -> None
     assert second == {"event": "Warned", "text": "careful"}
 
 
+def test_numbers_that_are_not_finite_are_null_in_json_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress.show("json") as report:
+        report(dataclasses.replace(STEP, loss=float("nan"), on_diagonal=float("inf")))
+    record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert record["loss"] is None
+    assert record["on_diagonal"] is None
+    assert record["off_diagonal"] == STEP.off_diagonal
+
+
 def test_without_a_terminal_only_results_and_warnings_are_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

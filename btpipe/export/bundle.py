@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -18,7 +19,7 @@ from btpipe.export import contract, onnx, verify, weights
 from btpipe.export.card import Card
 from btpipe.export.contract import Preprocessing, newest_bundle, newest_run
 from btpipe.export.session import Session
-from btpipe.pretrain import checkpoint, network
+from btpipe.pretrain import checkpoint, initial, network
 from btpipe.recipe import Recipe, load
 
 __all__ = ["export_run", "newest_bundle", "newest_run", "publish"]
@@ -30,7 +31,10 @@ BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a bundle is made from; `checkpoint` is None for the untrained network."""
+    """What a bundle is made from; `checkpoint` is None for the network before training.
+
+    `adopted` is what that was, where the run started from the weights of others.
+    """
 
     run: str
     recipe: Recipe
@@ -38,6 +42,7 @@ class Source:
     checkpoint: Path | None
     step: int
     checkpoint_digest: str
+    adopted: dict[str, torch.Tensor] | None = None
 
 
 def export_run(
@@ -167,7 +172,8 @@ def read_run(run: Path, report: Report, *, untrained: bool) -> Source:
         raise UsageError("no run there", where=run, expected="a folder with recipe.toml", fix=fix)
     recipe, index = load(run / "recipe.toml"), open_index(run / "index.parquet")
     if untrained:
-        return Source(run.name, recipe, index, None, 0, "")
+        adopted = initial.encoder_state(run) if recipe.network.init_from else None
+        return Source(run.name, recipe, index, None, 0, "", adopted)
     newest = checkpoint.newest(run, report)
     if newest is None:
         raise UsageError(
@@ -190,6 +196,8 @@ def encoder_of(source: Source, preprocessing: Preprocessing, report: Report) -> 
     described = source.recipe.network
     if source.checkpoint is not None:
         return weights.from_state(checkpoint.encoder_state(source.checkpoint), described)
+    if source.adopted is not None:
+        return weights.from_state(source.adopted, described)
     first = network.initialise(source.recipe).encoder.state_dict()
     pixels = _pixels(source.index, CALIBRATION_IMAGES, preprocessing, report)
     return weights.calibrate(weights.from_state(first, described), preprocessing, pixels, BATCH)

@@ -5,7 +5,7 @@ optimisers), so that nothing waits for it; the host reads it once the next step 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -41,6 +41,13 @@ def _largest(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
     """max |x| of each tensor, not a number where one of its values is none."""
     norms: Sequence[torch.Tensor] = torch._foreach_norm(tensors, ord=float("inf"))
     return norms
+
+
+def broken(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The name of the first tensor that holds a number which is not finite, or nothing. Waits."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    good = torch.isfinite(torch.stack(list(_largest(list(floating.values()))))).tolist()
+    return next((name for name, whole in zip(floating, good, strict=True) if not whole), "")
 
 
 class LossScale:

@@ -7,6 +7,7 @@ From then on the run depends on nothing outside, whatever becomes of the file.
 
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from btpipe import artifact
@@ -73,9 +74,18 @@ def load(run: Path, wanted: Network, network: BarlowTwins, report: Report) -> No
     if not wanted.init_from:
         return
     folder = run / FOLDER
-    origin = artifact.verify(folder, KIND).origin
     try:
-        network.encoder.load_state_dict(load_file(folder / WEIGHTS))
+        network.encoder.load_state_dict(encoder_state(run))
     except RuntimeError as error:
         raise IntegrityError(f"does not fit the network: {error}", where=folder) from error
-    report(Note(str(origin["text"])))
+    report(Note(str(artifact.read(folder, KIND).origin["text"])))
+
+
+def encoder_state(run: Path) -> dict[str, torch.Tensor]:
+    """The adopted encoder's tensors, under torchvision's names.
+
+    Raises:
+        IntegrityError: what the run folder kept is missing or damaged.
+    """
+    artifact.verify(run / FOLDER, KIND)
+    return load_file(run / FOLDER / WEIGHTS)

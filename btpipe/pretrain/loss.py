@@ -24,8 +24,9 @@ from btpipe import runtime
 EPSILON = 1e-5  # of the published code's batch norm on the embeddings
 DEAD_VARIANCE = 1e-12
 """Variance at or below which a dimension counts as constant."""
-BLOCK_BYTES = 16 * 2**20
-"""Size of a block of standardised columns: small beside (N, D), large enough for a product."""
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+"""Size of a block of standardised columns, by device: small beside (N, D) and near to a CPU's
+caches, large enough to keep a GPU busy."""
 
 Form = Literal["gram", "cross"]
 Wire = Literal["auto", "bf16"]
@@ -100,7 +101,7 @@ def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     In two passes: E[x^2] - mean^2 would cancel.
     """
     means, variances = [], []
-    for columns in _blocks(len(z), z.shape[1]):
+    for columns in _blocks(len(z), z):
         wide = _wide(z[:, columns])
         mean = wide.mean(0)
         means.append(mean)
@@ -114,9 +115,10 @@ def _wide(z: torch.Tensor) -> torch.Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
 
-def _blocks(rows: int, dimension: int) -> list[slice]:
-    """Columns in blocks of at most `BLOCK_BYTES` of float32, of 256 or more."""
-    width = max(256, BLOCK_BYTES // (4 * rows))
+def _blocks(rows: int, z: torch.Tensor) -> list[slice]:
+    """The columns of z in blocks whose `rows` rows of float32 take `BLOCK_BYTES`; 256 or more."""
+    dimension = z.shape[1]
+    width = max(256, BLOCK_BYTES.get(z.device.type, BLOCK_BYTES["cuda"]) // (4 * rows))
     return [slice(i, min(i + width, dimension)) for i in range(0, dimension, width)]
 
 
@@ -150,7 +152,7 @@ def _gram(a: Standardised, b: Standardised, lambd: float, wire: Wire) -> Halves:
     b.gather(wire)
     rows, dimension = a.own.shape
     count = rows * runtime.world_size()
-    blocks = _blocks(count, dimension)
+    blocks = _blocks(count, a.own)
     rows_a, rows_b = (a.mean.new_zeros(rows, count) for _ in range(2))
     diagonal = torch.empty_like(a.mean)
     for columns in blocks:
@@ -204,7 +206,7 @@ def _column_sums(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 def _through_standardise(gradient: torch.Tensor, z: Standardised, count: int) -> None:
     """Gradient (n, D) for standardised rows -> for the rows before standardisation, in place."""
-    blocks = _blocks(len(gradient), gradient.shape[1])
+    blocks = _blocks(len(gradient), gradient)
     sums = torch.empty(2, gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
     for columns in blocks:
         torch.sum(gradient[:, columns], 0, out=sums[0, columns])

@@ -4,9 +4,12 @@ import dataclasses
 import time
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from btpipe import artifact, events, runtime
 from btpipe.data.index import Index, open_index
-from btpipe.data.loader import Batch, TrainingLoader
+from btpipe.data.loader import TrainingLoader
 from btpipe.errors import NumericsError, Stopped
 from btpipe.events import Report
 from btpipe.pretrain import checkpoint, finite, initial, loss, step
@@ -18,7 +21,7 @@ from btpipe.pretrain.supply import Supply
 from btpipe.recipe import Recipe
 from btpipe.runtime import Runtime
 
-NUMEROUS = 0.05
+NOTABLE_FLOOR = 0.05
 """Share of D (the loss of constant embeddings) above which a loss floor is worth a warning."""
 
 
@@ -87,7 +90,7 @@ def _announce(run: Run) -> None:
             loss_floor=floor,
         )
     )
-    if floor > NUMEROUS * dimension:
+    if floor > NOTABLE_FLOOR * dimension:
         text = (
             f"with {recipe.data.batch_size} images and {dimension} dimensions the loss cannot go"
             f" below {floor:.0f}, however good the encoder: do not judge it by that number"
@@ -98,7 +101,7 @@ def _announce(run: Run) -> None:
 def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
     """Steps until the end or a stop; logs, and saves what a kill must not cost."""
     agreement, meter, clock = runtime.Agreement(), Meter(run), SaveClock(run)
-    watch, before_it = finite.Watch(), None
+    watch, images_before = finite.Watch(), np.zeros(0, np.int64)
     health = Health(run, lambda: bool(signals.asked))
     started, before = time.perf_counter(), run.state.step
     while run.state.step < run.steps:
@@ -112,12 +115,13 @@ def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
         save = save or stop or clock.is_step()
         if found or save:
             supply.require_budget()
-        _require_finite(run, watch.stepped(batch.step, outcome.flags, run.core.scale), before_it)
-        before_it = batch
+        found_before = watch.stepped(batch.step, outcome.flags, run.core.scale)
+        _require_finite(run, found_before, images_before)
+        images_before = batch.images
         logged = meter.stepped(outcome)
         if save:
             supply.record()
-            _require_finite(run, watch.last(), batch)
+            _require_finite(run, watch.last(), batch.images)
             _save(run)
             clock.restart()
         if stop and run.state.step < run.steps:
@@ -133,7 +137,19 @@ def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
 
 
 def _save(run: Run) -> None:
-    """The first rank writes the checkpoint, the others wait."""
+    """The first rank writes the checkpoint, the others wait.
+
+    Raises NumericsError: a forward pass overflowed into batch norm's running statistics, which no
+    mask of the update can undo.
+    """
+    broken = finite.broken(run.core.network.state_dict())
+    if broken:
+        raise NumericsError(
+            f"{broken} is not finite at step {run.state.step}",
+            where=run.folder,
+            fix='the checkpoints before it are good: set run.precision = "bf16" or "fp32", or'
+            " lower optim.lr, under another --name",
+        )
     started = time.perf_counter()
     if run.runtime.is_first:
         path = checkpoint.save(run.folder, run.state, run.core, run.recipe.run)
@@ -142,22 +158,20 @@ def _save(run: Run) -> None:
     runtime.barrier()
 
 
-def _require_finite(run: Run, found: finite.Found | None, batch: Batch | None) -> None:
+def _require_finite(run: Run, found: finite.Found | None, images: NDArray[np.int64]) -> None:
     """Ends the run when a step's update had to be left out; an fp16 overflow only lowers the scale.
 
-    The step, the seed and this rank's images are kept in the run folder.
+    The step, the seed and this rank's `images` (rows of the index) are kept in the run folder.
     """
     if found is None or (run.core.scale is not None and found.scale >= 1):
         return
-    assert batch is not None
-    assert batch.step == found.step
-    paths = run.index.table["path"].take(batch.images.tolist()).to_pylist()
+    paths = run.index.table["path"].take(images.tolist()).to_pylist()
     cause = {
         "step": found.step,
         "epoch": found.step // run.steps_per_epoch,
         "seed": run.recipe.seed,
         "ranks": found.ranks,
-        "rows": batch.images.tolist(),
+        "rows": images.tolist(),
         "images": paths,
     }
     rank = run.runtime.rank

@@ -21,7 +21,7 @@ from btpipe.events import Finished, Report, Tabled
 from btpipe.pretrain import loss
 from btpipe.recipe.tables import Backbone
 from btpipe.road import benchmark_worker as worker
-from btpipe.road import wire
+from btpipe.road import compiling, wire
 from btpipe.road.benchmark_worker import Device, Sizes
 from btpipe.road.seat import Prepared, Seat, Turn
 
@@ -65,6 +65,8 @@ def run(options: Options, report: Report, *, compiled: bool, loss_only: bool) ->
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     if not loss_only:
         report(_step_table(options, device, compiled=compiled))
+        if compiled:
+            report(compiling.cache_table(options.sizes, device))
     report(_loss_table(options, device))
     if not loss_only:
         report(_lars_table(options, device))

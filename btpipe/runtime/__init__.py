@@ -25,6 +25,7 @@ from btpipe.runtime.machine import (
     devices,
     environment,
     is_rank,
+    keep_compiled_code,
     precision,
     start,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "gather",
     "gather_rows",
     "is_rank",
+    "keep_compiled_code",
     "launch",
     "merge_moments",
     "precision",

@@ -67,6 +67,7 @@ def start(
     device = torch.device("cuda", number) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
     if here is None:
         yield _with_threads(Runtime(device))
         return
@@ -185,6 +186,12 @@ def cpu_has_bf16() -> bool:
         return False
     words = set(text.split())
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def keep_compiled_code(folder: Path) -> None:
+    """Where torch.compile keeps its code and finds it again; before anything is compiled."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
 
 
 def environment() -> dict[str, object]:

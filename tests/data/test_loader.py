@@ -115,6 +115,23 @@ def test_two_ranks_together_get_what_one_gets(folder: Path) -> None:
     assert_same(together, batches(made))
 
 
+def test_a_micro_batch_holds_the_same_images_on_any_number_of_ranks(folder: Path) -> None:
+    made, _ = index.build(folder)
+    chosen = settings()
+    size = chosen.data.batch_size
+    chosen = chosen.model_copy(update={"run": recipe.Run(micro_batch=size // 2)})
+    alone = batches(made, chosen)
+    parts = [batches(made, chosen, rank=rank, world_size=2) for rank in range(2)]
+    for whole, one, other in zip(alone, *parts, strict=True):
+        for half in range(2):
+            own = slice(half * size // 4, (half + 1) * size // 4)
+            shared = np.concatenate([one.images[own], other.images[own]])
+            micro = slice(half * size // 2, (half + 1) * size // 2)
+            np.testing.assert_array_equal(shared, whole.images[micro])
+    with pytest.raises(UsageError, match="micro_batch"):
+        batches(made, chosen, rank=0, world_size=size)
+
+
 @pytest.mark.parametrize("step", [1, 3, 5, 6])
 def test_starting_at_a_step_gives_the_rest_of_the_run(folder: Path, step: int) -> None:
     made, _ = index.build(folder)

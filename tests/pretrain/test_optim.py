@@ -46,6 +46,21 @@ def test_the_schedule_equals_the_published_code(name: str) -> None:
         assert bias_lr == pytest.approx(biases, rel=EXACT, abs=EXACT)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "expected"), [(128, 0.7), (256, 0.4), (2048, 0.2), (64, 0.7), (8192, 0.2)]
+)
+def test_an_automatic_rate_is_the_authors_for_that_batch(batch_size: int, expected: float) -> None:
+    automatic = Optim(lr="auto")
+    assert schedule.base_lr(automatic, batch_size) == pytest.approx(expected)
+    lr, _ = schedule.rates(automatic, 100, steps_per_epoch=10, batch_size=batch_size)
+    assert lr == pytest.approx(expected * batch_size / 256)  # at the end of the warm-up
+
+
+def test_an_automatic_rate_lies_between_those_of_the_nearest_batches() -> None:
+    assert 0.3 < schedule.base_lr(Optim(lr="auto"), 300) < 0.4
+    assert schedule.base_lr(Optim(lr=0.3), 300) == 0.3
+
+
 @pytest.mark.parametrize("name", ["lars", "adamw", "sgd"])
 def test_biases_and_batch_norm_take_their_own_rate_and_no_decay(name: str) -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))

@@ -17,6 +17,8 @@ from torchvision.models import resnet
 
 from btpipe import recipe
 from btpipe.errors import IntegrityError, RefusedError, UsageError
+from btpipe.events import ignore
+from btpipe.export import bundle
 from btpipe.pretrain import launch, network, outside
 
 RESNET18 = recipe.Network(backbone="resnet18", projector=(16, 16))
@@ -240,6 +242,10 @@ def test_a_run_starts_from_the_weights_and_needs_the_file_no_longer(
     assert said in (run / "events.jsonl").read_text()
     origin = json.loads((run / "initial" / "manifest.json").read_text())["origin"]
     assert origin["source"] == str(file)
+    source = bundle.read_run(run, ignore, untrained=True)
+    before = bundle.encoder_of(source, bundle.preprocessing_of(source.recipe), ignore).state_dict()
+    for name, tensor in without_classifier(weights).items():
+        assert torch.equal(before[name], tensor), name
 
     # Killed before its first checkpoint, the file gone or another: the run's own copy counts.
     shutil.rmtree(checkpoint)
