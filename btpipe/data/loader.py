@@ -147,10 +147,13 @@ class TrainingLoader:
 
     def _planned(self, step: int) -> NDArray[np.int64]:
         """The images that the order alone gives this rank for a step."""
-        size, epoch = self.recipe.data.batch_size, self._epoch(step)
-        start = step % self.steps_per_epoch * size
-        batch = order.permutation(self.recipe.seed, epoch, len(self.index), start, start + size)
-        return batch[self._own]
+        data, epoch = self.recipe.data, self._epoch(step)
+        start = step % self.steps_per_epoch * data.batch_size
+        place = (self.recipe.seed, epoch, len(self.index), start, start + data.batch_size)
+        if data.shuffle == "full":
+            return order.permutation(*place)[self._own]
+        mixed = order.blocks(*place, block_images=data.block_images, mixed_blocks=data.mixed_blocks)
+        return mixed[self._own]
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """`_planned`, with stand-ins for those that are known to be bad."""

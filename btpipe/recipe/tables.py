@@ -67,7 +67,10 @@ class View(Table):
     ratio: Range = (3 / 4, 4 / 3)
     """Width over height of the crop, log-uniform."""
     flip: Probability = 0.5
-    """Horizontal."""
+    """Left and right change places."""
+    vertical_flip: Probability = 0.0
+    rotate90: Probability = 0.0
+    """A turn by 90, 180 or 270 degrees, each as likely: 0.75 for four equal directions."""
     jitter: Jitter = Jitter()
     gray: Probability = 0.2
     blur: Blur = Blur()
@@ -91,6 +94,12 @@ class Data(Table):
     """Share of the images that may be unreadable before the run ends with exit code 3."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Decoder threads for each rank; 0: the cores this rank may use."""
+    shuffle: Literal["full", "blocks"] = "full"
+    """"full": any order; "blocks": stretches of neighbours, for tar shards on slow storage."""
+    block_images: Count = 128
+    """With "blocks": consecutive images that stay in one pool."""
+    mixed_blocks: Count = 128
+    """With "blocks": how many blocks are one pool, within which the order is any."""
 
 
 class Network(Table):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tiny_run import draw_images
 
 from btpipe import recipe
 from btpipe.data import index
@@ -113,6 +114,45 @@ def test_two_ranks_together_get_what_one_gets(folder: Path) -> None:
         for one, other in zip(*parts, strict=True)
     ]
     assert_same(together, batches(made))
+
+
+@pytest.mark.parametrize("shuffle", ["full", "blocks"])
+def test_four_ranks_get_what_one_gets_while_a_file_in_a_hundred_is_junk_and_some_vanish(
+    tmp_path: Path, shuffle: str
+) -> None:
+    draw_images(tmp_path / "images", 100)
+    made, _ = index.build(tmp_path / "images")
+    clean = batches(made, settings(shuffle=shuffle, block_images=7, mixed_blocks=4))
+    drawn = np.unique(np.concatenate([batch.images for batch in clean]))
+    made.file(int(drawn[3])).write_bytes(b"not an image any more")
+    made.file(int(drawn[40])).unlink()
+    made.file(int(drawn[77])).unlink()
+    gone = drawn[[3, 40, 77]]
+    chosen = settings(shuffle=shuffle, block_images=7, mixed_blocks=4, max_bad=0.03)
+    alone = batches(made, chosen)
+    for world_size in (2, 4):
+        parts = [
+            batches(made, chosen, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+        together = [
+            Batch(
+                shares[0].step,
+                np.concatenate([share.images for share in shares]),
+                torch.cat([share.view1 for share in shares]),
+                torch.cat([share.view2 for share in shares]),
+            )
+            for shares in zip(*parts, strict=True)
+        ]
+        assert_same(together, alone)
+    replaced = 0
+    for before, after in zip(clean, alone, strict=True):
+        kept = ~np.isin(before.images, gone)
+        replaced += int((~kept).sum())
+        np.testing.assert_array_equal(after.images[kept], before.images[kept])
+        assert torch.equal(
+            after.view1[torch.from_numpy(kept)], before.view1[torch.from_numpy(kept)]
+        )
+    assert replaced >= 3
 
 
 def test_a_micro_batch_holds_the_same_images_on_any_number_of_ranks(folder: Path) -> None:

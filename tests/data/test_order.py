@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import stats
 
 from btpipe.data import order
@@ -57,3 +58,61 @@ def test_a_seed_means_the_same_for_ever() -> None:
     late = order.permutation(7, 3, 1_281_167, 1_000_000, 1_000_004)
     assert late.tolist() == [535_796, 1_075_965, 749_059, 852_290]
     assert [order.replacement(7, 3, 5, attempt, 1000) for attempt in range(3)] == [588, 34, 748]
+
+
+SHARD = 1000
+"""Images in a tar shard, for what follows."""
+
+
+def mixed(epoch: int, count: int, start: int, stop: int, seed: int = 5) -> NDArray[np.int64]:
+    return order.blocks(seed, epoch, count, start, stop, block_images=50, mixed_blocks=40)
+
+
+@pytest.mark.parametrize("count", [1, 2, 49, 50, 51, 1999, 2000, 2001, 2049, 100_003])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_in_blocks_too_every_image_comes_once_an_epoch(count: int, epoch: int) -> None:
+    np.testing.assert_array_equal(np.sort(mixed(epoch, count, 0, count)), np.arange(count))
+
+
+def test_in_blocks_too_a_slice_is_the_same_wherever_it_starts() -> None:
+    whole = mixed(2, 10_007, 0, 10_007)
+    pieces = [mixed(2, 10_007, at, min(at + 777, 10_007)) for at in range(0, 10_007, 777)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    for seed, epoch in [(6, 2), (5 + 2**40, 2), (5, 3)]:
+        assert (mixed(epoch, 10_007, 0, 10_007, seed) == whole).sum() < 30  # about one by chance
+
+
+def test_blocks_touch_few_shards_and_neighbours_there_are_hardly_neighbours_here() -> None:
+    count, batch = 200_000, 500
+    shards = [len(set(mixed(0, count, at, at + batch) // SHARD)) for at in range(0, count, batch)]
+    scattered = order.permutation(5, 0, count, 0, batch) // SHARD
+    assert np.mean(shards) < 40
+    assert len(set(scattered)) > 170
+    images = mixed(0, count, 0, count)
+    assert abs(stats.spearmanr(images[:-1], images[1:]).statistic) < 0.04
+    # Within a pool there is no order left, and pools are not in the order of the shards.
+    pool = np.argsort(np.argsort(images[:2000]))
+    assert abs(stats.spearmanr(np.arange(2000), pool).statistic) < 0.1
+    assert abs(stats.spearmanr(np.arange(count), images).statistic) < 0.1
+
+
+def test_what_fills_no_block_is_another_stretch_in_every_epoch() -> None:
+    count = 1049
+    last = np.stack(
+        [
+            order.blocks(5, epoch, count, 1000, count, block_images=50, mixed_blocks=4)
+            for epoch in range(400)
+        ]
+    )
+    for images in last:
+        assert set(np.diff(np.sort(images))) <= {1, count - 48}  # neighbours, maybe over the end
+    assert (np.bincount(last.ravel(), minlength=count) > 0).all()
+
+
+def test_an_order_in_blocks_means_the_same_for_ever() -> None:
+    assert mixed(3, 1_281_167, 1_000_000, 1_000_004).tolist() == [
+        819_005,
+        627_050,
+        954_431,
+        106_798,
+    ]
