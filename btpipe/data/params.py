@@ -5,9 +5,9 @@ The counter of one call is (image, epoch, tag, block): `image` and `epoch` their
 the view number in its top byte and the image's higher bits below. A view's blocks of four words:
 
     0     does it happen: flip, jitter, gray, solarize
-    1     blur happens, blur sigma, order of the jitter, unused
+    1     blur happens, blur sigma, order of the jitter, vertical flip
     2     brightness, contrast, saturation, hue
-    3     crop y, crop x, unused, unused
+    3     crop y, crop x, a turn happens, which turn
     4..8  crop attempts, two in each block: area, ratio, area, ratio
 
 Colours are one affine map for each crop: pixel -> color_matrix @ pixel + mean_matrix @ mean +
@@ -38,12 +38,15 @@ class Draws:
     """One view of each of n images, in numbers. Crops are in pixels of the upright image, [y, x].
 
     `factors` (n, 4) are brightness, contrast, saturation and hue (in turns), `order` (n, 4) their
-    places; both are for people, the matrices hold their effect. A sigma of 0 means no blur.
+    places; both are for people, the matrices hold their effect. A sigma of 0 means no blur. `turns`
+    are quarter turns against the clock, 0 to 3, after the flips.
     """
 
     crop_start: NDArray[np.float32]
     crop_end: NDArray[np.float32]
     flip: NDArray[np.bool_]
+    vertical_flip: NDArray[np.bool_]
+    turns: NDArray[np.int64]
     color_matrix: NDArray[np.float32]
     color_offset: NDArray[np.float32]
     mean_matrix: NDArray[np.float32]
@@ -119,6 +122,8 @@ def draw(
         crop_start=crop_start.astype(np.float32),
         crop_end=crop_end.astype(np.float32),
         flip=u[:, 0] < view.flip,
+        vertical_flip=u[:, 7] < view.vertical_flip,
+        turns=np.where(u[:, 14] < view.rotate90, 1 + (3 * u[:, 15]).astype(np.int64), 0),
         color_matrix=matrix.astype(np.float32),
         color_offset=offset.astype(np.float32),
         mean_matrix=mean_matrix.astype(np.float32),

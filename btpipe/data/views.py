@@ -56,15 +56,20 @@ def training_pipeline(
 def training_inputs(draws: tuple[Draws, Draws], sizes: NDArray[np.int64]) -> Inputs:
     """What `training_pipeline` takes for draws of images of these sizes (n, 2) [height, width].
 
-    Swapped ends in x mirror a crop for free.
+    Swapped ends mirror a crop for free. A quarter turn against the clock mirrors in x and then
+    transposes, a half turn mirrors in both, a quarter turn with the clock mirrors in y and
+    transposes.
     """
     inputs: Inputs = {}
     for i, view in enumerate(draws):
-        mirrored = np.stack([np.zeros_like(view.flip), view.flip], axis=1)
+        in_y = view.vertical_flip ^ (view.turns >= 2)
+        in_x = view.flip ^ np.isin(view.turns, (1, 2))
+        mirrored = np.stack([in_y, in_x], axis=1)
         start, end = view.crop_start / sizes, view.crop_end / sizes
         inputs |= {
             f"{i}.start": np.where(mirrored, end, start).astype(np.float32),
             f"{i}.end": np.where(mirrored, start, end).astype(np.float32),
+            f"{i}.transpose": view.turns % 2 == 1,
             f"{i}.recolor": view.jitter | view.gray,
             f"{i}.color_matrix": view.color_matrix,
             f"{i}.color_offset": view.color_offset,
@@ -171,8 +176,14 @@ def _resized(
 
 
 def _training_view(image: DataNode, view: recipe.View, prefix: str, size: int) -> DataNode:
-    """Crop, resize, flip, colours, blur, solarise; what a sample does not draw is not computed."""
+    """Crop, resize, flip, turn, colours, blur, solarise.
+
+    What a sample does not draw is not computed.
+    """
     pixels = _resized(image, prefix, size, types.INTERP_CUBIC)
+    transpose = _input(f"{prefix}transpose", 0, types.BOOL)
+    if transpose:
+        pixels = fn.transpose(pixels, perm=[1, 0, 2], transpose_layout=False, output_layout="HWC")
     recolor = _input(f"{prefix}recolor", 0, types.BOOL)
     matrix = _input(f"{prefix}color_matrix", 2, types.FLOAT)
     offset = _input(f"{prefix}color_offset", 1, types.FLOAT)

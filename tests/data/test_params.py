@@ -165,10 +165,28 @@ def test_each_choice_happens_as_often_as_its_probability_says() -> None:
     assert stats.kstest(sigma, stats.uniform(0.5, 1.5).cdf).pvalue > LEAST_P
 
 
+def test_turns_are_as_frequent_as_they_should_be() -> None:
+    drawn = draws(recipe.View(vertical_flip=0.3, rotate90=0.75))
+    assert stats.binomtest(int(drawn.vertical_flip.sum()), COUNT, 0.3).pvalue > LEAST_P
+    counts = np.bincount(drawn.turns, minlength=4)
+    assert len(counts) == 4
+    assert stats.chisquare(counts).pvalue > LEAST_P  # 0.75 means four equal directions
+    rare = np.bincount(draws(recipe.View(rotate90=0.3)).turns, minlength=4)
+    assert stats.chisquare(rare, COUNT * np.array([0.7, 0.1, 0.1, 0.1])).pvalue > LEAST_P
+
+
+def test_a_view_without_turns_stands_upright() -> None:
+    drawn = draws()
+    assert not drawn.vertical_flip.any()
+    assert not drawn.turns.any()
+
+
 def test_choices_are_independent_of_each_other() -> None:
-    drawn = draws(recipe.View(solarize=recipe.Solarize(probability=0.5), gray=0.5))
-    columns = np.stack([drawn.flip, drawn.gray, drawn.solarize, drawn.crop_start[:, 1] > 40])
-    correlations = np.corrcoef(columns)[np.triu_indices(4, 1)]
+    solarize = recipe.Solarize(probability=0.5)
+    drawn = draws(recipe.View(solarize=solarize, gray=0.5, vertical_flip=0.5, rotate90=0.5))
+    crop = drawn.crop_start[:, 1] > 40
+    choices = [drawn.flip, drawn.vertical_flip, drawn.turns > 0, drawn.gray, drawn.solarize, crop]
+    correlations = np.corrcoef(np.stack(choices))[np.triu_indices(len(choices), 1)]
     assert np.abs(correlations).max() < 0.06  # four standard deviations
 
 

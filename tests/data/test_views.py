@@ -53,6 +53,8 @@ def whole(image: Image.Image) -> params.Draws:
         crop_start=np.zeros((1, 2), np.float32),
         crop_end=np.array([[image.height, image.width]], np.float32),
         flip=np.zeros(1, np.bool_),
+        vertical_flip=np.zeros(1, np.bool_),
+        turns=np.zeros(1, np.int64),
         color_matrix=np.eye(3, dtype=np.float32)[None],
         color_offset=np.zeros((1, 3), np.float32),
         mean_matrix=np.zeros((1, 3, 3), np.float32),
@@ -140,6 +142,46 @@ def test_a_flip_mirrors_left_and_right() -> None:
     image = photograph(200, 150)
     ours = drawn(image, dataclasses.replace(whole(image), flip=np.ones(1, np.bool_)))
     assert levels(ours, drawn(image, whole(image))[:, ::-1]) < MIRROR_LEVELS
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+@pytest.mark.parametrize("vertical", [False, True])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_view_is_flipped_then_turned_against_the_clock(
+    flip: bool, vertical: bool, turns: int
+) -> None:
+    image = photograph(200, 150)
+    draws = dataclasses.replace(
+        whole(image),
+        flip=np.array([flip]),
+        vertical_flip=np.array([vertical]),
+        turns=np.array([turns]),
+    )
+    plain = Image.fromarray(drawn(image, whole(image)).astype(np.uint8))
+    theirs = ImageOps.mirror(plain) if flip else plain
+    theirs = ImageOps.flip(theirs) if vertical else theirs
+    theirs = functional.rotate(theirs, 90 * turns)
+    assert levels(drawn(image, draws), np.asarray(theirs)) < MIRROR_LEVELS
+
+
+def test_images_of_one_batch_are_turned_each_in_its_own_way() -> None:
+    image = photograph(200, 150)
+    one = whole(image)
+    four = params.Draws(
+        **{f.name: np.repeat(getattr(one, f.name), 4, axis=0) for f in dataclasses.fields(one)}
+    )
+    four = dataclasses.replace(four, turns=np.arange(4))
+    both = (recipe.VIEW_A, recipe.VIEW_B)
+    pipeline = views.training_pipeline(both, SIZE, batch_size=4, threads=1, gpu=None)
+    pipeline.feed_input("image", [np.asarray(image)] * 4)
+    pipeline.feed_input("serial", np.zeros((4, 1), np.int64))
+    sizes = np.array([[image.height, image.width]] * 4)
+    for name, values in views.training_inputs((four, four), sizes).items():
+        pipeline.feed_input(name, values)
+    pipeline.schedule_run()
+    pixels = pipeline.outputs()[0].as_array()
+    for turns in range(4):
+        assert levels(pixels[turns], np.rot90(pixels[0], turns)) < MIRROR_LEVELS
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.15])
