@@ -114,6 +114,43 @@ def test_extends_reaches_a_shipped_recipe_from_any_folder(tmp_path: Path) -> Non
     assert loaded.optim.epochs == 300
 
 
+def test_the_name_of_a_preset_stands_for_its_views(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.toml", 'views = "simclr"\n')
+    loaded = recipe.load(path)
+    first, second = loaded.views
+    assert first == second
+    assert (first.jitter.brightness, first.jitter.hue) == (0.8, 0.2)
+    assert (first.blur.probability, first.solarize.probability) == (0.5, 0.0)
+    explicit = write(tmp_path / "b.toml", loaded.to_toml())
+    assert "simclr" not in explicit.read_text()
+    assert recipe.load(explicit) == loaded
+    assert recipe.load(explicit).digest == loaded.digest
+
+
+def test_the_preset_of_barlow_twins_is_what_the_published_recipe_spells_out(
+    tmp_path: Path,
+) -> None:
+    for name in ("barlow-twins", "byol"):
+        path = write(tmp_path / "a.toml", f'views = "{name}"\n')
+        assert recipe.load(path).views == recipe.load(Path("imagenet.toml")).views
+
+
+def test_a_preset_replaces_views_and_views_replace_a_preset(tmp_path: Path) -> None:
+    named = recipe.load(Path("imagenet.toml"), ["views=simclr"])
+    assert named.views[0].jitter.saturation == 0.8
+    base = write(tmp_path / "base.toml", 'views = "simclr"\n')
+    top = write(tmp_path / "top.toml", f'extends = "{base.name}"\n[[views]]\n[[views]]\n')
+    assert recipe.load(top).views[0] == recipe.View()
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.toml", 'views = "simclr2"\n')
+    said = refusal(path)
+    assert said.startswith(f"{path}: views = 'simclr2'")
+    assert "one of barlow-twins, byol, simclr" in said
+    assert "did you mean simclr?" in said
+
+
 def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.toml", 'extends = "b.toml"\n')
     write(tmp_path / "b.toml", 'extends = "a.toml"\n')

@@ -11,13 +11,15 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from btpipe.errors import RecipeError
+from btpipe.recipe import presets
 from btpipe.recipe.tables import Recipe, flatten
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the TOML file `path`, on top of what it extends, with overrides last.
 
-    Where `path` does not exist, a recipe of that file name that ships with btpipe is taken.
+    Where `path` does not exist, a recipe of that file name that ships with btpipe is taken. A
+    preset's name for `views` becomes its tables: the recipe that comes out is explicit.
 
     Raises:
         RecipeError: no such file, not TOML, an unknown key, a value of the wrong type or range.
@@ -28,6 +30,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for layer in layers:
         sources.update({key: layer.source for key, _ in flatten(layer.content)})
         merged = _merge(merged, layer.content)
+    if isinstance(name := merged.get("views"), str):
+        merged["views"] = presets.expand(name, sources["views"])
     # JSON mode reads TOML's arrays as tuples and stays strict about everything else.
     try:
         return Recipe.model_validate_json(json.dumps(merged))
