@@ -1,0 +1,182 @@
+"""Work that a hostile file can hang or kill, done in other processes and watched by this one.
+
+A decoder in C that loops or dies takes its process along. Here that is a worker's: it is started
+anew, the file is tried once more with nothing else running, and then it is given up, by name.
+"""
+
+import collections
+import contextlib
+import ctypes
+import dataclasses
+import multiprocessing
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing import connection
+from typing import Generic, TypeVar
+
+from btpipe.errors import MachineError
+
+START_SECONDS = 120.0
+"""How long a worker may take to import what it works with."""
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy other threads' locks
+
+Task = TypeVar("Task")
+Answer = TypeVar("Answer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """A task that hung or ended two processes, one of them its own, and how."""
+
+    reason: str
+
+
+def supervise(
+    work: Callable[[Task], Answer],
+    tasks: Iterator[tuple[int, Task]],
+    *,
+    processes: int,
+    limit_seconds: float,
+) -> Generator[tuple[int, Answer | Lost], None, None]:
+    """(key, task) -> (key, `work(task)` or how it was lost), as they are done.
+
+    `work` is a function of a module, because the workers import it; what it raises ends its worker.
+    A worker has one task at a time, so the culprit is known. A task that took longer than
+    `limit_seconds` or ended its worker waits until the others are done, and is tried once more in a
+    process of its own: the machine may have been busy, or memory short.
+
+    Raises:
+        MachineError: a worker cannot start.
+    """
+    workers: list[_Worker[Task, Answer]] = []
+    suspects: collections.deque[tuple[int, Task]] = collections.deque()
+    waiting = next(tasks, None)
+    try:
+        while True:
+            idle = [worker for worker in workers if worker.is_idle]
+            while waiting and idle and not suspects:
+                idle.pop().give(*waiting, limit_seconds)
+                waiting = next(tasks, None)
+            if waiting and not suspects:
+                workers += [_Worker(work) for _ in range(processes - len(workers))]
+            at_work = [worker for worker in workers if worker.task is not None]
+            if suspects and not at_work:
+                key, task = suspects.popleft()
+                yield key, _alone(work, key, task, limit_seconds)
+            elif not waiting and not at_work:
+                return
+            for worker, given, outcome in _wait([w for w in workers if not w.is_idle]):
+                if isinstance(outcome, Lost):
+                    workers.remove(worker)
+                    suspects.append(given)
+                else:
+                    yield given[0], outcome[0]
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _alone(
+    work: Callable[[Task], Answer], key: int, task: Task, limit_seconds: float
+) -> Answer | Lost:
+    """The task's answer from a process that does nothing else, while no other has a task."""
+    worker: _Worker[Task, Answer] = _Worker(work)
+    try:
+        while not worker.is_idle:
+            _wait([worker])
+        worker.give(key, task, limit_seconds)
+        while not (done := _wait([worker])):
+            pass
+        outcome = done[0][2]
+        return outcome if isinstance(outcome, Lost) else outcome[0]
+    finally:
+        worker.end()
+
+
+class _Worker(Generic[Task, Answer]):
+    """A process with at most one task; it is idle once it has said that it is ready."""
+
+    def __init__(self, work: Callable[[Task], Answer]) -> None:
+        self.connection, theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_serve, args=(theirs, work), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.task: tuple[int, Task] | None = None
+        self.is_idle = False
+        self._limit_seconds = START_SECONDS
+        self.deadline = time.monotonic() + START_SECONDS
+
+    def give(self, key: int, task: Task, limit_seconds: float) -> None:
+        """Hands over a task; a worker that died meanwhile is noticed by `outcome`."""
+        self.task, self.is_idle, self._limit_seconds = (key, task), False, limit_seconds
+        with contextlib.suppress(OSError):
+            self.connection.send(task)
+        self.deadline = time.monotonic() + limit_seconds
+
+    def outcome(self) -> tuple[Answer] | Lost | None:
+        """What became of the task; None while it is not known. Never waits."""
+        try:
+            if self.connection.poll():
+                answer: tuple[Answer] = self.connection.recv()
+                return answer
+        except (EOFError, OSError):
+            self._process.join()
+            return Lost(f"decoding ended the process ({_ending(self._process.exitcode or 0)})")
+        if time.monotonic() > self.deadline:
+            return Lost(f"decoding took longer than {self._limit_seconds:g} s")
+        return None
+
+    def end(self) -> None:
+        """Kills the process, if it is there."""
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def _wait(
+    workers: "list[_Worker[Task, Answer]]",
+) -> "list[tuple[_Worker[Task, Answer], tuple[int, Task], tuple[Answer] | Lost]]":
+    """Waits until a worker answers, is lost or too late; the tasks that are decided.
+
+    A worker that is lost is ended.
+    """
+    if not workers:
+        return []
+    patience = min(worker.deadline for worker in workers) - time.monotonic()
+    connection.wait([worker.connection for worker in workers], max(patience, 0) + 0.01)
+    decided = []
+    for worker in workers:
+        outcome = worker.outcome()
+        if outcome is None:
+            continue
+        task, worker.task, worker.is_idle = worker.task, None, not isinstance(outcome, Lost)
+        if not worker.is_idle:
+            worker.end()
+        if task is not None:
+            decided.append((worker, task, outcome))
+        elif isinstance(outcome, Lost):
+            found = f"a process for decoding cannot start: it {outcome.reason[len('decoding ') :]}"
+            fix = "see what it wrote on standard error; free some memory if it was killed"
+            raise MachineError(found, fix=fix)
+    return decided
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _serve(tasks: "connection.Connection", work: Callable[[Task], Answer]) -> None:
+    """A worker's life: it says that it is ready, then answers task by task until nobody asks."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever supervises may be killed
+    for number in (signal.SIGINT, signal.SIGUSR1):  # they reach all; the supervisor decides
+        signal.signal(number, signal.SIG_IGN)
+    tasks.send(())
+    while True:
+        try:
+            task = tasks.recv()
+        except EOFError:
+            return
+        tasks.send((work(task),))
