@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from btpipe.errors import RecipeError
-from btpipe.recipe import presets
+from btpipe.recipe.presets import expand
 from btpipe.recipe.tables import Recipe, flatten
 
 
@@ -31,7 +31,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         sources.update({key: layer.source for key, _ in flatten(layer.content)})
         merged = _merge(merged, layer.content)
     if isinstance(name := merged.get("views"), str):
-        merged["views"] = presets.expand(name, sources["views"])
+        merged["views"] = expand(name, sources["views"])
     # JSON mode reads TOML's arrays as tuples and stays strict about everything else.
     try:
         return Recipe.model_validate_json(json.dumps(merged))
