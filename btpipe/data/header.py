@@ -67,12 +67,16 @@ _SIDEWAYS = frozenset({5, 6, 7, 8})
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """A usable image; width and height are those after the EXIF orientation is applied."""
+    """A usable image; width and height are those after the EXIF orientation is applied.
+
+    `mode` is Pillow's name of the colours: L, RGB, CMYK, I;16, P, RGBA and others.
+    """
 
     format: str
     width: int
     height: int
     orientation: int
+    mode: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,7 @@ def parse(file: io.BufferedReader | io.BytesIO, start: bytes) -> Header | Refusa
             with Image.open(file, formats=_OPENED) as image:
                 width, height = image.size
                 found, orientation = SUPPORTED[image.format or ""], _orientation(image)
+                mode = image.mode
     except Image.DecompressionBombError:
         return _bomb("more")
     except Exception as error:  # a parser of hostile files raises anything; all of it is a reason
@@ -136,7 +141,7 @@ def parse(file: io.BufferedReader | io.BytesIO, start: bytes) -> Header | Refusa
         return Refusal(f"no pixels: {width} x {height}", is_image=True)
     if orientation in _SIDEWAYS:
         width, height = height, width
-    return Header(found, width, height, orientation)
+    return Header(found, width, height, orientation, mode)
 
 
 def damage(content: bytes) -> str:

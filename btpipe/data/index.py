@@ -23,23 +23,32 @@ from numpy.typing import NDArray
 
 from btpipe import artifact
 from btpipe.data import header
+from btpipe.data.sources import Source, source
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import FileRejected, Progressed, Report, ignore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
         pa.field("path_bytes", pa.binary()),
+        pa.field("source", pa.int32(), nullable=False),
+        pa.field("offset", pa.int64()),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("mtime_ns", pa.int64(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("orientation", pa.int8(), nullable=False),
         pa.field("format", pa.string(), nullable=False),
+        pa.field("mode", pa.string()),
+        pa.field("digest", pa.string()),
         pa.field("label", pa.string()),
     ]
 )
+"""path: what people see, `a/1.jpg`, `a.tar::1.jpg`, `a.parquet#17`; path_bytes: exact, where the
+path is not UTF-8. source: number into `Index.sources`. offset: of a tar member's data, or the
+number of a parquet row. width, height: upright. mode: Pillow's colour mode. digest: sha256 of the
+content, null unless it was read. mode, digest and offset are null in an index of format 1."""
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 """Pauses before a read that failed for the disk's or the network's reasons is tried again."""
 TRANSIENT = frozenset(
@@ -66,10 +75,14 @@ Refused = tuple[bytes, str]
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """The images below `root`, one row each, sorted by path; `width` and `height` are upright."""
+    """The images of `sources`, one row each; `width` and `height` are upright.
+
+    `root` is the folder that holds all of it. Without sources it is the only one.
+    """
 
     root: Path
     table: pa.Table
+    sources: tuple[Source, ...] = ()
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -121,7 +134,11 @@ class Index:
         Raises:
             MachineError: no space, or no permission.
         """
-        metadata = {"root": os.fsencode(self.root), "format_version": str(FORMAT_VERSION)}
+        metadata = {
+            "root": os.fsencode(self.root),
+            "format_version": str(FORMAT_VERSION),
+            "sources": source.to_json(self.sources),
+        }
         content = io.BytesIO()
         pq.write_table(self.table.replace_schema_metadata(metadata), content)
         artifact.write_file(path, content.getvalue())
@@ -137,18 +154,31 @@ def open_index(path: Path) -> Index:
         table = pq.read_table(path)
         metadata = table.schema.metadata or {}
         root, version = Path(os.fsdecode(metadata[b"root"])), int(metadata[b"format_version"])
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        sources = source.from_json(metadata.get(b"sources", b"[]").decode())
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         what = f"not a readable index ({error})"
         raise IntegrityError(what, where=path, fix="make it again from the folder") from error
     if version > FORMAT_VERSION:
         expected = f"format_version {FORMAT_VERSION} or older"
         fix = "install a newer btpipe, or make the index again"
         raise IntegrityError(f"format_version {version}", where=path, expected=expected, fix=fix)
-    if table.schema.remove_metadata() != SCHEMA:
+    table = table.replace_schema_metadata(None)
+    table = _of_format_1(table) if version == 1 else table
+    if table.schema != SCHEMA:
         raise IntegrityError(
             f"columns {table.column_names}", where=path, expected=f"{SCHEMA.names}"
         )
-    return Index(root, table.combine_chunks().replace_schema_metadata(None))
+    return Index(root, table.combine_chunks(), sources)
+
+
+def _of_format_1(table: pa.Table) -> pa.Table:
+    """An older index with the columns that came since: one source, and null."""
+    for i, field in enumerate(SCHEMA):
+        if field.name not in table.column_names:
+            zeros = pa.array(np.zeros(table.num_rows, np.int32))
+            nulls = pa.nulls(table.num_rows, field.type)
+            table = table.add_column(i, field, zeros if field.name == "source" else nulls)
+    return table
 
 
 def build(root: Path, report: Report = ignore) -> tuple[Index, list[FileRejected]]:
@@ -275,12 +305,16 @@ def _table(rows: list[Row]) -> pa.Table:
     columns = {
         "path": paths,
         "path_bytes": [None if p else row.name for p, row in zip(plain, rows, strict=True)],
+        "source": np.zeros(len(rows), np.int32),
+        "offset": pa.nulls(len(rows), pa.int64()),
         "bytes": [row.file_bytes for row in rows],
         "mtime_ns": [row.mtime_ns for row in rows],
         "width": [row.found.width for row in rows],
         "height": [row.found.height for row in rows],
         "orientation": [row.found.orientation for row in rows],
         "format": [row.found.format for row in rows],
+        "mode": [row.found.mode for row in rows],
+        "digest": pa.nulls(len(rows), pa.string()),
         "label": list(_labels(paths)),
     }
     return pa.table(columns, schema=SCHEMA)

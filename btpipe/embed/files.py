@@ -51,11 +51,13 @@ def _row(path: Path) -> dict[str, object]:
     return {
         "path": readable(name),
         "path_bytes": name,
+        "source": 0,
         "bytes": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "width": found.width,
         "height": found.height,
         "orientation": found.orientation,
         "format": found.format,
+        "mode": found.mode,
         "label": None,
     }
