@@ -33,7 +33,8 @@ def decode(task: str) -> str:
         case "pid":
             time.sleep(0.05)
             return str(os.getpid())
-        case "log":
+        case "long":
+            time.sleep(1.0)
             _log(where, "end", deed)
     return task.upper()
 
