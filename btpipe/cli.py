@@ -228,6 +228,29 @@ def bench_step(
         benchmark.run(options, report, compiled=compiled, loss_only=loss_only)
 
 
+@bench_app.command("loader")
+def bench_loader(
+    data: Annotated[Path | None, typer.Option(help="Images; drawn ones if none.")] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of views in a batch.")] = 64,
+    size: Annotated[int, typer.Option(min=16, help="Pixels of a view's side.")] = 224,
+    workers: Annotated[int, typer.Option(min=1, help="Threads, or worker processes.")] = 2,
+    batches: Annotated[int, typer.Option(min=1, help="Batches in a turn.")] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the loader against the published transform in a DataLoader, on the same images."""
+    from btpipe import progress
+    from btpipe.road import bench_loader as benchmark
+
+    asked = benchmark.Options(batch, size, workers, batches, turns)
+    options = benchmark.QUICK if quick else asked
+    with progress.show("json" if as_json else "auto") as report:
+        benchmark.run(options, data, report)
+
+
 @app.command()
 def selftest(as_json: Json = False) -> None:
     """Check on this machine that loss, LARS, schedule, precisions and ranks are right."""

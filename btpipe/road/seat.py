@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import math
 import multiprocessing
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -92,13 +93,25 @@ class Seat:
     `prepare` runs in that process and must be picklable: a function of a module, or a partial.
     """
 
-    def __init__(self, name: str, prepare: Callable[[], Prepared], threads: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        prepare: Callable[[], Prepared],
+        threads: int,
+        *,
+        has_children: bool = False,
+    ) -> None:
+        """`has_children`: the action starts processes, and is charged for those that it ends."""
         self.name = name
         # Forked from a server that has done the imports once, and nothing else.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["btpipe.road.benchmark_worker"])
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, prepare, threads), daemon=True)
+        self._process = context.Process(
+            target=_serve,
+            args=(theirs, prepare, threads),
+            daemon=not has_children,  # a daemon may have none; without, the pipe's end is its end
+        )
         self._process.start()
         theirs.close()
 
@@ -182,12 +195,18 @@ def _turn(prepared: Prepared) -> Turn:
     """Repeats the action for about `TURN_SECONDS`; the mean of one."""
     if prepared.memory.device.type == "cuda":
         return _turn_of_gpu(prepared.action)
-    calls, started, cpu_started = 0, time.perf_counter(), time.process_time()
+    calls, started, cpu_started = 0, time.perf_counter(), _cpu_seconds()
     while calls == 0 or time.perf_counter() - started < TURN_SECONDS:
         prepared.action()
         calls += 1
-    cpu_seconds = time.process_time() - cpu_started
+    cpu_seconds = _cpu_seconds() - cpu_started
     return Turn((time.perf_counter() - started) / calls, cpu_seconds / calls)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def _turn_of_gpu(action: Callable[[], object]) -> Turn:

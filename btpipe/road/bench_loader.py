@@ -1,0 +1,177 @@
+"""What the loader is worth on this machine: against the published transform, in one run.
+
+The rows take turns in processes of their own, on the same images with the same number of workers;
+the number is the median over turns of the ratio of CPU-seconds, worker processes included.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from btpipe.data import index as data_index
+from btpipe.data import synthetic
+from btpipe.errors import UsageError
+from btpipe.events import Finished, Report, Tabled
+from btpipe.road import benchmark
+from btpipe.road import loader_worker as worker
+from btpipe.road.benchmark import Prepare, Row, number
+from btpipe.road.loader_worker import Load
+from btpipe.road.seat import Seat, Turn
+
+DRAWN_SHORTER_SIDE = 400
+"""Pixels of the images that are drawn where none are named; a set that `shard` made has that."""
+HARDWARE_LOADS = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `bench loader` measures: `turns` turns of `batches` batches."""
+
+    batch: int
+    image_size: int
+    workers: int
+    batches: int
+    turns: int
+
+
+QUICK = Options(batch=4, image_size=32, workers=1, batches=2, turns=1)
+
+
+def run(options: Options, data: Path | None, report: Report) -> None:
+    """Measures and reports: the whole loader, decoding alone, augmenting alone; a GPU's decoder.
+
+    Raises:
+        UsageError: no images in `data`, or fewer than a batch.
+    """
+    started = time.perf_counter()
+    with _images(options, data, report) as (index, source):
+        load = Load(index, options.batch, options.batches, options.image_size, options.workers)
+        report(_loader_table(load, options, source))
+        report(_parts_table(load, options, source))
+        if torch.cuda.is_available():
+            report(_gpu_table(load, options, source))
+    text = f"{options.turns} turns a row, on {benchmark.machine('cpu')}"
+    report(Finished("bench loader", text, time.perf_counter() - started))
+
+
+@contextlib.contextmanager
+def _images(options: Options, data: Path | None, report: Report) -> Iterator[tuple[Path, str]]:
+    """An index's file and what its images are, as long as this is open."""
+    with tempfile.TemporaryDirectory(prefix="btpipe-") as name:
+        folder = Path(name)
+        if data is None:
+            shorter_side = min(DRAWN_SHORTER_SIDE, 2 * options.image_size)
+            (folder / "images").mkdir()
+            for i in range(max(options.batch, synthetic.DIFFERENT)):
+                content = synthetic.jpeg(i, shorter_side)
+                (folder / "images" / f"{i:04d}.jpg").write_bytes(content)
+            source = f"drawn images, shorter side {shorter_side}"
+        else:
+            source = str(data)
+        index, _ = data_index.build(data or folder / "images", report)
+        if len(index) < options.batch:
+            found = f"{len(index)} images do not fill one batch of {options.batch}"
+            raise UsageError(found, where=data or "", fix="add images, or set --batch")
+        index.save(folder / "index.parquet")
+        yield folder / "index.parquet", source
+
+
+def _loader_table(load: Load, options: Options, source: str) -> Tabled:
+    named: dict[str, Prepare] = {
+        "published transform, DataLoader": functools.partial(worker.published_loader, load),
+        "this loader": functools.partial(worker.core_loader, load, False),
+        "this loader, cast and normalised": functools.partial(worker.core_loader, load, True),
+    }
+    rows = _take_turns(named, options)
+    pairs = load.batch * load.batches
+    title = (
+        f"Pairs of views at {load.image_size} pixels, {load.batches} batches of {load.batch},"
+        f" {load.workers} workers, {source}, {benchmark.machine('cpu')}, {options.turns} turns"
+    )
+    columns = ("loader", "times faster", "CPU ms a pair", "pairs per CPU-second", "pairs/s")
+    cells = [(*_cells(row, rows[0], pairs), _rate(row, pairs)) for row in rows]
+    note = (
+        "Times faster: median ratio of CPU-seconds, the rows taking turns. The published one hands"
+        " out float32, normalised; ours uint8, and the training step casts and normalises."
+    )
+    return Tabled(title, columns, tuple(cells), note)
+
+
+def _parts_table(load: Load, options: Options, source: str) -> Tabled:
+    parts = {
+        "decode": (worker.published_decode, worker.core_decode),
+        "augment, two views": (worker.published_augment, worker.core_augment),
+    }
+    cells: list[tuple[str, ...]] = []
+    for part, (published, core) in parts.items():
+        named: dict[str, Prepare] = {
+            f"{part}: Pillow and torchvision": functools.partial(published, load),
+            f"{part}: DALI": functools.partial(core, load),
+        }
+        rows = _take_turns(named, options)
+        cells += [_cells(row, rows[0], load.batch * load.batches) for row in rows]
+    columns = ("part", "times faster", "CPU ms an image", "images per CPU-second")
+    return Tabled(f"Parts of the loader, one thread each, {source}", columns, tuple(cells))
+
+
+def _gpu_table(load: Load, options: Options, source: str) -> Tabled:
+    """Decoding for a GPU: on the CPU, and on the GPU with each share for its hardware decoder."""
+    named: dict[str, Prepare] = {"CPU": functools.partial(worker.gpu_decode, load, None)}
+    for share in HARDWARE_LOADS:
+        name = f"mixed, hw_decoder_load {share:g}"
+        named[name] = functools.partial(worker.gpu_decode, load, share)
+    rows = [_take_turns({name: prepare}, options)[0] for name, prepare in named.items()]
+    title = f"Decoding a batch of {load.batch} for {benchmark.machine('cuda')}, {source}"
+    cells = [
+        (
+            row.name,
+            benchmark.faster(row, rows[0], "cuda"),
+            _rate(row, load.batch),
+            number(1000 * _median_cpu(row.turns) / load.batch),
+        )
+        for row in rows
+    ]
+    columns = ("decoder", "times faster", "images/s", "CPU ms an image")
+    return Tabled(title, columns, tuple(cells), "Times between two CUDA events.")
+
+
+def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:
+    """Every row in a process of its own, one after the other, `turns` times."""
+    with contextlib.ExitStack() as seats_open:
+        seats = []
+        for name, prepare in named.items():
+            assert prepare is not None
+            # One thread for torch: what it does here is small, and threads that wait burn CPU time.
+            seat = Seat(name, prepare, threads=1, has_children=True)
+            seats_open.callback(seat.close)
+            seats.append(seat)
+        for seat in seats:
+            seat.prepare()
+        turns: dict[str, list[Turn]] = {seat.name: [] for seat in seats}
+        for _ in range(options.turns):
+            for seat in seats:
+                turn = seat.measure()
+                assert turn is not None
+                turns[seat.name].append(turn)
+    return [Row(name, tuple(taken)) for name, taken in turns.items()]
+
+
+def _cells(row: Row, base: Row, count: int) -> tuple[str, ...]:
+    seconds = _median_cpu(row.turns) / count
+    faster = benchmark.faster(row, base, "cpu")
+    return row.name, faster, number(1000 * seconds), number(1 / seconds)
+
+
+def _rate(row: Row, count: int) -> str:
+    return number(count / statistics.median(turn.seconds for turn in row.turns))
+
+
+def _median_cpu(turns: tuple[Turn, ...]) -> float:
+    return statistics.median(turn.cpu_seconds for turn in turns)

@@ -1,0 +1,216 @@
+"""What the processes of `bench loader` run: each function makes an action that can be repeated."""
+
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+
+from btpipe import recipe as recipes
+from btpipe.data import decoding, order, params, runs, views
+from btpipe.data.index import Index, open_index
+from btpipe.data.loader import TrainingLoader
+from btpipe.events import ignore
+from btpipe.pretrain import network
+from btpipe.recipe import Recipe
+from btpipe.road import published_views
+from btpipe.road.seat import PeakMemory, Prepared
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What a turn does: `batches` of `batch` pairs of `image_size` pixels, by `workers`.
+
+    `index` is the index's file: each process opens it itself.
+    """
+
+    index: Path
+    batch: int
+    batches: int
+    image_size: int
+    workers: int
+
+    def recipe(self, images: int) -> Recipe:
+        """A run that is long enough; every number else is its default."""
+        epochs = math.ceil(self.batches / (images // self.batch))
+        data = recipes.Data(
+            batch_size=self.batch, image_size=self.image_size, threads=self.workers, max_bad=1.0
+        )
+        return Recipe(data=data, optim=recipes.Optim(epochs=epochs, warmup_epochs=0))
+
+
+def published_loader(load: Load) -> Prepared:
+    """The published transform in a DataLoader with `workers` processes."""
+    index = open_index(load.index)
+    pairs = published_views.Pairs(index, load.image_size)
+    batches = [rows.tolist() for rows in rows_of(load, index)]
+
+    def action() -> None:
+        for _ in published_views.loader(pairs, batches, load.workers):
+            pass
+
+    return _prepared(action)
+
+
+def core_loader(load: Load, normalised: bool) -> Prepared:
+    """The loader that `pretrain` uses, on the same images; `normalised` adds the step's cast."""
+    index = open_index(load.index)
+
+    def action() -> None:
+        with _open(load, index, torch.device("cpu")) as loader:
+            for batch in loader:
+                if normalised:
+                    network.normalise(batch.view1, torch.float32)
+                    network.normalise(batch.view2, torch.float32)
+
+    return _prepared(action)
+
+
+def gpu_decode(load: Load, hw_decoder_load: float | None) -> Prepared:
+    """A batch through DALI's decoder for a GPU; None decodes on the CPU and copies to the GPU.
+
+    `hw_decoder_load`: the share of a batch that the hardware decoder takes, where there is one.
+    """
+    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(load)]
+
+    def graph() -> DataNode:
+        encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
+        if hw_decoder_load is None:
+            return fn.decoders.image(encoded, device="cpu", output_type=types.RGB).gpu()
+        return fn.decoders.image(
+            encoded, device="mixed", output_type=types.RGB, hw_decoder_load=hw_decoder_load
+        )
+
+    define = pipeline_def(
+        graph, batch_size=len(files), num_threads=load.workers, device_id=0, prefetch_queue_depth=1
+    )
+    pipeline = define()
+
+    def action() -> None:
+        pipeline.feed_input("encoded", files)
+        pipeline.schedule_run()
+        pipeline.outputs()
+
+    return Prepared(action, PeakMemory(torch.device("cuda", 0)))
+
+
+def published_decode(load: Load) -> Prepared:
+    """Pillow's decoder, one file after the other, in one thread."""
+    contents = _contents(load)
+
+    def action() -> None:
+        for content in contents * load.batches:
+            published_views.decode(content)
+
+    return _prepared(action)
+
+
+def core_decode(load: Load) -> Prepared:
+    """This loader's decoder, one file after the other, in one thread."""
+    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(load)]
+
+    def action() -> None:
+        for file in files * load.batches:
+            decoding.decode(file, None)
+
+    return _prepared(action)
+
+
+def published_augment(load: Load) -> Prepared:
+    """Both published views of decoded images, in one thread."""
+    images = [published_views.decode(content) for content in _contents(load)]
+    transform = published_views.TwoViews(load.image_size)
+
+    def action() -> None:
+        for image in images * load.batches:
+            transform(image)
+
+    return _prepared(action)
+
+
+def core_augment(load: Load) -> Prepared:
+    """The draws and the graph alone, on decoded images, in one thread."""
+    images = [np.asarray(published_views.decode(content)) for content in _contents(load)]
+    sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
+    recipe, rows = Recipe(), np.arange(len(images))
+
+    def build() -> Pipeline:
+        return views.training_pipeline(
+            recipe.views, load.image_size, batch_size=len(images), threads=1, gpu=None
+        )
+
+    def drawn(number: int) -> runs.Load:
+        first, second = (
+            params.draw(
+                view,
+                seed=0,
+                epoch=number,
+                view_number=i,
+                images=rows,
+                widths=sizes[:, 1],
+                heights=sizes[:, 0],
+            )
+            for i, view in enumerate(recipe.views)
+        )
+        inputs = views.training_inputs((first, second), sizes)
+        return runs.Load(number, rows, images, sizes, inputs)
+
+    def refuse(load: runs.Load, _: object) -> runs.Load:
+        raise AssertionError(f"load {load.number} is whole")
+
+    def action() -> None:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            loads = (drawn(number) for number in range(load.batches))
+            for _, outputs in runs.run(
+                loads, build, mend=refuse, resize=refuse, pool=pool, gpu=None
+            ):
+                [runs.copied(output) for output in outputs]
+
+    return _prepared(action)
+
+
+def _prepared(action: Callable[[], None]) -> Prepared:
+    return Prepared(action, PeakMemory(torch.device("cpu")))
+
+
+def _open(load: Load, index: Index, device: torch.device) -> TrainingLoader:
+    """A loader that makes exactly `batches` batches."""
+    recipe = load.recipe(len(index))
+    return TrainingLoader(
+        index,
+        recipe,
+        rank=0,
+        world_size=1,
+        start_step=start_of(load, index),
+        device=device,
+        report=ignore,
+        quarantine={},
+    )
+
+
+def start_of(load: Load, index: Index) -> int:
+    """The step from which a run has `batches` steps left."""
+    return load.recipe(len(index)).optim.epochs * (len(index) // load.batch) - load.batches
+
+
+def rows_of(load: Load, index: Index) -> list[NDArray[np.int64]]:
+    """The rows of the batches that `_open`'s loader makes."""
+    recipe, count = load.recipe(len(index)), len(index)
+    per_epoch, first = count // load.batch, start_of(load, index)
+    starts = [(step, step % per_epoch * load.batch) for step in range(first, first + load.batches)]
+    return [
+        order.permutation(recipe.seed, step // per_epoch, count, start, start + load.batch)
+        for step, start in starts
+    ]
+
+
+def _contents(load: Load) -> list[bytes]:
+    """The files of the first batch."""
+    index = open_index(load.index)
+    return [index.read_bytes(int(row)) for row in rows_of(load, index)[0]]
