@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.data import header
+from btpipe.data import header, patience
 from btpipe.data.sources import Source, source
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import FileRejected, Progressed, Report, ignore
@@ -49,11 +49,6 @@ SCHEMA = pa.schema(
 path is not UTF-8. source: number into `Index.sources`. offset: of a tar member's data, or the
 number of a parquet row. width, height: upright. mode: Pillow's colour mode. digest: sha256 of the
 content, null unless it was read. mode, digest and offset are null in an index of format 1."""
-RETRY_SECONDS = (0.1, 0.5, 2.0)
-"""Pauses before a read that failed for the disk's or the network's reasons is tried again."""
-TRANSIENT = frozenset(
-    {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EREMOTEIO}
-)
 HEADER_THREADS = 16
 _CHUNK_FILES = 256
 _PROGRESS_SECONDS = 1.0
@@ -99,14 +94,7 @@ class Index:
             OSError: vanished, not permitted, no longer a regular file.
         """
         path = self.file(row)
-        for pause in RETRY_SECONDS:
-            try:
-                return read_regular(path)
-            except OSError as error:
-                if error.errno not in TRANSIENT:
-                    raise
-            time.sleep(pause)
-        return read_regular(path)
+        return patience.read_patiently(lambda: read_regular(path))
 
     @functools.cached_property
     def widths(self) -> NDArray[np.int32]:
