@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
@@ -86,6 +87,10 @@ class Refusal:
     reason: str
     is_image: bool
 
+    def is_image_or_named(self, name: bytes) -> bool:
+        """Whether content or name says that it is an image: then it is refused aloud."""
+        return self.is_image or has_image_name(name)
+
 
 def has_image_name(name: bytes) -> bool:
     """Whether the extension is an image's, in any case."""
@@ -99,19 +104,24 @@ def read(path: Path) -> Header | Refusal:
         OSError: the file cannot be read.
     """
     with open(path, "rb", opener=_open_now) as file:
-        start = file.read(_SNIFF_BYTES)
-        if not start:
-            return Refusal("empty file", is_image=False)
-        unsupported = (
-            _sniff(start, _UNSUPPORTED_MAGIC)
-            or ("SVG" if b"<svg" in start else None)
-            or ("TGA" if path.suffix.lower() == ".tga" else None)  # has no magic bytes
-        )
-        if unsupported:
-            names = ", ".join(dict.fromkeys(SUPPORTED.values()))
-            return Refusal(f"{unsupported} is not supported ({names} are)", is_image=True)
-        file.seek(0)
-        return parse(file, start)
+        return look(file, os.fsencode(path))
+
+
+def look(file: BinaryIO, name: bytes) -> Header | Refusal:
+    """The header of an open file; its name counts only where the content has no mark of its own."""
+    start = file.read(_SNIFF_BYTES)
+    if not start:
+        return Refusal("empty file", is_image=False)
+    unsupported = (
+        _sniff(start, _UNSUPPORTED_MAGIC)
+        or ("SVG" if b"<svg" in start else None)
+        or ("TGA" if name.lower().endswith(b".tga") else None)  # has no magic bytes
+    )
+    if unsupported:
+        names = ", ".join(dict.fromkeys(SUPPORTED.values()))
+        return Refusal(f"{unsupported} is not supported ({names} are)", is_image=True)
+    file.seek(0)
+    return parse(file, start)
 
 
 def _open_now(path: str, flags: int) -> int:
@@ -119,7 +129,7 @@ def _open_now(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def parse(file: io.BufferedReader | io.BytesIO, start: bytes) -> Header | Refusal:
+def parse(file: BinaryIO, start: bytes) -> Header | Refusal:
     """The header of an open file whose first bytes are `start`."""
     known = _sniff(start, _MAGIC)
     try:

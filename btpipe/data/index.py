@@ -1,71 +1,36 @@
-"""Which images there are: an Arrow table of paths, sizes and labels, made by one walk of a folder.
+"""Which images there are: an Arrow table of paths, sizes and labels, and where each lies.
 
 Content decides what is an image, not the extension. Every file with the name or the content of an
 image ends in the table or in the rejects. Hidden files and folders are passed over.
 """
 
-import concurrent.futures
 import dataclasses
-import errno
 import functools
 import hashlib
 import io
 import os
-import stat
 import time
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.data import header, patience
-from btpipe.data.sources import Source, source
+from btpipe.data import patience
+from btpipe.data.sources import Source, collecting, folder, inputs, parquet, places, source
+from btpipe.data.sources.rows import SCHEMA
 from btpipe.errors import IntegrityError, UsageError
-from btpipe.events import FileRejected, Progressed, Report, ignore
+from btpipe.events import FileRejected, Progressed, Report, ignore, per_second
+
+__all__ = ["FORMAT_VERSION", "SCHEMA", "Index", "Source", "build", "open_index"]
 
 FORMAT_VERSION = 2
-SCHEMA = pa.schema(
-    [
-        pa.field("path", pa.string(), nullable=False),
-        pa.field("path_bytes", pa.binary()),
-        pa.field("source", pa.int32(), nullable=False),
-        pa.field("offset", pa.int64()),
-        pa.field("bytes", pa.int64(), nullable=False),
-        pa.field("mtime_ns", pa.int64(), nullable=False),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("orientation", pa.int8(), nullable=False),
-        pa.field("format", pa.string(), nullable=False),
-        pa.field("mode", pa.string()),
-        pa.field("digest", pa.string()),
-        pa.field("label", pa.string()),
-    ]
-)
-"""path: what people see, `a/1.jpg`, `a.tar::1.jpg`, `a.parquet#17`; path_bytes: exact, where the
-path is not UTF-8. source: number into `Index.sources`. offset: of a tar member's data, or the
-number of a parquet row. width, height: upright. mode: Pillow's colour mode. digest: sha256 of the
-content, null unless it was read. mode, digest and offset are null in an index of format 1."""
-HEADER_THREADS = 16
-_CHUNK_FILES = 256
 _PROGRESS_SECONDS = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """An image: its path below the root, its file and what its header says."""
-
-    name: bytes
-    file_bytes: int
-    mtime_ns: int
-    found: header.Header
-
-
-Refused = tuple[bytes, str]
-"""A file or folder that is not used, and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,19 +47,43 @@ class Index:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
+    def origin(self, row: int) -> Source:
+        """Where the image of a row comes from."""
+        if not self.sources:
+            return Source("folder", os.fspath(self.root))
+        number: int = self.table["source"][row].as_py()
+        return self.sources[number]
+
     def file(self, row: int) -> Path:
-        """Where the image of a row is; the exact bytes of its name."""
+        """The file of a row, by the exact bytes of its name; of a tar member it is the tar."""
+        origin = self.origin(row)
+        return Path(origin.place if origin.is_container else self._place(origin, row))
+
+    def _place(self, origin: Source, row: int) -> str:
         exact = self.table["path_bytes"][row].as_py()
-        return self.root / (os.fsdecode(exact) if exact else self.table["path"][row].as_py())
+        path = os.fsdecode(exact) if exact else self.table["path"][row].as_py()
+        return folder.file_place(origin, path.removeprefix(origin.prefix))
 
     def read_bytes(self, row: int) -> bytes:
-        """The file's content; a stumbling disk or network is tried again before it raises.
+        """The image file's content; a stumbling disk or network is tried again before it raises.
 
         Raises:
-            OSError: vanished, not permitted, no longer a regular file.
+            OSError: vanished, not permitted, no longer a regular file, another content by now.
         """
-        path = self.file(row)
-        return patience.read_patiently(lambda: read_regular(path))
+        origin = self.origin(row)
+        return patience.read_patiently(lambda: self._read(origin, row))
+
+    def _read(self, origin: Source, row: int) -> bytes:
+        if origin.kind == "tar":
+            offset, count = (self.table[name][row].as_py() for name in ("offset", "bytes"))
+            return places.read_range(origin.place, offset, count)
+        if origin.kind == "parquet":
+            return self._row_groups.read(origin, self.table["offset"][row].as_py())
+        return places.read(self._place(origin, row))
+
+    @functools.cached_property
+    def _row_groups(self) -> parquet.RowGroups:
+        return parquet.RowGroups()
 
     @functools.cached_property
     def widths(self) -> NDArray[np.int32]:
@@ -111,7 +100,10 @@ class Index:
     @functools.cached_property
     def fingerprint(self) -> str:
         """The data's identity: sha256 over path, size in bytes, width and height of every row."""
-        digest = hashlib.sha256("\0".join(self.table["path"].to_pylist()).encode())
+        digest = hashlib.sha256()
+        for i, batch in enumerate(self.table.select(["path"]).to_batches(max_chunksize=65_536)):
+            paths = "\0".join(batch["path"].to_pylist())
+            digest.update(f"\0{paths}".encode() if i else paths.encode())
         for name in ("bytes", "width", "height"):
             digest.update(np.array(self.table[name], dtype="<i8").tobytes())
         return digest.hexdigest()
@@ -142,7 +134,7 @@ def open_index(path: Path) -> Index:
         table = pq.read_table(path)
         metadata = table.schema.metadata or {}
         root, version = Path(os.fsdecode(metadata[b"root"])), int(metadata[b"format_version"])
-        sources = source.from_json(metadata.get(b"sources", b"[]").decode())
+        origins = source.from_json(metadata.get(b"sources", b"[]").decode())
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         what = f"not a readable index ({error})"
         raise IntegrityError(what, where=path, fix="make it again from the folder") from error
@@ -156,7 +148,7 @@ def open_index(path: Path) -> Index:
         raise IntegrityError(
             f"columns {table.column_names}", where=path, expected=f"{SCHEMA.names}"
         )
-    return Index(root, table.combine_chunks(), sources)
+    return Index(root, table.combine_chunks(), origins)
 
 
 def _of_format_1(table: pa.Table) -> pa.Table:
@@ -169,146 +161,89 @@ def _of_format_1(table: pa.Table) -> pa.Table:
     return table
 
 
-def build(root: Path, report: Report = ignore) -> tuple[Index, list[FileRejected]]:
-    """Walks `root`, reads every image's header, and returns the images and what was refused.
+def build(
+    given: Path | str | Sequence[Path | str],
+    report: Report = ignore,
+    depth: Literal["list", "header"] = "header",
+) -> tuple[Index, list[FileRejected]]:
+    """The images of all inputs, in their order, and what of them cannot be used.
+
+    An input is whatever `sources.inputs.KINDS` says. Of a folder the paths are relative to it, of
+    several inputs to the folder that holds them all. `depth` "list" opens no file of a folder or a
+    list: the names count, and sizes are 0 for unknown.
 
     Raises:
-        UsageError: `root` is not a folder, or there is no image below it.
+        UsageError: an input that is missing or of no known kind, or no image in any of them.
     """
-    if not root.is_dir():
-        fix = "name a folder that holds images (JPEG, PNG, WebP, TIFF, BMP, PPM, JPEG 2000)"
-        raise UsageError("no such folder", where=root, expected="a folder of images", fix=fix)
-    root = root.absolute()
-    paths, refused = walk(root)
-    rows: list[Row] = []
-    started = reported = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(HEADER_THREADS) as pool:
-        chunks = [paths[i : i + _CHUNK_FILES] for i in range(0, len(paths), _CHUNK_FILES)]
-        for done, results in enumerate(pool.map(functools.partial(look_at_all, root), chunks), 1):
-            rows += [result for result in results if isinstance(result, Row)]
-            refused += [result for result in results if isinstance(result, tuple)]
-            if (now := time.monotonic()) - reported > _PROGRESS_SECONDS:
-                files, reported = min(done * _CHUNK_FILES, len(paths)), now
-                report(Progressed("index", files, len(paths), files / (now - started), 0.0))
-    rejected = [
-        FileRejected(readable(name), "index", reason) for name, reason in sorted(set(refused))
-    ]
+    wanted = [given] if isinstance(given, Path | str) else list(given)
+    found = inputs.expand(wanted)
+    indexes = {place: open_index(Path(place)) for place in found if inputs.is_index(place)}
+    root = inputs.root_of(found, {place: known.root for place, known in indexes.items()})
+    meter = _Meter(report)
+    parts = []
+    for place in found:
+        if place in indexes:
+            parts.append(_moved(indexes[place], root))
+        else:
+            origin, name = inputs.describe(place, root), place.rpartition("/")[2]
+            part = collecting.collect(origin, name, meter.tell, list_only=depth == "list")
+            parts.append(part)
+        meter.close(len(parts[-1][0]) + len(parts[-1][2]))
+    table, sources, refused = collecting.merge(parts)
+    rejected = sorted(set(refused), key=lambda event: (event.path, event.reason))
     for event in rejected:
         report(event)
-    if not rows:
-        raise UsageError(
-            f"no image in {len(paths)} files ({len(rejected)} rejected)",
-            where=root,
-            expected="JPEG, PNG, WebP, TIFF, BMP, PPM or JPEG 2000 files, in folders of any depth",
-            fix="put the images there, or name the folder that holds them",
-        )
-    return Index(root, _table(rows)), rejected
+    if not len(table):
+        raise _no_image(wanted, meter.files, rejected)
+    return Index(root, table, sources), rejected
 
 
-def readable(name: bytes) -> str:
-    """A relative path as text: UTF-8 as it is, other bytes as %XX."""
-    return "".join(
-        f"%{ord(char) - 0xDC00:02X}" if 0xDC80 <= ord(char) <= 0xDCFF else char
-        for char in name.decode("utf-8", "surrogateescape")
+def _moved(known: Index, root: Path) -> collecting.Part:
+    """An index as an input: its rows are the very files, with paths below another root."""
+    name = inputs.relative(os.fspath(known.root), root)
+    own = known.sources or (Source("folder", os.fspath(known.root)),)
+    kept = [origin.listed() for origin in own]
+    if not name:
+        return known.table, tuple(kept), []
+    table, prefix = known.table, f"{name}/"
+    paths = table["path"]
+    alone = pc.or_(pc.starts_with(paths, "/"), pc.match_substring(paths, "://"))
+    longer = pc.binary_join_element_wise(prefix, paths, "")
+    path = pc.if_else(alone, paths, longer)
+    exact = [raw and os.fsencode(prefix) + raw for raw in table["path_bytes"].to_pylist()]
+    for column, values in (("path", path), ("path_bytes", pa.array(exact, pa.binary()))):
+        at = SCHEMA.get_field_index(column)
+        table = table.set_column(at, SCHEMA.field(column), values)
+    return table, tuple(dataclasses.replace(s, prefix=prefix + s.prefix) for s in kept), []
+
+
+def _no_image(
+    wanted: Sequence[Path | str], files: int, rejected: Sequence[FileRejected]
+) -> UsageError:
+    first = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
+    return UsageError(
+        f"no image in {files} files ({len(rejected)} rejected{first})",
+        where=" ".join(map(str, wanted)),
+        expected=f"JPEG, PNG, WebP, TIFF, BMP, PPM or JPEG 2000 in {inputs.KINDS}",
+        fix="put the images there, or name what holds them",
     )
 
 
-def read_regular(path: Path) -> bytes:
-    """The content of a regular file; never waits on a pipe or a device."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return file.readall()
+class _Meter:
+    """Counts the files of all inputs together, and tells once a second."""
 
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._started = self._told = time.monotonic()
+        self._before = self.files = 0
 
-def walk(root: Path) -> tuple[list[bytes], list[Refused]]:
-    """Relative paths of the files to look at, sorted by their bytes, and what is refused unread."""
-    inside, top = os.path.realpath(os.fsencode(root)) + b"/", os.fsencode(root)
-    paths: list[bytes] = []
-    refused: list[Refused] = []
-    folders = [b""]
-    while folders:
-        folder = folders.pop()
-        try:
-            entries = list(os.scandir(top + b"/" + folder))
-        except OSError as error:
-            refused.append((folder, f"folder cannot be read: {error.strerror}"))
-            continue
-        for entry in entries:
-            name = folder + b"/" + entry.name if folder else entry.name
-            if entry.name.startswith(b"."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(name)
-                if header.has_image_name(entry.name):
-                    refused.append((name, "a folder, not a file; what is in it was looked at"))
-            elif entry.is_symlink():
-                reason = _refuse_link(entry, inside)
-                paths.append(name) if reason is None else refused.append((name, reason))
-            elif entry.is_file(follow_symlinks=False):
-                paths.append(name)
-            elif header.has_image_name(entry.name):
-                refused.append((name, "not a regular file (pipe, socket or device)"))
-    return sorted(paths), refused
+    def tell(self, done: int, total: int) -> None:
+        """Hears how far the present input is."""
+        self.files = self._before + done
+        if (now := time.monotonic()) - self._told > _PROGRESS_SECONDS:
+            self._told, rate = now, per_second(self.files, now - self._started)
+            self._report(Progressed("index", self.files, self._before + total, rate, 0.0))
 
-
-def _refuse_link(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
-    """Why a link is not followed; None where it leads to a file inside the folder."""
-    try:
-        target = os.path.realpath(entry.path, strict=True)
-    except OSError as error:
-        return "a link in a circle" if error.errno == errno.ELOOP else "a link to nothing"
-    if not target.startswith(inside):
-        return "a link that leads out of the folder: put the file itself there, or a hard link"
-    if entry.is_dir():
-        return "a link to a folder that is searched under its own name"
-    return None if entry.is_file() else "not a regular file (pipe, socket or device)"
-
-
-def look_at_all(root: Path, names: list[bytes]) -> list[Row | Refused | None]:
-    """Reads the header of each file; None where nothing says that it is an image."""
-    return [_look_at(root, name) for name in names]
-
-
-def _look_at(root: Path, name: bytes) -> Row | Refused | None:
-    """The row of a file, why it is refused, or None where nothing says that it is an image."""
-    path = root / os.fsdecode(name)
-    try:
-        status = path.stat()
-        found = header.read(path)
-    except OSError as error:
-        named = header.has_image_name(name)
-        return (name, f"cannot be read: {error.strerror or error}") if named else None
-    if isinstance(found, header.Header):
-        return Row(name, status.st_size, status.st_mtime_ns, found)
-    if found.is_image or header.has_image_name(name):
-        return (name, found.reason)
-    return None
-
-
-def _table(rows: list[Row]) -> pa.Table:
-    paths = [readable(row.name) for row in rows]
-    plain = [path.encode() == row.name for path, row in zip(paths, rows, strict=True)]
-    columns = {
-        "path": paths,
-        "path_bytes": [None if p else row.name for p, row in zip(plain, rows, strict=True)],
-        "source": np.zeros(len(rows), np.int32),
-        "offset": pa.nulls(len(rows), pa.int64()),
-        "bytes": [row.file_bytes for row in rows],
-        "mtime_ns": [row.mtime_ns for row in rows],
-        "width": [row.found.width for row in rows],
-        "height": [row.found.height for row in rows],
-        "orientation": [row.found.orientation for row in rows],
-        "format": [row.found.format for row in rows],
-        "mode": [row.found.mode for row in rows],
-        "digest": pa.nulls(len(rows), pa.string()),
-        "label": list(_labels(paths)),
-    }
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _labels(paths: list[str]) -> Iterator[str | None]:
-    """The first folder of each path, where every image is in one."""
-    first = [PurePosixPath(path).parts[0] if "/" in path else None for path in paths]
-    return iter(first if all(first) else [None] * len(first))
+    def close(self, files: int) -> None:
+        """An input is done; it had at least so many files."""
+        self._before = self.files = max(self.files, self._before + files)

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from btpipe import runtime
 from btpipe.data import header
-from btpipe.data.index import SCHEMA, Index, readable
+from btpipe.data.index import SCHEMA, Index
 from btpipe.data.loader import evaluation_batches
+from btpipe.data.sources.rows import readable
 from btpipe.data.views import Geometry
 from btpipe.errors import UsageError
 

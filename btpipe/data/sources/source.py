@@ -25,6 +25,22 @@ class Source:
     mtime_ns: int = -1
     column: str = ""
 
+    @property
+    def is_container(self) -> bool:
+        """Whether images lie within one file."""
+        return self.kind in {"tar", "parquet"}
+
+    @property
+    def base(self) -> str:
+        """The folder, or URL, that names of files are relative to."""
+        return self.place.rpartition("/")[0] if self.kind == "list" else self.place
+
+    def listed(self) -> "Source":
+        """What it becomes where an index is the input: the files that it names, and no others."""
+        if self.is_container:
+            return self
+        return dataclasses.replace(self, kind="files", place=self.base, bytes=-1, mtime_ns=-1)
+
 
 def to_json(sources: Sequence[Source]) -> str:
     """Sources as they stand in an index file; bytes that are not UTF-8 survive."""

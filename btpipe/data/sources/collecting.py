@@ -1,0 +1,67 @@
+"""The images of one source, whatever its kind; and of several together."""
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from btpipe.data.sources import folder, lists, parquet, tar
+from btpipe.data.sources.rows import SCHEMA, readable
+from btpipe.data.sources.source import Source
+from btpipe.events import FileRejected
+
+Part = tuple[pa.Table, tuple[Source, ...], list[FileRejected]]
+"""Rows whose source numbers count from 0, their sources, rejects."""
+
+
+def collect(
+    source: Source, name: str, tell: Callable[[int, int], None], *, list_only: bool
+) -> Part:
+    """The images of a source; `name` is the file's own among named files."""
+    if source.kind == "folder":
+        found = folder.look(source, tell, list_only=list_only)
+    elif source.kind == "list":
+        found = lists.look(source, tell, list_only=list_only)
+    elif source.kind == "files":
+        found = folder.look_at(source, [os.fsencode(name)], tell, list_only=list_only)
+    else:
+        found = tar.look(source) if source.kind == "tar" else parquet.look(source)
+    return pa.Table.from_batches(found.batches, SCHEMA), (source,), found.rejected
+
+
+def merge(parts: list[Part]) -> Part:
+    """All parts as one, in their order; of a path that comes twice the first one counts."""
+    tables, sources = [], list[Source]()
+    rejected = [event for part in parts for event in part[2]]
+    for table, own, _ in parts:
+        numbers = np.array(table["source"], dtype=np.int32)
+        to = np.array([_number(source, sources) for source in own] or [0], dtype=np.int32)
+        place = SCHEMA.get_field_index("source")
+        tables.append(table.set_column(place, SCHEMA.field("source"), pa.array(to[numbers])))
+    whole = pa.concat_tables(tables)
+    if len(parts) > 1 or sources[0].kind != "folder":
+        whole, twice = _without_doubles(whole)
+        rejected += twice
+    return whole.combine_chunks(), tuple(sources), rejected
+
+
+def _number(source: Source, known: list[Source]) -> int:
+    """The place of a source among the known ones, where it is added."""
+    if source not in known[-1:]:  # files of one folder follow each other
+        known.append(source)
+    return len(known) - 1
+
+
+def _without_doubles(table: pa.Table) -> tuple[pa.Table, list[FileRejected]]:
+    exact = pc.coalesce(table["path_bytes"], table["path"].cast(pa.binary())).combine_chunks()
+    if pc.count_distinct(exact).as_py() == len(table):
+        return table, []
+    codes = np.array(exact.dictionary_encode().indices)
+    is_first = np.zeros(len(table), dtype=bool)
+    is_first[np.unique(codes, return_index=True)[1]] = True
+    twice = exact.filter(pa.array(~is_first)).to_pylist()
+    reason = "a second image of this name: the first one counts"
+    rejected = [FileRejected(readable(path), "index", reason) for path in twice]
+    return table.filter(pa.array(is_first)), rejected

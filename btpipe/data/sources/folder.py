@@ -1,0 +1,175 @@
+"""Images in a tree of folders, and files that are named one by one."""
+
+import concurrent.futures
+import errno
+import functools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from btpipe.data import header
+from btpipe.data.header import Header
+from btpipe.data.sources import places
+from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject
+from btpipe.data.sources.source import Source
+from btpipe.events import FileRejected
+
+HEADER_THREADS = 16
+UNREAD = Header(format="", width=0, height=0, orientation=1, mode="")
+"""The header of a file that was only listed."""
+Refused = tuple[bytes, str]
+"""A file or folder that is not used, and why."""
+Tell = Callable[[int, int], None]
+"""Hears of files done and in all."""
+
+
+def walk(root: Path) -> tuple[list[bytes], list[Refused]]:
+    """Relative paths of the files to look at, sorted by their bytes, and what is refused unread."""
+    inside, top = os.path.realpath(os.fsencode(root)) + b"/", os.fsencode(root)
+    paths: list[bytes] = []
+    refused: list[Refused] = []
+    folders = [b""]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(top + b"/" + folder) as entries:
+                for entry in entries:  # one by one: a folder may hold a million
+                    name = folder + b"/" + entry.name if folder else entry.name
+                    if entry.name.startswith(b"."):
+                        continue
+                    if entry.is_file(follow_symlinks=False):
+                        paths.append(name)
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(name)
+                    reason = _refuse(entry, inside)
+                    if reason is not None:
+                        refused.append((name, reason))
+                    elif entry.is_symlink():
+                        paths.append(name)
+        except OSError as error:
+            refused.append((folder, f"folder cannot be read: {error.strerror}"))
+    paths.sort()
+    return paths, refused
+
+
+def _refuse(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
+    """Why an entry that is no plain file is refused; None where it is not, or not worth a word."""
+    if entry.is_symlink():
+        return _refuse_link(entry, inside)
+    if not header.has_image_name(entry.name):
+        return None
+    if entry.is_dir(follow_symlinks=False):
+        return "a folder, not a file; what is in it was looked at"
+    return "not a regular file (pipe, socket or device)"
+
+
+def _refuse_link(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
+    """Why a link is not followed; None where it leads to a file inside the folder."""
+    try:
+        target = os.path.realpath(entry.path, strict=True)
+    except OSError as error:
+        return "a link in a circle" if error.errno == errno.ELOOP else "a link to nothing"
+    if not target.startswith(inside):
+        return "a link that leads out of the folder: put the file itself there, or a hard link"
+    if entry.is_dir():
+        return "a link to a folder that is searched under its own name"
+    return None if entry.is_file() else "not a regular file (pipe, socket or device)"
+
+
+def look(source: Source, tell: Tell, *, list_only: bool = False) -> Found:
+    """The images below a folder or the prefix of a URL; each has its class folder as its label.
+
+    `list_only`: by their names, no file is opened; sizes are then unknown.
+    """
+    if places.is_url(source.place):
+        names, refused = remote_names(source.place), list[Refused]()
+    else:
+        names, refused = walk(Path(source.place))
+    found = look_at(source, names, tell, list_only=list_only)
+    rejected = [reject(source, name, reason) for name, reason in refused]
+    return Found(_with_class_folders(source, found.batches), rejected + found.rejected)
+
+
+def remote_names(url: str) -> list[bytes]:
+    """Names below the prefix of a URL, sorted; hidden ones are passed over."""
+    system, path = places.remote(url)
+    base = system.unstrip_protocol(path).rstrip("/") + "/"
+    files = [system.unstrip_protocol(name) for name in system.find(path, detail=False)]
+    names = [file.removeprefix(base) for file in files]
+    hidden = [any(part.startswith(".") for part in name.split("/")) for name in names]
+    return sorted(n.encode() for n, is_hidden in zip(names, hidden, strict=True) if not is_hidden)
+
+
+def look_at(
+    source: Source, names: Sequence[bytes], tell: Tell, *, list_only: bool = False
+) -> Found:
+    """Those of the named files that are images, in their order.
+
+    In a list every file that is no image is refused; in a folder, one that looks like an image.
+    """
+    found, done = Found([], []), 0
+    work = functools.partial(_look_at_all, source, list_only)
+    chunks = [names[i : i + CHUNK_ROWS] for i in range(0, len(names), CHUNK_ROWS)]
+    with concurrent.futures.ThreadPoolExecutor(HEADER_THREADS) as pool:
+        for images, rejected in pool.map(work, chunks):
+            if images is not None:
+                found.batches.append(images)
+            found.rejected.extend(rejected)
+            done = min(done + CHUNK_ROWS, len(names))
+            tell(done, len(names))
+    return found
+
+
+def _look_at_all(
+    source: Source, list_only: bool, names: Sequence[bytes]
+) -> tuple[pa.RecordBatch | None, list[FileRejected]]:
+    looked = [_look_at(source, list_only, name) for name in names]
+    rows = [result for result in looked if isinstance(result, Row)]
+    rejected = [result for result in looked if isinstance(result, FileRejected)]
+    return (batch(source, rows) if rows else None), rejected
+
+
+def _look_at(source: Source, list_only: bool, name: bytes) -> Row | FileRejected | None:
+    """The row of a file, why it is refused, or None where nothing says that it is an image."""
+    is_asked_for = source.kind != "folder"
+    if list_only and not is_asked_for and not header.has_image_name(name):
+        return None
+    place = file_place(source, os.fsdecode(name))
+    try:
+        size, mtime_ns = places.measure(place)
+        if list_only:
+            return Row(name, size, mtime_ns, UNREAD)
+        with places.open_binary(place) as file:
+            found = header.look(file, name)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or error}"
+        is_told = is_asked_for or header.has_image_name(name)
+        return reject(source, name, reason) if is_told else None
+    if isinstance(found, header.Header):
+        return Row(name, size, mtime_ns, found)
+    is_told = is_asked_for or found.is_image_or_named(name)
+    return reject(source, name, found.reason) if is_told else None
+
+
+def file_place(source: Source, name: str) -> str:
+    """The file of a name in a folder, a list, or among named files."""
+    return places.join(source.base, name)
+
+
+def _with_class_folders(source: Source, batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
+    """The first folder of each path as its label, where every image is in one."""
+    if not batches:
+        return batches
+    table = pa.Table.from_batches(batches, SCHEMA)
+    # Counted in characters of the readable prefix: the path's own.
+    start = len(batch(source, [Row(b"", 0, 0, UNREAD)])["path"][0].as_py())
+    names = pc.utf8_slice_codeunits(table["path"], start)
+    if not pc.all(pc.match_substring(names, "/")).as_py():
+        return batches
+    first = pc.list_element(pc.split_pattern(names, "/", max_splits=1), 0)
+    place = SCHEMA.get_field_index("label")
+    return list(table.set_column(place, SCHEMA.field("label"), first).to_batches())

@@ -1,0 +1,188 @@
+"""What a user names, as sources: braces and globs expanded, each told by its kind."""
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from btpipe.data import header
+from btpipe.data.sources import lists, parquet, places, tar
+from btpipe.data.sources.source import Kind, Source
+from btpipe.errors import UsageError
+
+KINDS = (
+    "folders of images, file lists (.txt, .csv, .parquet with a column `path`), tar shards (.tar),"
+    " parquet with image bytes, an index.parquet, image files; globs and braces"
+    " (shard-{000..009}.tar); URLs of these (s3://, gs://, https://)"
+)
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_GLOB = frozenset("*?[")
+
+
+def expand(inputs: Sequence[Path | str]) -> list[str]:
+    """Absolute paths and URLs; a name that exists is never a pattern.
+
+    Raises:
+        UsageError: a file that is missing, or a pattern without one.
+    """
+    found = [place for given in inputs for place in _expand(os.fspath(given))]
+    if not found:
+        raise UsageError("no input named", expected=KINDS)
+    return list(dict.fromkeys(found))
+
+
+def _expand(given: str) -> list[str]:
+    if not places.is_url(given) and os.path.lexists(given):
+        return [os.path.abspath(given)]  # noqa: PTH100 - keeps links as they are, and bytes
+    found: list[str] = []
+    for pattern in _braces(given):
+        if not _GLOB & set(pattern):
+            found.append(pattern if places.is_url(pattern) else _existing(pattern))
+            continue
+        if places.is_url(pattern):
+            system, path = places.remote(pattern)
+            matches = [system.unstrip_protocol(name) for name in system.glob(path)]
+        else:
+            matches = [os.path.abspath(name) for name in glob.glob(pattern)]  # noqa: PTH100, PTH207
+        if not matches:
+            raise UsageError("nothing matches this pattern", where=pattern, expected=KINDS)
+        found += sorted(matches)
+    return found
+
+
+def _existing(path: str) -> str:
+    if not os.path.lexists(path):
+        raise UsageError("no such folder or file", where=path, expected=KINDS, fix=_FIX)
+    return os.path.abspath(path)  # noqa: PTH100 - keeps links as they are
+
+
+_FIX = "name a folder that holds images (JPEG, PNG, WebP, TIFF, BMP, PPM, JPEG 2000)"
+
+
+def _braces(pattern: str) -> list[str]:
+    """`a-{00..02}.tar` -> a-00.tar a-01.tar a-02.tar; `{a,b}.tar` -> a.tar b.tar."""
+    found = _BRACES.search(pattern)
+    if found is None:
+        return [pattern]
+    if numbers := _RANGE.fullmatch(found[1]):
+        first, last = int(numbers[1]), int(numbers[2])
+        step = 1 if last >= first else -1
+        words = [str(n).zfill(len(numbers[1])) for n in range(first, last + step, step)]
+    elif "," in found[1]:
+        words = found[1].split(",")
+    else:
+        words = [found[0]]  # stands for itself
+    before, rests = pattern[: found.start()], _braces(pattern[found.end() :])
+    return [before + word + rest for word, rest in itertools.product(words, rests)]
+
+
+def is_index(place: str) -> bool:
+    """Whether a file is an index of btpipe's own."""
+    is_file = not places.is_url(place) and Path(place).is_file()
+    if not is_file or _kind_by_name(place) != "parquet":
+        return False
+    return {b"root", b"format_version"} <= (parquet.schema(place).metadata or {}).keys()
+
+
+def root_of(found: Sequence[str], roots: Mapping[str, Path]) -> Path:
+    """The folder that holds all inputs; the working folder where all are URLs.
+
+    `roots` are those of the indexes among them.
+    """
+    local = [
+        os.fspath(roots.get(place, _base(place))) for place in found if not places.is_url(place)
+    ]
+    return Path(os.path.commonpath(local)) if local else Path.cwd()
+
+
+def _base(place: str) -> str:
+    """The folder of an input that is a file, or the folder itself."""
+    is_folder = _is_folder(place)
+    return place if is_folder else place.rpartition("/")[0] or "/"
+
+
+def _is_folder(place: str) -> bool:
+    return not places.is_url(place) and Path(place).is_dir()
+
+
+def relative(place: str, root: Path) -> str:
+    """A place as people see it: below `root`, or a URL as it is; "" for `root` itself."""
+    if places.is_url(place):
+        return place
+    path = os.path.relpath(place, root)
+    return "" if path == "." else path
+
+
+def describe(place: str, root: Path) -> Source:
+    """The source that a place is, unless it is an index.
+
+    Raises:
+        UsageError: none of `KINDS`.
+    """
+    if places.is_url(place):
+        return _describe_url(place)
+    if _is_folder(place):
+        name = relative(place, root)
+        return Source("folder", place, prefix=f"{name}/" if name else "")
+    return _describe_file(place, relative(place, root))
+
+
+def _describe_url(url: str) -> Source:
+    kind = _kind_by_name(url)
+    if kind is not None:
+        return _describe_file(url, url)
+    try:
+        places.measure(url)
+    except OSError:
+        return Source("folder", url.rstrip("/"), prefix=url.rstrip("/") + "/")
+    system, path = places.remote(url)
+    if system.info(path).get("type") == "directory":
+        return Source("folder", url.rstrip("/"), prefix=url.rstrip("/") + "/")
+    return _files(url, url)
+
+
+def _describe_file(place: str, name: str) -> Source:
+    """A file's source; its size and time are kept where it is a container or a list."""
+    kind = _kind_by_name(place)
+    try:
+        size, mtime_ns = places.measure(place)
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=place) from error
+    if kind == "tar":
+        return Source("tar", place, f"{name}::", size, mtime_ns)
+    folder = name[: name.rfind("/") + 1]
+    if kind == "list":
+        return Source("list", place, folder, size, mtime_ns)
+    if kind == "parquet":
+        schema = parquet.schema(place)
+        if column := parquet.image_column(schema):
+            return Source("parquet", place, f"{name}#", size, mtime_ns, column)
+        if lists.has_paths(schema):
+            return Source("list", place, folder, size, mtime_ns)
+        what = f"columns {', '.join(schema.names)}: neither images nor a column `path`"
+        raise UsageError(what, where=place, expected=KINDS)
+    return _files(place, name)
+
+
+def _kind_by_name(place: str) -> Kind | None:
+    lower = place.lower()
+    if lower.endswith((".tar", *tar.COMPRESSED)):
+        return "tar"
+    if lower.endswith((".txt", ".csv")):
+        return "list"
+    return "parquet" if lower.endswith(".parquet") else None
+
+
+def _files(place: str, name: str) -> Source:
+    """A file that is named itself: an image, or a mistake."""
+    with places.open_binary(place) as file:
+        found = header.look(file, os.fsencode(place))
+    if isinstance(found, header.Refusal) and not found.is_image_or_named(os.fsencode(place)):
+        raise UsageError(
+            "not an image, and no input that btpipe knows", where=place, expected=KINDS
+        )
+    folder, shown = place.rpartition("/")[0] or "/", name[: name.rfind("/") + 1]
+    return Source("files", folder, shown)

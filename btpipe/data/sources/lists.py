@@ -1,0 +1,108 @@
+"""Lists of image files: .txt with a path on each line, .csv or .parquet with a column `path`.
+
+Relative paths are relative to the list's folder. A column `label` is taken where there is one.
+"""
+
+import csv
+import io
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from btpipe.data.sources import folder, places
+from btpipe.data.sources.rows import SCHEMA, Found, reject
+from btpipe.data.sources.source import Source
+from btpipe.errors import UsageError
+
+Entries = tuple[list[bytes], list[str | None]]
+"""Paths and their labels."""
+
+
+def look(source: Source, tell: folder.Tell, *, list_only: bool = False) -> Found:
+    """The images that a list names, in its order; each other entry is a reject with a reason.
+
+    Raises:
+        UsageError: the list cannot be read, or has no column `path`.
+    """
+    try:
+        content = places.read(source.place)
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=source.place) from error
+    names, labels = _read(source.place, content)
+    first: dict[bytes, str | None] = {}
+    twice = []
+    for name, label in zip(names, labels, strict=True):
+        if name in first:
+            twice.append(reject(source, name, "listed twice: the first one counts"))
+        else:
+            first[name] = label
+    found = folder.look_at(source, list(first), tell, list_only=list_only)
+    if any(label is not None for label in first.values()):
+        found = _labelled(source, found, first)
+    return Found(found.batches, found.rejected + twice)
+
+
+def _read(place: str, content: bytes) -> Entries:
+    kind = place.lower().rpartition(".")[2]
+    if kind == "csv":
+        return _read_csv(place, content)
+    if kind == "parquet":
+        return _read_parquet(place, content)
+    lines = [line.removesuffix(b"\r") for line in content.split(b"\n")]
+    names = [line for line in lines if line.strip()]
+    return names, [None] * len(names)
+
+
+def _read_csv(place: str, content: bytes) -> Entries:
+    text = content.decode("utf-8-sig", "surrogateescape")
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        if "path" not in (reader.fieldnames or ()):
+            raise _no_paths(place, list(reader.fieldnames or ()))
+        rows = [row for row in reader if row["path"]]
+    except csv.Error as error:
+        raise UsageError(f"not a readable .csv ({error})", where=place) from error
+    names = [row["path"].encode("utf-8", "surrogateescape") for row in rows]
+    return names, [row.get("label") or None for row in rows]
+
+
+def _read_parquet(place: str, content: bytes) -> Entries:
+    file = pq.ParquetFile(io.BytesIO(content))
+    columns = file.schema_arrow.names
+    if not has_paths(file.schema_arrow):
+        raise _no_paths(place, columns)
+    wanted = [name for name in ("path", "path_bytes", "label") if name in columns]
+    table = file.read(columns=wanted)
+    exact = table["path_bytes"].to_pylist() if "path_bytes" in wanted else [None] * len(table)
+    names = [
+        raw if isinstance(raw, bytes) else (path or "").encode()
+        for path, raw in zip(table["path"].to_pylist(), exact, strict=True)
+    ]
+    labels = table["label"].to_pylist() if "label" in wanted else [None] * len(table)
+    return names, [None if label is None else str(label) for label in labels]
+
+
+def has_paths(schema: pa.Schema) -> bool:
+    """Whether a parquet file has a column of paths."""
+    if "path" not in schema.names:
+        return False
+    kind = schema.field("path").type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _no_paths(place: str, columns: list[str]) -> UsageError:
+    found = ", ".join(columns) or "nothing"
+    return UsageError(f"no column `path` (there is: {found})", where=place, expected="a file list")
+
+
+def _labelled(source: Source, found: Found, labels: dict[bytes, str | None]) -> Found:
+    prefix = os.fsencode(source.prefix)
+    table = pa.Table.from_batches(found.batches, SCHEMA)
+    paths = zip(table["path"].to_pylist(), table["path_bytes"].to_pylist(), strict=True)
+    exact = [raw or path.encode() for path, raw in paths]
+    # An absolute name carries no prefix.
+    column = [labels.get(path, labels.get(path.removeprefix(prefix))) for path in exact]
+    place = SCHEMA.get_field_index("label")
+    made = table.set_column(place, SCHEMA.field("label"), pa.array(column, pa.string()))
+    return Found(made.to_batches(), found.rejected)
