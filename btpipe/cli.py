@@ -91,6 +91,27 @@ def pretrain(
 
 
 @app.command()
+def shard(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images of any kind.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    size: Annotated[
+        int, typer.Option(min=1, help="Pixels of the shorter side; nothing is enlarged.")
+    ] = 400,
+    quality: Annotated[int, typer.Option(min=1, max=95, help="Of the JPEGs.")] = 90,
+    shard_bytes: Annotated[str, typer.Option(help="Most bytes in a shard.")] = "256MiB",
+    as_json: Json = False,
+) -> None:
+    """Rewrite images as tar shards of smaller JPEGs; run again, it goes on where it was."""
+    from btpipe import progress
+    from btpipe.data import index, shards
+
+    options = shards.Options(size, quality, shards.parse_bytes(shard_bytes))
+    with progress.show("json" if as_json else "auto") as report:
+        made, refused = index.build(inputs, report)
+        shards.write(made, refused, out, options, report)
+
+
+@app.command()
 def export(
     run: Annotated[Path | None, typer.Argument(help="Run folder; the newest one if none.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Always written; accepted.")] = False,
