@@ -282,6 +282,30 @@ def selftest(as_json: Json = False) -> None:
         testing.run(report)
 
 
+@app.command()
+def views(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    data: Annotated[str, typer.Option(help="Images; the recipe's data.train if empty.")] = "",
+    out: Annotated[Path, typer.Option(help="Picture to write: NAME.png.")] = Path("views.png"),
+    count: Annotated[int, typer.Option(min=1, max=64, help="How many images.")] = 8,
+    epoch: Annotated[int, typer.Option(min=0, help="Of which epoch.")] = 0,
+    page: Annotated[
+        bool, typer.Option("--html", help="NAME.html as well, with every number.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw what training sees: images, their views and the numbers behind them."""
+    from btpipe import progress
+    from btpipe import recipe as recipes
+    from btpipe.road import views_sheet
+
+    source = [f"data.train={json.dumps(data)}"] if data else []
+    wanted = recipes.load(recipe, [*(overrides or ()), *source])
+    with progress.show("json" if as_json else "auto") as report:
+        views_sheet.make(wanted, recipe.stem, out, report, count=count, epoch=epoch, page=page)
+
+
 @recipe_app.command("show")
 def recipe_show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print a recipe with everything it extends, every default and every --set resolved."""

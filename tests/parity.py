@@ -139,10 +139,11 @@ def cropped(top: int, left: int, height: int, width: int) -> Change:
     return change
 
 
-def resized_crop(top: int, left: int, height: int, width: int) -> Reference:
+def resized_crop(top: int, left: int, height: int, width: int, size: int = SIZE) -> Reference:
     """As RandomResizedCrop does it."""
+    bicubic = InterpolationMode.BICUBIC
     return lambda image: functional.resized_crop(
-        image, top, left, height, width, [SIZE, SIZE], InterpolationMode.BICUBIC, antialias=True
+        image, top, left, height, width, [size, size], bicubic, antialias=True
     )
 
 
