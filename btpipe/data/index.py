@@ -22,7 +22,16 @@ from numpy.typing import NDArray
 
 from btpipe import artifact
 from btpipe.data import patience
-from btpipe.data.sources import Source, collecting, folder, inputs, parquet, places, source
+from btpipe.data.sources import (
+    Source,
+    collecting,
+    folder,
+    inputs,
+    parquet,
+    places,
+    source,
+    synthetic,
+)
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import FileRejected, Progressed, Report, ignore, per_second
@@ -79,6 +88,8 @@ class Index:
             return places.read_range(origin.place, offset, count)
         if origin.kind == "parquet":
             return self._row_groups.read(origin, self.table["offset"][row].as_py())
+        if origin.kind == "synthetic":
+            return synthetic.read(origin, self.table["offset"][row].as_py())
         return places.read(self._place(origin, row))
 
     @functools.cached_property

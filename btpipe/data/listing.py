@@ -45,6 +45,8 @@ def changes(index: Index, passed_over: Set[str]) -> Changes:
     numbers = np.array(index.table["source"], dtype=np.int32)
     sources = index.sources or (Source("folder", os.fspath(index.root)),)
     for number, source in enumerate(sources):
+        if source.kind == "synthetic":
+            continue  # always there
         rows = index.table if len(sources) == 1 else index.table.filter(pa.array(numbers == number))
         found = (
             _container(source, rows) if source.is_container else _files(source, rows, passed_over)

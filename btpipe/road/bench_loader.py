@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from btpipe.data import index as data_index
-from btpipe.data import synthetic
+from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
 from btpipe.events import Finished, Report, Tabled
 from btpipe.road import benchmark

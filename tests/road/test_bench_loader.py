@@ -11,8 +11,9 @@ from tiny_run import draw_images
 from typer.testing import CliRunner
 
 from btpipe.cli import app
-from btpipe.data import index, synthetic
+from btpipe.data import index
 from btpipe.data.loader import TrainingLoader
+from btpipe.data.sources import synthetic
 from btpipe.events import ignore
 from btpipe.road import loader_worker, published_views
 from btpipe.road.loader_worker import Load

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from btpipe.data.sources import folder, lists, parquet, tar
+from btpipe.data.sources import folder, lists, parquet, synthetic, tar
 from btpipe.data.sources.rows import SCHEMA, readable
 from btpipe.data.sources.source import Source
 from btpipe.events import FileRejected
@@ -26,6 +26,8 @@ def collect(
         found = lists.look(source, tell, list_only=list_only)
     elif source.kind == "files":
         found = folder.look_at(source, [os.fsencode(name)], tell, list_only=list_only)
+    elif source.kind == "synthetic":
+        found = synthetic.look(source)
     else:
         found = tar.look(source) if source.kind == "tar" else parquet.look(source)
     return pa.Table.from_batches(found.batches, SCHEMA), (source,), found.rejected

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from btpipe.data import header
-from btpipe.data.sources import lists, parquet, places, tar
+from btpipe.data.sources import lists, parquet, places, synthetic, tar
 from btpipe.data.sources.source import Kind, Source
 from btpipe.errors import UsageError
 
@@ -122,6 +122,8 @@ def describe(place: str, root: Path) -> Source:
     Raises:
         UsageError: none of `KINDS`.
     """
+    if places.is_synthetic(place):
+        return synthetic.describe(place)
     if places.is_url(place):
         return _describe_url(place)
     if _is_folder(place):

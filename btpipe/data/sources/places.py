@@ -30,8 +30,13 @@ class Remote(Protocol):
 
 
 def is_url(text: str) -> bool:
-    """Whether the text is a URL rather than a path."""
-    return _URL.match(text) is not None
+    """Whether the text is a URL (or names synthetic images) rather than a path."""
+    return _URL.match(text) is not None or is_synthetic(text)
+
+
+def is_synthetic(text: str) -> bool:
+    """Whether the text names images that are made in memory: `synthetic:COUNTxSIZE`."""
+    return text.startswith("synthetic:")
 
 
 def remote(url: str) -> tuple[Remote, str]:

@@ -5,8 +5,9 @@ import json
 from collections.abc import Sequence
 from typing import Literal
 
-Kind = Literal["folder", "list", "files", "tar", "parquet"]
-"""folder: all that is found below it; list: what a list names; files: these very files."""
+Kind = Literal["folder", "list", "files", "tar", "parquet", "synthetic"]
+"""folder: all that is found below it; list: what a list names; files: these very files; synthetic:
+made in memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Source:
     @property
     def is_container(self) -> bool:
         """Whether images lie within one file."""
-        return self.kind in {"tar", "parquet"}
+        return self.kind in {"tar", "parquet", "synthetic"}
 
     @property
     def base(self) -> str:
