@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -173,6 +173,38 @@ def embed(
             max_bad=budget,
             overwrite=overwrite,
         )
+
+
+@app.command()
+def scan(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder of images.")],
+    out: Annotated[Path, typer.Option(help="Index to write: NAME.parquet.")] = Path(
+        "index.parquet"
+    ),
+    depth: Annotated[
+        Literal["header", "decode"],
+        typer.Option(
+            help="header: the first bytes of each file, thousands a second; pretrain does this by"
+            " itself. decode: everything is read, decoded as for training and digested: about 250"
+            " photographs of 400 x 533 a second and core."
+        ),
+    ] = "header",
+    limit: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Longest time to decode one file.")
+    ] = 20.0,
+    max_bad: Annotated[
+        str, typer.Option(help="Unusable inputs allowed: a count (10) or a share (0.01).")
+    ] = "",
+    strict: Annotated[bool, typer.Option("--strict", help="The same as --max-bad 0.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at every image before training does; run again, it reads what is new or changed."""
+    from btpipe import progress
+    from btpipe.data import scan as scanning
+
+    budget = 0 if strict else _budget(max_bad)
+    with progress.show("json" if as_json else "auto") as report:
+        scanning.scan(source, out, report, depth=depth, max_bad=budget, limit_seconds=limit)
 
 
 @eval_app.command("knn")

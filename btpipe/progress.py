@@ -99,8 +99,7 @@ class _Display:
                 if self._errors.is_terminal:
                     self._print(knn_text(event))
             case events.Progressed():
-                rate = f"{event.images_per_second:,.0f} images/s"
-                self._bar(event.job, event.done, event.total, rate)
+                self._bar(event.job, event.done, event.total, pace_text(event))
             case events.FileRejected():
                 self._reject(event)
             case events.Compiled() | events.CheckpointSaved():
@@ -176,6 +175,14 @@ class Training:
         if self.knn:
             judged.append(f"kNN {self.knn.accuracy:.1%} (epoch {self.knn.epoch:.0f})")
         return [*lines, "  ".join(judged)] if judged else lines
+
+
+def pace_text(event: events.Progressed) -> str:
+    """How fast a counted job goes and, where that is known, how long it will take."""
+    rate = f"{event.images_per_second:,.0f} images/s"
+    if event.images_per_second <= 0 or event.done >= event.total:
+        return rate
+    return f"{rate}  {duration((event.total - event.done) / event.images_per_second)} left"
 
 
 def speed_text(event: events.StepDone) -> str:

@@ -9,7 +9,9 @@ import contextlib
 import ctypes
 import dataclasses
 import multiprocessing
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing import connection
@@ -19,6 +21,7 @@ from btpipe.errors import MachineError
 
 START_SECONDS = 120.0
 """How long a worker may take to import what it works with."""
+_TURN_SECONDS = 0.5  # between two looks at `should_stop`
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy other threads' locks
 
@@ -39,13 +42,15 @@ def supervise(
     *,
     processes: int,
     limit_seconds: float,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Generator[tuple[int, Answer | Lost], None, None]:
     """(key, task) -> (key, `work(task)` or how it was lost), as they are done.
 
     `work` is a function of a module, because the workers import it; what it raises ends its worker.
     A worker has one task at a time, so the culprit is known. A task that took longer than
     `limit_seconds` or ended its worker waits until the others are done, and is tried once more in a
-    process of its own: the machine may have been busy, or memory short.
+    process of its own: the machine may have been busy, or memory short. When `should_stop` says so,
+    it ends within a second, with tasks unanswered.
 
     Raises:
         MachineError: a worker cannot start.
@@ -54,7 +59,7 @@ def supervise(
     suspects: collections.deque[tuple[int, Task]] = collections.deque()
     waiting = next(tasks, None)
     try:
-        while True:
+        while not should_stop():
             idle = [worker for worker in workers if worker.is_idle]
             while waiting and idle and not suspects:
                 idle.pop().give(*waiting, limit_seconds)
@@ -64,7 +69,9 @@ def supervise(
             at_work = [worker for worker in workers if worker.task is not None]
             if suspects and not at_work:
                 key, task = suspects.popleft()
-                yield key, _alone(work, key, task, limit_seconds)
+                answer = _alone(work, key, task, limit_seconds, should_stop)
+                if answer is not None:
+                    yield key, answer
             elif not waiting and not at_work:
                 return
             for worker, given, outcome in _wait([w for w in workers if not w.is_idle]):
@@ -79,18 +86,21 @@ def supervise(
 
 
 def _alone(
-    work: Callable[[Task], Answer], key: int, task: Task, limit_seconds: float
-) -> Answer | Lost:
-    """The task's answer from a process that does nothing else, while no other has a task."""
+    work: Callable[[Task], Answer],
+    key: int,
+    task: Task,
+    limit_seconds: float,
+    should_stop: Callable[[], bool],
+) -> Answer | Lost | None:
+    """The task's answer from a process of its own, while no other has a task; None if stopped."""
     worker: _Worker[Task, Answer] = _Worker(work)
     try:
-        while not worker.is_idle:
-            _wait([worker])
-        worker.give(key, task, limit_seconds)
-        while not (done := _wait([worker])):
-            pass
-        outcome = done[0][2]
-        return outcome if isinstance(outcome, Lost) else outcome[0]
+        while not should_stop():
+            if worker.is_idle:
+                worker.give(key, task, limit_seconds)
+            for _, _, outcome in _wait([worker]):
+                return outcome if isinstance(outcome, Lost) else outcome[0]
+        return None
     finally:
         worker.end()
 
@@ -138,14 +148,16 @@ class _Worker(Generic[Task, Answer]):
 def _wait(
     workers: "list[_Worker[Task, Answer]]",
 ) -> "list[tuple[_Worker[Task, Answer], tuple[int, Task], tuple[Answer] | Lost]]":
-    """Waits until a worker answers, is lost or too late; the tasks that are decided.
+    """Waits a moment for a worker to answer, be lost or too late; the tasks that are decided.
 
     A worker that is lost is ended.
     """
     if not workers:
         return []
     patience = min(worker.deadline for worker in workers) - time.monotonic()
-    connection.wait([worker.connection for worker in workers], max(patience, 0) + 0.01)
+    connection.wait(
+        [worker.connection for worker in workers], min(max(patience, 0) + 0.01, _TURN_SECONDS)
+    )
     decided = []
     for worker in workers:
         outcome = worker.outcome()
@@ -173,6 +185,9 @@ def _serve(tasks: "connection.Connection", work: Callable[[Task], Answer]) -> No
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever supervises may be killed
     for number in (signal.SIGINT, signal.SIGUSR1):  # they reach all; the supervisor decides
         signal.signal(number, signal.SIG_IGN)
+    # Decoders in C complain on file descriptor 2 and name no file; Python still has its own.
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     tasks.send(())
     while True:
         try:

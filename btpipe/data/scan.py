@@ -1,0 +1,253 @@
+"""Looks at all images before a training does: their health, their doubles, in an index to train on.
+
+    X.parquet  X.rejects.csv  X.findings.csv
+
+Every input ends in the index or in the rejects. A second scan with the same `out` reads what is new
+or changed; one that was stopped goes on.
+"""
+
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from btpipe import artifact, runtime
+from btpipe.data import findings, health, index, known, reading, rejects, supervisor
+from btpipe.data.findings import Finding
+from btpipe.data.health import Verdict
+from btpipe.data.rejects import Reject
+from btpipe.errors import BudgetError, Stopped, UsageError
+from btpipe.events import Finished, Note, Progressed, Report, Tabled, per_second
+
+Depth = Literal["header", "decode"]
+"""header: a look at each file's first bytes. decode: all of it is read, digested and decoded."""
+LIMIT_SECONDS = 20.0
+"""For one decode: the largest image that is accepted takes 4 s on one core."""
+SAVE_SECONDS = 300.0
+"""What a kill can cost."""
+NOT_DECODED = (
+    "Judged by their headers alone: --depth decode also finds files that are cut or damaged,"
+    " doubles and pictures of one colour; it reads and decodes everything, once."
+)
+_READ_FILES, _READ_THREADS = 16, 4
+_PROGRESS_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """What a scan found: usable images, rejects, findings.
+
+    Of all inputs `kept` are as an earlier scan knew them, `read` were read now, and `dropped` are
+    there no more.
+    """
+
+    index: index.Index
+    rejects: list[Reject]
+    findings: list[Finding]
+    kept: int
+    read: int
+    dropped: int
+
+
+def scan(
+    source: Path,
+    out: Path,
+    report: Report,
+    *,
+    depth: Depth = "header",
+    max_bad: float | None = None,
+    limit_seconds: float = LIMIT_SECONDS,
+) -> Scan:
+    """Scans the images of `source` into `out` and the two files beside it, and reports.
+
+    `max_bad`: how many inputs may be bad, an int for a count and a float for a share of them; None:
+    any number. `limit_seconds`: for one decode.
+
+    Raises:
+        UsageError: no such folder, or no image in it.
+        IntegrityError: `out` holds something that is not an index.
+        BudgetError: finished, with more bad inputs than `max_bad`.
+        MachineError: no space, or no permission.
+        Stopped: a signal; what was decoded is kept, the same command goes on.
+    """
+    started = time.monotonic()
+    if out.suffix != ".parquet" or out.is_dir():
+        raise UsageError("not a name for an index", where=out, expected="a file X.parquet")
+    before = known.read(out)
+    listed, refused = index.build(source, report)
+    with artifact.disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    work = _Work(listed, [Reject(r.path, r.stage, r.reason) for r in refused], before, report)
+    if depth == "decode":
+        work.decode(out, limit_seconds)
+    done = work.result(depth)
+    save(done, out)
+    _tell(done, out, report, depth, time.monotonic() - started)
+    _keep_budget(done, out, max_bad)
+    return done
+
+
+class _Work:
+    """The state of a scan: what is known of each listed image, from before or by now."""
+
+    def __init__(
+        self, listed: index.Index, refused: list[Reject], before: known.Known, report: Report
+    ) -> None:
+        self._listed, self._refused, self._before = listed, refused, before
+        self._report = report
+        self._same = before.rows(listed)
+        columns = before.recall(self._same, ("digest", "width", "height"))
+        self._digests, width, height = columns or [pa.nulls(len(listed))] * 3
+        self._widths, self._heights = listed.widths.copy(), listed.heights.copy()
+        self._is_known = np.array(self._digests.is_valid(), dtype=bool)
+        if columns:
+            self._widths[self._is_known] = np.array(width.fill_null(0))[self._is_known]
+            self._heights[self._is_known] = np.array(height.fill_null(0))[self._is_known]
+        self._flat = before.flat(listed, self._same)
+        self._bad = before.bad(listed)
+        for row, reject in self._bad.items():
+            self._reject(row, reject)
+        self._recalled = int(self._is_known.sum())
+        self._new: dict[int, str] = {}
+
+    def decode(self, out: Path, limit_seconds: float) -> None:
+        """Decodes what is not known yet; saves every few minutes, and when a signal comes."""
+        rows = np.flatnonzero(~self._is_known)
+        started = saved = time.monotonic()
+        reported = 0.0
+        with (
+            runtime.StopSignals() as signals,
+            concurrent.futures.ThreadPoolExecutor(_READ_THREADS, "btpipe-read") as pool,
+        ):
+            verdicts = supervisor.supervise(
+                health.examine,
+                self._contents(rows, pool),
+                processes=min(runtime.cores(), len(rows)),
+                limit_seconds=limit_seconds,
+                should_stop=lambda: bool(signals.asked),
+            )
+            for row, verdict in verdicts:
+                self._note(row, verdict)
+                now, done = time.monotonic(), int(self._is_known.sum()) - self._recalled
+                if now - reported > _PROGRESS_SECONDS or done == len(rows):
+                    reported, rate = now, per_second(done, now - started)
+                    self._report(Progressed("scan", done, len(rows), rate, 0.0))
+                if now - saved > SAVE_SECONDS:
+                    save(self.result("decode"), out)
+                    saved = time.monotonic()
+        if signals.asked:
+            save(self.result("decode"), out)
+            what = f"stopped by {signals.asked}: {done} of {len(rows)} images are decoded"
+            raise Stopped(what, where=out, fix="run the same command again: it goes on")
+
+    def _contents(
+        self, rows: NDArray[np.int64], pool: concurrent.futures.Executor
+    ) -> Iterator[tuple[int, bytes]]:
+        """(row, content) of what can be read; the others are noted as bad."""
+        starts = range(0, len(rows), _READ_FILES)
+        tasks = ((i, rows[start : start + _READ_FILES]) for i, start in enumerate(starts))
+
+        def read(row: int) -> reading.Content:
+            return reading.read_file(self._listed, row)
+
+        for _, part, contents in reading.read_ahead(tasks, read, pool):
+            for row, content in zip(part.tolist(), contents, strict=True):
+                if isinstance(content, str):
+                    self._reject(row, Reject(self._path(row), "decode", content))
+                else:
+                    yield row, content.tobytes()
+
+    def _note(self, row: int, verdict: Verdict | supervisor.Lost) -> None:
+        """Keeps what came of a decode."""
+        if isinstance(verdict, supervisor.Lost) or verdict.reason:
+            size, mtime_ns = (self._listed.table[n][row].as_py() for n in ("bytes", "mtime_ns"))
+            reject = Reject(self._path(row), "decode", verdict.reason, size, mtime_ns)
+            self._reject(row, reject)
+            return
+        self._is_known[row], self._new[row] = True, verdict.digest
+        self._widths[row], self._heights[row] = verdict.width, verdict.height
+        if verdict.is_flat:
+            self._flat.add(row)
+
+    def _reject(self, row: int, reject: Reject) -> None:
+        self._is_known[row], self._bad[row] = True, reject
+        self._report(reject.event)
+
+    def _path(self, row: int) -> str:
+        return str(self._listed.table["path"][row].as_py())
+
+    def result(self, depth: Depth) -> Scan:
+        """The scan as it stands."""
+        digests = self._digests.to_pylist()
+        for row, digest in self._new.items():
+            digests[row] = digest
+        table = self._listed.table
+        for name, values in (
+            ("digest", digests),
+            ("width", self._widths),
+            ("height", self._heights),
+        ):
+            field = index.SCHEMA.field(name)
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, field, pa.array(values, field.type))
+        good = np.ones(len(table), dtype=bool)
+        good[list(self._bad)] = False
+        flat = [row for row in sorted(self._flat) if good[row]]
+        table = table.filter(pa.array(good)).combine_chunks()
+        made = dataclasses.replace(self._listed, table=table)
+        rejected = sorted([*self._refused, *self._bad.values()], key=lambda r: r.path)
+        kept = self._recalled if depth == "decode" else int((self._same >= 0).sum())
+        now = int(self._is_known.sum()) - kept if depth == "decode" else len(self._same) - kept
+        found = findings.of([self._path(row) for row in flat], table)
+        return Scan(made, rejected, found, kept, now, self._before.gone(made, rejected))
+
+
+def save(done: Scan, out: Path) -> None:
+    """Writes rejects and findings, then the index.
+
+    Raises:
+        MachineError: no space, or no permission.
+    """
+    rejects.write(rejects.path_beside(out), done.rejects)
+    findings.write(findings.path_beside(out), done.findings)
+    done.index.save(out)
+
+
+def _tell(done: Scan, out: Path, report: Report, depth: Depth, seconds: float) -> None:
+    """What was found, how much of it, and what to do about it."""
+    if done.rejects:
+        rows = tuple(health.advice(done.rejects))
+        title = f"Rejected, listed in {rejects.path_beside(out)}"
+        report(Tabled(title, ("reason", "files", "what to do", "such as"), rows))
+    if done.findings:
+        found = tuple(findings.summary(done.findings))
+        title = f"Usable, but look at them: {findings.path_beside(out)}"
+        report(Tabled(title, ("finding", "images", "such as"), found))
+    if depth != "decode":
+        report(Note(NOT_DECODED))
+    text = (
+        f"{out}: {len(done.index):,} images, {len(done.rejects):,} rejects;"
+        f" {done.kept:,} as they were, {done.read:,} read, {done.dropped:,} dropped"
+    )
+    report(Finished("scan", text, seconds))
+
+
+def _keep_budget(done: Scan, out: Path, max_bad: float | None) -> None:
+    """Raises BudgetError when more inputs were rejected than allowed."""
+    if max_bad is None:
+        return
+    total = len(done.index) + len(done.rejects)
+    bad = len(done.rejects) if isinstance(max_bad, int) else len(done.rejects) / max(total, 1)
+    if bad > max_bad:
+        raise BudgetError(
+            f"{len(done.rejects)} of {total} inputs are bad",
+            where=rejects.path_beside(out),
+            expected=f"max_bad {max_bad}",
+            fix="read the reasons there; the index is finished and holds the others",
+        )
