@@ -1,4 +1,5 @@
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -61,6 +62,19 @@ def test_a_draw_does_not_depend_on_its_neighbours_in_the_batch() -> None:
         )
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_together_draw_what_one_rank_draws(world_size: int) -> None:
+    whole = draws(recipe.View(rotate90=0.5, vertical_flip=0.5))
+    for rank in range(world_size):
+        share = draws(
+            recipe.View(rotate90=0.5, vertical_flip=0.5),
+            images=np.arange(COUNT)[rank::world_size],
+        )
+        for field in dataclasses.fields(params.Draws):
+            ours, theirs = getattr(share, field.name), getattr(whole, field.name)
+            np.testing.assert_array_equal(ours, theirs[rank::world_size], field.name)
+
+
 @pytest.mark.parametrize(
     ("seed", "epoch", "view_number"), [(8, 3, 0), (7 + 2**40, 3, 0), (7, 4, 0), (7, 3, 1)]
 )
@@ -82,12 +96,16 @@ def torchvision_crops(width: int, height: int, view: recipe.View) -> NDArray[np.
     )
 
 
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.3, 1.0)])
 @pytest.mark.parametrize(("width", "height"), [(400, 300), (90, 700), (2000, 100)])
-def test_crops_are_distributed_as_torchvisions(width: int, height: int) -> None:
-    drawn = draws(width=width, height=height)
+def test_crops_are_distributed_as_torchvisions(
+    width: int, height: int, scale: tuple[float, float]
+) -> None:
+    view = recipe.View(scale=scale)
+    drawn = draws(view, width=width, height=height)
     start = drawn.crop_start.astype(np.float64)  # as torchvision's, so that equal ratios are ties
     extent = drawn.crop_end - start
-    expected = torchvision_crops(width, height, recipe.VIEW_A)
+    expected = torchvision_crops(width, height, view)
     for ours, theirs in [
         (start[:, 0], expected[:, 0]),
         (start[:, 1], expected[:, 1]),
@@ -126,22 +144,58 @@ def test_where_no_attempt_fits_the_crop_is_torchvisions_central_one() -> None:
     assert (drawn.crop_end == [top + height, left + width]).all()
 
 
-def test_jitter_is_distributed_as_torchvisions() -> None:
-    jitter = transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)
+@pytest.mark.parametrize(
+    "strength", [(0.4, 0.4, 0.2, 0.1), (0.8, 0.8, 0.8, 0.2), (0.2, 0.2, 0.0, 0.0)]
+)
+def test_jitter_is_distributed_as_torchvisions(strength: tuple[float, ...]) -> None:
+    theirs_of = transforms.ColorJitter(*strength)
     torch.manual_seed(0)
     theirs = [
         transforms.ColorJitter.get_params(
-            jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+            theirs_of.brightness, theirs_of.contrast, theirs_of.saturation, theirs_of.hue
         )
         for _ in range(COUNT)
     ]
-    drawn = draws()
-    for number in range(4):
+    names = ("brightness", "contrast", "saturation", "hue")
+    jitter = recipe.Jitter.model_validate(dict(zip(names, strength, strict=True)))
+    drawn = draws(recipe.View(jitter=jitter))
+    for number, spread in enumerate(strength):
+        ours = drawn.factors[drawn.jitter, number]
+        if not spread:  # torchvision draws nothing then, which is the neutral factor
+            assert (ours == (number != 3)).all()
+            continue
         expected = [float(values[number + 1]) for values in theirs]
-        assert stats.ks_2samp(drawn.factors[drawn.jitter, number], expected).pvalue > LEAST_P
-    counts = np.unique(drawn.order @ [64, 16, 4, 1], return_counts=True)[1]
-    assert len(counts) == 24
-    assert stats.chisquare(counts).pvalue > LEAST_P
+        assert stats.ks_2samp(ours, expected).pvalue > LEAST_P
+    orders = [np.array([values[0].numpy() for values in theirs]), drawn.order]
+    counts = [np.unique(order @ [64, 16, 4, 1], return_counts=True)[1] for order in orders]
+    assert len(counts[0]) == len(counts[1]) == 24
+    assert stats.chisquare(counts[1]).pvalue > LEAST_P
+    assert stats.chi2_contingency(counts).pvalue > LEAST_P
+
+
+def test_blur_is_drawn_as_the_published_code_draws_it() -> None:
+    generator = random.Random(0)
+    theirs = [generator.random() * 1.9 + 0.1 for _ in range(COUNT)]  # main.py, GaussianBlur
+    ours = draws(recipe.VIEW_A).blur_sigma
+    assert stats.ks_2samp(ours, theirs).pvalue > LEAST_P
+    assert 0.1 <= ours.min() < ours.max() < 2.0
+
+
+def test_choices_are_as_frequent_as_torchvisions_own() -> None:
+    view = recipe.View(solarize=recipe.Solarize(probability=0.2))
+    drawn = draws(view)
+    image = torch.zeros(3, 2, 2)
+    image[0, :, 0] = 1  # one red column: each choice changes it
+    torch.manual_seed(0)
+    for ours, choice in [
+        (drawn.flip, transforms.RandomHorizontalFlip(view.flip)),
+        (drawn.gray, transforms.RandomGrayscale(view.gray)),
+        (drawn.solarize, transforms.RandomSolarize(0.5, view.solarize.probability)),
+        (drawn.jitter, transforms.RandomApply([transforms.RandomSolarize(0.5, 1.0)], 0.8)),
+    ]:
+        theirs = np.array([not torch.equal(choice(image), image) for _ in range(COUNT)])
+        table = [[int(happened.sum()), int((~happened).sum())] for happened in (ours, theirs)]
+        assert stats.chi2_contingency(table).pvalue > LEAST_P
 
 
 def test_each_choice_happens_as_often_as_its_probability_says() -> None:
