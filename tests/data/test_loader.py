@@ -232,6 +232,34 @@ def test_a_vanished_file_is_quarantined_and_replaced(folder: Path) -> None:
     assert quarantine == {5: "cannot be read: No such file or directory", 6: "empty file"}
 
 
+def test_files_that_vanish_while_a_run_goes_on_are_replaced(folder: Path) -> None:
+    made, _ = index.build(folder)
+    planned = batches(made)
+    events: list[Event] = []
+    with TrainingLoader(
+        made,
+        settings(batch_size=2),
+        rank=0,
+        world_size=1,
+        start_step=0,
+        device=torch.device("cpu"),
+        report=events.append,
+        quarantine={},
+    ) as loader:
+        running = iter(loader)
+        got = [next(running)]
+        gone = planned[-1].images[:3]
+        for row in gone:
+            made.file(int(row)).unlink()
+        got += running
+    assert [batch.step for batch in got] == list(range(26))
+    late = np.concatenate([batch.images for batch in got[13:]])  # the second epoch
+    assert not np.isin(late, gone).any()
+    assert {event.path for event in events if isinstance(event, FileRejected)} <= {
+        made.table["path"][int(row)].as_py() for row in gone
+    }
+
+
 def with_wrong_size(right: index.Index, row: int, width: int, height: int) -> index.Index:
     table = right.table.to_pylist()
     table[row] |= {"width": width, "height": height}

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from btpipe import artifact
+from btpipe import artifact, recipe
 from btpipe.data import decoding, index, shards
 from btpipe.data.index import Index, open_index
+from btpipe.data.loader import TrainingLoader
 from btpipe.data.shard import Options
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, FileRejected, Finished, Note, ignore
@@ -161,6 +163,28 @@ def test_other_settings_or_another_folder_are_refused(folder: Path, tmp_path: Pa
     with pytest.raises(RefusedError, match="holds no finished shards"):
         sharded(folder, tmp_path / "mine")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "mine", "out"]
+
+
+def test_training_reads_the_images_of_the_shards(folder: Path, tmp_path: Path) -> None:
+    made, _ = sharded(folder, tmp_path / "out")
+    data = recipe.Data(
+        batch_size=8, image_size=32, threads=2, shuffle="blocks", block_images=4, mixed_blocks=3
+    )
+    chosen = recipe.Recipe(data=data, optim=recipe.Optim(epochs=1, warmup_epochs=0))
+    quarantine: dict[int, str] = {}
+    with TrainingLoader(
+        made,
+        chosen,
+        rank=0,
+        world_size=1,
+        start_step=0,
+        device=torch.device("cpu"),
+        report=ignore,
+        quarantine=quarantine,
+    ) as loader:
+        batches = list(loader)
+    assert len(batches) == 3
+    assert not quarantine
 
 
 def write_slowly(images: Path, out: Path) -> None:
