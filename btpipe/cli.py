@@ -143,7 +143,14 @@ def export(
 
 @app.command()
 def embed(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder of images.")],
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="Folders of images, file lists (.txt, .csv, .parquet), tar shards, parquet with"
+            " images, an index; globs, braces and URLs of these.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Table to write: NAME.parquet.")],
     model: Annotated[Path | None, typer.Option(help="Bundle; the newest export if none.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 32,
@@ -156,7 +163,7 @@ def embed(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed every image of a folder into a parquet table; run again, it goes on where it was."""
+    """Embed every image of the inputs into a parquet table; run again, it goes on where it was."""
     from btpipe import progress
     from btpipe.embed import job
     from btpipe.export import contract

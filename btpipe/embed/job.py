@@ -1,10 +1,11 @@
-"""A folder of images to a table of vectors: planned, resumable, and the same table either way.
+"""Images to a table of vectors: planned, resumable, and the same table either way.
 
 Every input ends as a row of `X.parquet` or of `X.rejects.parquet`. Parts of the table are committed
 in `X.parquet.work/` while the job runs; the same command again goes on behind the last one.
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ class Summary:
 
 
 def embed(
-    source: Path,
+    source: Path | str | Sequence[Path | str],
     out: Path,
     bundle: Path,
     report: Report,
@@ -47,14 +48,15 @@ def embed(
     overwrite: bool = False,
     part_rows: int = PART_ROWS,
 ) -> Summary:
-    """Embeds every image below `source` into `out` and its rejects file.
+    """Embeds every image of `source` into `out` and its rejects file.
 
+    `source`: folders, file lists, tar shards, parquet with image bytes, an index, URLs of these.
     `max_bad`: how many inputs may be bad, an int for a count and a float for a share of them; None:
     any number. `overwrite`: replace the table, or drop the unfinished work, of another bundle.
     `part_rows`: rows in a part, the most that a kill can cost.
 
     Raises:
-        UsageError: no such folder, no image in it, or no such bundle.
+        UsageError: no such input, no image in it, `out` is one of them, or no such bundle.
         RefusedError: `out` is of another bundle, or another process is at work on it.
         BudgetError: finished, with more bad inputs than `max_bad`.
         MachineError: no space, or no permission; what is committed stays.
@@ -67,7 +69,8 @@ def embed(
     if not overwrite:
         _refuse_another_bundle(out, encoder.digest)
     index, refused = build(source, report)
-    footer = _footer(source, index, refused, encoder)
+    _refuse_own_input(out, index)
+    footer = _footer(index, refused, encoder)
     folder = work.folder_of(out)
     finished = _is_finished(out, footer)
     images = 0
@@ -98,6 +101,19 @@ def _refuse_another_bundle(out: Path, digest: str) -> None:
         )
 
 
+def _refuse_own_input(out: Path, index: Index) -> None:
+    """Raises UsageError where the table would take the place of what it is made from."""
+    written = {os.path.realpath(path) for path in (out, table.rejects_path(out))}
+    for origin in index.sources:
+        if os.path.realpath(origin.place) in written:
+            raise UsageError(
+                "is one of the inputs",
+                where=out,
+                expected="a table beside the images",
+                fix="choose another --out, or name the inputs by a pattern that leaves it out",
+            )
+
+
 def _is_finished(out: Path, footer: table.Footer) -> bool:
     """Whether table and rejects stand there for this very input and bundle."""
     wanted = footer.metadata().items()
@@ -108,15 +124,13 @@ def _is_finished(out: Path, footer: table.Footer) -> bool:
     return all(metadata is not None and wanted <= metadata.items() for metadata in found)
 
 
-def _footer(
-    source: Path, index: Index, refused: Sequence[FileRejected], encoder: Encoder
-) -> table.Footer:
+def _footer(index: Index, refused: Sequence[FileRejected], encoder: Encoder) -> table.Footer:
     return table.Footer(
         bundle=encoder.digest,
         input=table.fingerprint(index.table, refused),
         preprocessing=encoder.preprocessing.text(),
         precision=encoder.precision,
-        root=source.resolve().name,
+        root=index.root.resolve().name,
         dimension=encoder.dimension,
     )
 

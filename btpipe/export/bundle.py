@@ -155,8 +155,10 @@ def _card(
 
 
 def _without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with the last part of its folder's name: a card is read on other machines."""
-    data = recipe.data.model_copy(update={"train": Path(recipe.data.train).name})
+    """The recipe with the last part of its inputs' names: a card is read on other machines."""
+    names = [Path(place).name for place in recipe.data.inputs]
+    train = names[0] if len(names) == 1 else tuple(names) or ""
+    data = recipe.data.model_copy(update={"train": train})
     return recipe.model_copy(update={"data": data})
 
 

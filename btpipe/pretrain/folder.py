@@ -63,16 +63,17 @@ def prepare(folder: Path, wanted: Recipe, report: Report) -> None:
 
 
 def _index(wanted: Recipe, report: Report) -> tuple[data_index.Index, list[FileRejected]]:
-    train = Path(wanted.data.train)
-    if not wanted.data.train or not train.is_dir():
-        found = f"data.train = {wanted.data.train!r} is not a folder"
+    named = wanted.data.inputs
+    try:
+        index, rejected = data_index.build(named, report)
+    except UsageError as error:
         fix = "put the training images there (any tree of folders), or: --set data.train=DIR"
-        raise UsageError(found, expected="a folder of images", fix=fix)
-    index, rejected = data_index.build(train, report)
+        found = f"data.train = {' '.join(named)!r}: {error.what}"
+        raise UsageError(found, where=error.where, expected=error.expected, fix=fix) from error
     if len(index) < wanted.data.batch_size:
         raise UsageError(
             f"{len(index)} readable images are less than one batch of {wanted.data.batch_size}",
-            where=train,
+            where=" ".join(named),
             fix="add images, or lower the batch: --set data.batch_size=N",
         )
     return index, rejected
@@ -94,7 +95,7 @@ def require_same_images(folder: Path) -> None:
         kinds = {"added": found.added, "removed": found.removed, "of another size": found.resized}
         said = [f"{len(p)} {kind} ({p[0]})" for kind, p in kinds.items() if p]
         raise RefusedError(
-            f"data.train = {str(index.root)!r} has changed since the run began: {', '.join(said)}",
+            f"data.train: images changed since the run began: {', '.join(said)}",
             where=folder,
             expected=f"the {len(index)} images of its index.parquet",
             fix="put the images back as they were, or train on the new ones under another --name",

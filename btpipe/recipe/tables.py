@@ -84,8 +84,9 @@ VIEW_B = View(blur=Blur(probability=0.1), solarize=Solarize(probability=0.2))
 class Data(Table):
     """Which images, and how many make a batch."""
 
-    train: str = ""
-    """Folder of images, searched recursively; class folders are welcome and their names unused."""
+    train: str | tuple[str, ...] = ""
+    """Folders of images, searched recursively (the names of class folders go unused), file lists,
+    tar shards, parquet with image bytes, an index, URLs of these: one, or a list of them."""
     batch_size: Annotated[int, Field(ge=2)] = 2048
     """Images in one optimiser step, over all ranks. Divisible by the number of ranks."""
     image_size: Annotated[int, Field(ge=16)] = 224
@@ -100,6 +101,11 @@ class Data(Table):
     """With "blocks": consecutive images that stay in one pool."""
     mixed_blocks: Count = 128
     """With "blocks": how many blocks are one pool, within which the order is any."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What `train` names, one by one."""
+        return tuple(filter(None, (self.train,) if isinstance(self.train, str) else self.train))
 
 
 class Network(Table):

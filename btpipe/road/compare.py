@@ -81,7 +81,7 @@ def compare(
     judged = []
     for name, made in (("untrained", untrained), ("pretrained", pretrained)):
         tables = out / f"{name}-train.parquet", out / f"{name}-test.parquet"
-        for source, table in zip((index.root, test), tables, strict=True):
+        for source, table in zip((run / folder.INDEX, test), tables, strict=True):
             job.embed(source, table, made, quiet, batch_size=BATCH)
         judged.append(knn.evaluate(*tables, k=k))
     return Comparison(pixels, *judged)

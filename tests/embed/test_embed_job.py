@@ -421,6 +421,6 @@ def test_mistakes_are_named_before_anything_is_written(
         run(images, tmp_path / "v.csv", bundle)
     with pytest.raises(UsageError, match="btpipe export"):
         run(images, tmp_path / "v.parquet", tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="no such folder or file"):
         run(tmp_path / "nowhere", tmp_path / "v.parquet", bundle)
     assert sorted(tmp_path.iterdir()) == before

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from btpipe.data.sources import folder, lists, parquet, synthetic, tar
-from btpipe.data.sources.rows import SCHEMA, readable
+from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import Source
 from btpipe.events import FileRejected
 
@@ -34,7 +34,7 @@ def collect(
 
 
 def merge(parts: list[Part]) -> Part:
-    """All parts as one, in their order; of a path that comes twice the first one counts."""
+    """All parts as one, in their order; a file that comes twice is one image."""
     tables, sources = [], list[Source]()
     rejected = [event for part in parts for event in part[2]]
     for table, own, _ in parts:
@@ -43,9 +43,8 @@ def merge(parts: list[Part]) -> Part:
         place = SCHEMA.get_field_index("source")
         tables.append(table.set_column(place, SCHEMA.field("source"), pa.array(to[numbers])))
     whole = pa.concat_tables(tables)
-    if len(parts) > 1 or sources[0].kind != "folder":
-        whole, twice = _without_doubles(whole)
-        rejected += twice
+    if len(parts) > 1:
+        whole = _without_doubles(whole)
     return whole.combine_chunks(), tuple(sources), rejected
 
 
@@ -56,14 +55,12 @@ def _number(source: Source, known: list[Source]) -> int:
     return len(known) - 1
 
 
-def _without_doubles(table: pa.Table) -> tuple[pa.Table, list[FileRejected]]:
+def _without_doubles(table: pa.Table) -> pa.Table:
+    """The same rows without those of a file that an earlier input named already."""
     exact = pc.coalesce(table["path_bytes"], table["path"].cast(pa.binary())).combine_chunks()
     if pc.count_distinct(exact).as_py() == len(table):
-        return table, []
+        return table
     codes = np.array(exact.dictionary_encode().indices)
     is_first = np.zeros(len(table), dtype=bool)
     is_first[np.unique(codes, return_index=True)[1]] = True
-    twice = exact.filter(pa.array(~is_first)).to_pylist()
-    reason = "a second image of this name: the first one counts"
-    rejected = [FileRejected(readable(path), "index", reason) for path in twice]
-    return table.filter(pa.array(is_first)), rejected
+    return table.filter(pa.array(is_first))

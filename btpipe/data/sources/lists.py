@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from btpipe.data.sources import folder, places
-from btpipe.data.sources.rows import SCHEMA, Found, reject
+from btpipe.data.sources.rows import SCHEMA, Found
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
 
@@ -31,16 +31,11 @@ def look(source: Source, tell: folder.Tell, *, list_only: bool = False) -> Found
         raise UsageError(f"cannot be read: {error.strerror}", where=source.place) from error
     names, labels = _read(source.place, content)
     first: dict[bytes, str | None] = {}
-    twice = []
     for name, label in zip(names, labels, strict=True):
-        if name in first:
-            twice.append(reject(source, name, "listed twice: the first one counts"))
-        else:
-            first[name] = label
+        first.setdefault(name, label)  # a file that is listed twice is one image
     found = folder.look_at(source, list(first), tell, list_only=list_only)
-    if any(label is not None for label in first.values()):
-        found = _labelled(source, found, first)
-    return Found(found.batches, found.rejected + twice)
+    is_labelled = any(label is not None for label in first.values())
+    return _labelled(source, found, first) if is_labelled and found.batches else found
 
 
 def _read(place: str, content: bytes) -> Entries:

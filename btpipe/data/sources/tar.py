@@ -96,6 +96,7 @@ def _look(source: Source, file: BinaryIO) -> Found:
     found = Found([], [])
     labels: dict[bytes, str] = {}
     names: list[bytes] = []
+    seen: set[bytes] = set()
     for member in _members(source, file):
         if isinstance(member, FileRejected):
             found.rejected.append(member)
@@ -110,9 +111,14 @@ def _look(source: Source, file: BinaryIO) -> Found:
                 labels[key] = label
             continue
         looked = _look_at(source, file, member, name)
+        if isinstance(looked, Row) and name in seen:
+            # Named apart: a reject's path must not be that of an image.
+            second = f" (again at byte {member.offset})".encode()
+            looked = reject(source, name + second, "a second member of this name")
         if isinstance(looked, FileRejected):
             found.rejected.append(looked)
         elif looked is not None:
+            seen.add(name)
             rows.append(looked)
             names.append(name)
             if len(rows) == CHUNK_ROWS:

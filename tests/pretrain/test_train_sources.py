@@ -1,0 +1,67 @@
+"""A run on what is not a folder of images: shards, tables and lists, and its resume."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_run import draw_images
+
+from btpipe import recipe
+from btpipe.data.index import open_index
+from btpipe.errors import RefusedError, UsageError
+from btpipe.events import ignore
+from btpipe.pretrain import folder
+
+IMAGES = 12
+
+
+def described(*inputs: Path) -> recipe.Recipe:
+    data = recipe.Data(train=tuple(map(str, inputs)), batch_size=8, image_size=32)
+    return recipe.Recipe(data=data, network=recipe.Network(backbone="resnet18"))
+
+
+def shard(path: Path, files: list[Path]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for file in files:
+            info = tarfile.TarInfo(file.name)
+            info.size = file.stat().st_size
+            tar.addfile(info, io.BytesIO(file.read_bytes()))
+    return path
+
+
+def test_a_run_takes_several_inputs_and_knows_when_one_changes(tmp_path: Path) -> None:
+    files = draw_images(tmp_path / "drawn", IMAGES)
+    tar = shard(tmp_path / "a.tar", files[:6])
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [file.read_bytes() for file in files[6:]]}), table)
+    wanted, run = described(tar, table), tmp_path / "run"
+    folder.prepare(run, wanted, ignore)
+    assert len(open_index(run / folder.INDEX)) == IMAGES
+    assert recipe.load(run / folder.RECIPE) == wanted
+    folder.prepare(run, wanted, ignore)  # the same recipe: it may go on
+    folder.require_same_images(run)
+    shard(tar, files[1:6])
+    with pytest.raises(RefusedError, match=r"data\.train(.|\n)*1 removed \(a\.tar::000\.jpg\)"):
+        folder.require_same_images(run)
+    with pytest.raises(RefusedError, match=r"data\.train is"):
+        folder.prepare(run, described(tar), ignore)
+
+
+def test_an_input_of_no_known_kind_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    (tmp_path / "notes.md").write_text("hello")
+    for inputs in ((tmp_path / "notes.md",), (tmp_path / "missing",), ()):
+        with pytest.raises(UsageError, match=r"data\.train(.|\n)*folders of images.*tar shards"):
+            folder.prepare(tmp_path / "run", described(*inputs), ignore)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_train_may_be_set_to_one_or_to_a_list(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text("")
+    one = recipe.load(tmp_path / "r.toml", ["data.train=a.tar"])
+    several = recipe.load(tmp_path / "r.toml", ['data.train=["a.tar", "b"]'])
+    assert (one.data.inputs, several.data.inputs) == (("a.tar",), ("a.tar", "b"))
+    (tmp_path / "again.toml").write_text(several.to_toml())
+    assert recipe.load(tmp_path / "again.toml") == several
