@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.data import patience
+from btpipe.data import patience, rejects
 from btpipe.data.sources import (
     Source,
     collecting,
@@ -194,7 +194,7 @@ def build(
     parts = []
     for place in found:
         if place in indexes:
-            parts.append(_moved(indexes[place], root))
+            parts.append(_moved(indexes[place], rejects.path_beside(Path(place)), root))
         else:
             origin, name = inputs.describe(place, root), place.rpartition("/")[2]
             part = collecting.collect(origin, name, meter.tell, list_only=depth == "list")
@@ -209,13 +209,17 @@ def build(
     return Index(root, table, sources), rejected
 
 
-def _moved(known: Index, root: Path) -> collecting.Part:
-    """An index as an input: its rows are the very files, with paths below another root."""
+def _moved(known: Index, beside: Path, root: Path) -> collecting.Part:
+    """An index as an input: its rows are the very files, with paths below another root.
+
+    What its scan rejected stands `beside` it, and stays rejected.
+    """
     name = inputs.relative(os.fspath(known.root), root)
     own = known.sources or (Source("folder", os.fspath(known.root)),)
     kept = [origin.listed() for origin in own]
+    bad = [reject.below(f"{name}/" if name else "").event for reject in rejects.read(beside)]
     if not name:
-        return known.table, tuple(kept), []
+        return known.table, tuple(kept), bad
     table, prefix = known.table, f"{name}/"
     paths = table["path"]
     alone = pc.or_(pc.starts_with(paths, "/"), pc.match_substring(paths, "://"))
@@ -225,7 +229,7 @@ def _moved(known: Index, root: Path) -> collecting.Part:
     for column, values in (("path", path), ("path_bytes", pa.array(exact, pa.binary()))):
         at = SCHEMA.get_field_index(column)
         table = table.set_column(at, SCHEMA.field(column), values)
-    return table, tuple(dataclasses.replace(s, prefix=prefix + s.prefix) for s in kept), []
+    return table, tuple(dataclasses.replace(s, prefix=prefix + s.prefix) for s in kept), bad
 
 
 def _no_image(

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from btpipe.data import findings, rejects
 from btpipe.data.findings import Finding
-from btpipe.data.index import Index, open_index
+from btpipe.data.index import SCHEMA, Index, open_index
 from btpipe.data.rejects import Reject
 
-_CONTAINERS = ("tar", "parquet")
+_KNOWN = ("width", "height", "orientation", "format", "mode", "digest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +33,17 @@ class Known:
         at = pc.index_in(_identity(index), value_set=_identity(self.index))
         return np.array(at.fill_null(-1), dtype=np.int64)
 
-    def recall(self, at: NDArray[np.int64], names: tuple[str, ...]) -> list[pa.Array] | None:
-        """These columns of the rows `at`, null where that is -1; None where all of them are."""
+    def recall(self, table: pa.Table, at: NDArray[np.int64]) -> pa.Table:
+        """The table with what is known of its rows, which are the rows `at` here, -1 for none."""
         if self.index is None or not (at >= 0).any():
-            return None
-        taken = self.index.table.select(list(names)).take(pa.array(at, mask=at < 0))
-        return [taken[name].combine_chunks() for name in names]
+            return table
+        taken = self.index.table.take(pa.array(at, mask=at < 0))
+        was_read = pc.fill_null(pc.greater(taken["width"], 0), fill_value=False)
+        for name in _KNOWN:
+            is_told = pc.is_valid(taken["digest"]) if name == "digest" else was_read
+            values = pc.if_else(is_told, taken[name], table[name])
+            table = table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), values)
+        return table
 
     def flat(self, index: Index, at: NDArray[np.int64]) -> set[int]:
         """Rows of `index` that are as they were, and of one colour."""
@@ -82,7 +87,7 @@ def _identity(index: Index) -> pa.Array:
     """(n,) strings: origin, path, bytes and mtime; equal for a file that is as it was."""
     table = index.table.combine_chunks()
     places = [
-        "\0".join([s.place, *([str(s.bytes), str(s.mtime_ns)] if s.kind in _CONTAINERS else [])])
+        "\0".join([s.place, *([str(s.bytes), str(s.mtime_ns)] if s.is_container else [])])
         for s in index.sources
     ] or [str(index.root)]
     origin = pa.array(places).take(pa.array(np.array(table["source"])))

@@ -27,6 +27,11 @@ class Reject:
     def event(self) -> FileRejected:
         return FileRejected(self.path, self.stage, self.reason)
 
+    def below(self, prefix: str) -> "Reject":
+        """The same seen from a folder above; absolute paths and URLs stay as they are."""
+        alone = self.path.startswith("/") or "://" in self.path
+        return self if alone else dataclasses.replace(self, path=prefix + self.path)
+
 
 def path_beside(index: Path) -> Path:
     """The rejects of a scan: `index.parquet` -> `index.rejects.csv`."""

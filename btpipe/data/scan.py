@@ -9,7 +9,7 @@ or changed; one that was stopped goes on.
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,14 +25,15 @@ from btpipe.data.rejects import Reject
 from btpipe.errors import BudgetError, Stopped, UsageError
 from btpipe.events import Finished, Note, Progressed, Report, Tabled, per_second
 
-Depth = Literal["header", "decode"]
-"""header: a look at each file's first bytes. decode: all of it is read, digested and decoded."""
+Depth = Literal["list", "header", "decode"]
+"""list: names, bytes and times; no file is opened. header: a look at each file's first bytes.
+decode: all of it is read, digested and decoded."""
 LIMIT_SECONDS = 20.0
 """For one decode: the largest image that is accepted takes 4 s on one core."""
 SAVE_SECONDS = 300.0
 """What a kill can cost."""
 NOT_DECODED = (
-    "Judged by their headers alone: --depth decode also finds files that are cut or damaged,"
+    "No image was decoded: --depth decode also finds files that are cut or damaged,"
     " doubles and pictures of one colour; it reads and decodes everything, once."
 )
 _READ_FILES, _READ_THREADS = 16, 4
@@ -56,7 +57,7 @@ class Scan:
 
 
 def scan(
-    source: Path,
+    source: Path | str | Sequence[Path | str],
     out: Path,
     report: Report,
     *,
@@ -70,7 +71,7 @@ def scan(
     any number. `limit_seconds`: for one decode.
 
     Raises:
-        UsageError: no such folder, or no image in it.
+        UsageError: an input that is missing or of no known kind, or no image in any of them.
         IntegrityError: `out` holds something that is not an index.
         BudgetError: finished, with more bad inputs than `max_bad`.
         MachineError: no space, or no permission.
@@ -80,7 +81,7 @@ def scan(
     if out.suffix != ".parquet" or out.is_dir():
         raise UsageError("not a name for an index", where=out, expected="a file X.parquet")
     before = known.read(out)
-    listed, refused = index.build(source, report)
+    listed, refused = index.build(source, report, "list" if depth == "list" else "header")
     with artifact.disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     work = _Work(listed, [Reject(r.path, r.stage, r.reason) for r in refused], before, report)
@@ -99,16 +100,11 @@ class _Work:
     def __init__(
         self, listed: index.Index, refused: list[Reject], before: known.Known, report: Report
     ) -> None:
-        self._listed, self._refused, self._before = listed, refused, before
-        self._report = report
         self._same = before.rows(listed)
-        columns = before.recall(self._same, ("digest", "width", "height"))
-        self._digests, width, height = columns or [pa.nulls(len(listed))] * 3
-        self._widths, self._heights = listed.widths.copy(), listed.heights.copy()
-        self._is_known = np.array(self._digests.is_valid(), dtype=bool)
-        if columns:
-            self._widths[self._is_known] = np.array(width.fill_null(0))[self._is_known]
-            self._heights[self._is_known] = np.array(height.fill_null(0))[self._is_known]
+        self._listed = dataclasses.replace(listed, table=before.recall(listed.table, self._same))
+        self._refused, self._before, self._report = refused, before, report
+        self._widths, self._heights = self._listed.widths.copy(), self._listed.heights.copy()
+        self._is_known = np.array(self._listed.table["digest"].is_valid(), dtype=bool)
         self._flat = before.flat(listed, self._same)
         self._bad = before.bad(listed)
         for row, reject in self._bad.items():
@@ -184,7 +180,7 @@ class _Work:
 
     def result(self, depth: Depth) -> Scan:
         """The scan as it stands."""
-        digests = self._digests.to_pylist()
+        digests = self._listed.table["digest"].to_pylist()
         for row, digest in self._new.items():
             digests[row] = digest
         table = self._listed.table

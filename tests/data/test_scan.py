@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from btpipe import cli
 from btpipe.data import findings, header, health, rejects
-from btpipe.data.index import open_index
+from btpipe.data.index import build, open_index
 from btpipe.data.scan import Depth, Scan, scan
 from btpipe.errors import BudgetError, IntegrityError, UsageError
 from btpipe.events import Event, FileRejected, Finished, Note, Progressed, Tabled, ignore
@@ -58,7 +59,7 @@ def reasons(done: Scan) -> dict[str, str]:
     return {reject.path: reject.reason for reject in done.rejects}
 
 
-def decode(images: Path, out: Path, **options: float) -> Scan:
+def decode(images: Path | str, out: Path, **options: float) -> Scan:
     return scan(images, out, ignore, depth="decode", **options)
 
 
@@ -453,3 +454,47 @@ def test_content_decides_what_a_file_is_and_nothing_is_executed(
     for name, kind in {"gif": "GIF", "eps": "PostScript", "svg": "SVG", "pdf": "PDF"}.items():
         assert reasons(done)[f"{name}.jpg"].startswith(f"{kind} is not supported")
     assert not witness.exists()
+
+
+def test_a_listing_opens_no_file_and_keeps_what_is_known(images: Path, tmp_path: Path) -> None:
+    listed = scan(images, tmp_path / "l.parquet", ignore, depth="list")
+    assert len(listed.index) == 11
+    assert listed.rejects == []
+    assert set(listed.index.widths) == {0}
+    first = decode(images, tmp_path / "i.parquet")
+    again = scan(images, tmp_path / "i.parquet", ignore, depth="list")
+    kept = again.index.table.filter(again.index.table["digest"].is_valid())
+    assert kept.equals(first.index.table)
+    assert decode(images, tmp_path / "l.parquet").index.table.equals(first.index.table)
+
+
+def test_several_inputs_are_one_index_and_tar_members_are_scanned_where_they_are(
+    images: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "more.tar", "w") as tar:
+        for name in ("a/1.jpg", "b/cut.jpg"):
+            tar.add(images / name, name)
+    inputs = [str(images), str(tmp_path / "more.tar")]
+    done = scan(inputs, tmp_path / "i.parquet", ignore, depth="decode")
+    assert paths(done) == [f"images/a/{i}.jpg" for i in range(8)] + ["more.tar::a/1.jpg"]
+    assert reasons(done)["more.tar::b/cut.jpg"].startswith("truncated or damaged JPEG")
+    assert [(f.path, f.kind) for f in done.findings] == [("more.tar::a/1.jpg", "duplicate")]
+    again = scan(inputs, tmp_path / "i.parquet", ignore, depth="decode")
+    assert (again.kept, again.read) == (11, 0)
+    assert again.index.table.equals(done.index.table)
+
+
+def test_the_index_is_an_input_whose_rejects_stay_rejected(images: Path, tmp_path: Path) -> None:
+    done = decode(images, tmp_path / "i.parquet")
+    made, refused = build(tmp_path / "i.parquet")
+    assert made.table.equals(done.index.table)
+    assert [(r.path, r.stage, r.reason) for r in refused] == [
+        (r.path, r.stage, r.reason) for r in done.rejects
+    ]
+    draw(tmp_path / "other/1.jpg", seed=50)
+    both, refused = build([tmp_path / "i.parquet", tmp_path / "other"])
+    assert len(both) == 9
+    assert {event.path for event in refused} == {f"images/{r.path}" for r in done.rejects}
+    second = decode(tmp_path / "i.parquet", tmp_path / "second.parquet")
+    assert second.read == 0
+    assert second.index.table.equals(done.index.table)
