@@ -13,7 +13,9 @@ the view number in its top byte and the image's higher bits below. A view's bloc
 Colours are one affine map for each crop: pixel -> color_matrix @ pixel + mean_matrix @ mean +
 color_offset, `mean` the crop's mean RGB (contrast blends with the mean grey at its place in the
 order). It equals torchvision's ColorJitter but for clipping between factors, and but for the hue,
-which is turned in YIQ.
+which is turned in YIQ. Without clipping the four steps commute: each keeps greys grey and maps the
+mean grey as it maps a grey pixel. The order is drawn and kept all the same, for people and for a
+graph that clips.
 """
 
 import dataclasses

@@ -92,7 +92,7 @@ def lines(view: View) -> list[str]:
         *(["solarize"] if view.solarize else []),
     ]
     jitter = [", ".join(factors[:2]), ", ".join(factors[2:])] if factors else ["no jitter"]
-    crop = f"{view.width} x {view.height} at {view.left}, {view.top} ({view.share:.0%})"
+    crop = f"{view.width} x {view.height} at {view.left}, {view.top} ({100 * view.share:.3g}%)"
     return [
         crop,
         ", ".join(place) or "not mirrored",

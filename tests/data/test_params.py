@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -249,6 +250,13 @@ def test_colours_map_greys_to_greys_whatever_is_drawn() -> None:
     total = drawn.color_matrix.sum(axis=2), drawn.mean_matrix.sum(axis=2)
     for rows in total:
         assert np.abs(rows - rows[:, :1]).max() < 1e-5  # float32 sums of a few numbers around 1
+
+
+def test_without_clipping_the_order_of_the_factors_changes_nothing() -> None:
+    orders = np.array(list(itertools.permutations(range(4))))
+    factors = np.tile([1.3, 0.7, 1.15, 0.08], (len(orders), 1))
+    for part in params.color(factors, orders, np.zeros(len(orders), np.bool_)):
+        assert np.ptp(part, axis=0).max() < 1e-14  # sums of a few doubles around 1
 
 
 def test_nothing_drawn_leaves_the_colours_alone() -> None:

@@ -162,7 +162,9 @@ def test_hue_turns_the_same_way_as_torchvisions(image: Image.Image, turns: float
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 1, 3, 0], [1, 2, 0, 3], [3, 0, 1, 2]])
-def test_factors_apply_in_the_drawn_order(image: Image.Image, order: list[int]) -> None:
+def test_several_factors_together_are_pillows_in_any_order(
+    image: Image.Image, order: list[int]
+) -> None:
     factors = [0.8, 1.2, 0.8, 0.0]
     operations = [
         functional.adjust_brightness,

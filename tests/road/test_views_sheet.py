@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from btpipe import recipe
 from btpipe.cli import app
-from btpipe.data import index
+from btpipe.data import index, params
 from btpipe.data.loader import TrainingLoader
 from btpipe.errors import UsageError
 from btpipe.events import ignore
@@ -87,6 +87,26 @@ def test_the_numbers_on_show_make_the_pixels_on_show(tmp_path: Path) -> None:
             gaps.append(np.abs(view.pixels.astype(int) - theirs).mean())
             assert view.share == pytest.approx(view.width * view.height / np.prod(image.size))
     assert np.mean(gaps) < SEEN_LEVELS
+
+
+def test_factors_are_shown_in_the_order_that_was_drawn(tmp_path: Path) -> None:
+    draw_images(tmp_path, 16)
+    wanted = described(tmp_path)
+    found, _ = index.build(tmp_path)
+    rows = {path: row for row, path in enumerate(found.table["path"].to_pylist())}
+    for sample in seen.draw(wanted, ignore, count=16, epoch=1):
+        for number, view in enumerate(sample.views):
+            drawn = params.draw(
+                wanted.views[number],
+                seed=wanted.seed,
+                epoch=1,
+                view_number=number,
+                images=np.array([rows[sample.path]]),
+                widths=np.array([sample.width]),
+                heights=np.array([sample.height]),
+            )
+            order = [("brightness", "contrast", "saturation", "hue")[k] for k in drawn.order[0]]
+            assert [name for name, _ in view.factors] == (order if drawn.jitter[0] else [])
 
 
 def test_images_of_any_shape_and_name_fit_the_sheet(tmp_path: Path) -> None:
