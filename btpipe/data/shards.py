@@ -27,12 +27,13 @@ from btpipe.data import decoding, reading, shard
 from btpipe.data.index import SCHEMA, Index
 from btpipe.data.shard import Maker, Member, Options, Shard
 from btpipe.data.sources import Source
+from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import FileRejected, Finished, Note, Progressed, Report, per_second
 
 __all__ = ["Options", "parse_bytes", "write"]
 
-KIND = "shards"
+KIND = SHARDS
 INDEX, REJECTS, PLAN = "index.parquet", "rejects.csv", "plan.json"
 _SAMPLE_IMAGES = 128
 _PROGRESS_SECONDS = 1.0

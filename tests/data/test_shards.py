@@ -19,7 +19,7 @@ from btpipe.data import decoding, index, shards
 from btpipe.data.index import Index, open_index
 from btpipe.data.loader import TrainingLoader
 from btpipe.data.shard import Options
-from btpipe.errors import RefusedError, UsageError
+from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Event, FileRejected, Finished, Note, ignore
 
 SMALL = Options(shorter_side=48, quality=90, shard_bytes=20_000)
@@ -185,6 +185,23 @@ def test_training_reads_the_images_of_the_shards(folder: Path, tmp_path: Path) -
         batches = list(loader)
     assert len(batches) == 3
     assert not quarantine
+
+
+def test_the_folder_itself_is_an_input_also_where_it_was_moved(
+    folder: Path, tmp_path: Path
+) -> None:
+    made, _ = sharded(folder, tmp_path / "out")
+    found, _ = index.build(tmp_path / "out")
+    assert found.table.equals(made.table)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved, refused = index.build(tmp_path / "moved")
+    assert not refused
+    for row, digest in enumerate(made.table["digest"].to_pylist()):
+        assert hashlib.sha256(moved.read_bytes(row)).hexdigest() == digest
+    assert moved.labels == made.labels
+    next((tmp_path / "moved").glob("*.tar")).write_bytes(b"cut")
+    with pytest.raises(IntegrityError, match="found 3 bytes"):
+        index.build(tmp_path / "moved")
 
 
 def write_slowly(images: Path, out: Path) -> None:

@@ -2,14 +2,16 @@
 
 import glob
 import itertools
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from btpipe import artifact
 from btpipe.data import header
 from btpipe.data.sources import lists, parquet, places, synthetic, tar
-from btpipe.data.sources.source import Kind, Source
+from btpipe.data.sources.source import SHARDS, Kind, Source
 from btpipe.errors import UsageError
 
 KINDS = (
@@ -28,7 +30,8 @@ def expand(inputs: Sequence[Path | str]) -> list[str]:
     Raises:
         UsageError: a file that is missing, or a pattern without one.
     """
-    found = [place for given in inputs for place in _expand(os.fspath(given))]
+    named = [place for given in inputs for place in _expand(os.fspath(given))]
+    found = [place for name in named for place in _shards(name)]
     if not found:
         raise UsageError("no input named", expected=KINDS)
     return list(dict.fromkeys(found))
@@ -51,6 +54,25 @@ def _expand(given: str) -> list[str]:
             raise UsageError("nothing matches this pattern", where=pattern, expected=KINDS)
         found += sorted(matches)
     return found
+
+
+def _shards(place: str) -> list[str]:
+    """Of a folder that `btpipe shard` made: its index, or its tars where it was moved."""
+    manifest = Path(place) / artifact.MANIFEST
+    if places.is_url(place) or not manifest.is_file():
+        return [place]
+    try:
+        is_shards = json.loads(manifest.read_bytes()).get("kind") == SHARDS
+    except (ValueError, AttributeError):
+        return [place]  # somebody else's file
+    if not is_shards:
+        return [place]
+    artifact.read(Path(place), SHARDS)
+    index = Path(place) / "index.parquet"
+    root = (parquet.schema(str(index)).metadata or {}).get(b"root")
+    if root == os.fsencode(place):
+        return [str(index)]
+    return sorted(str(path) for path in Path(place).glob("*.tar"))
 
 
 def _existing(path: str) -> str:

@@ -9,6 +9,9 @@ Kind = Literal["folder", "list", "files", "tar", "parquet", "synthetic"]
 """folder: all that is found below it; list: what a list names; files: these very files; synthetic:
 made in memory."""
 
+SHARDS = "shards"
+"""The kind, in its manifest, of a folder that `btpipe shard` made."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
