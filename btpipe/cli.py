@@ -213,7 +213,7 @@ def scan(
     strict: Annotated[bool, typer.Option("--strict", help="The same as --max-bad 0.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Look at every image before training does; run again, it reads what is new or changed."""
+    """Look at every image before training does; run again, it decodes only what changed."""
     from btpipe import progress
     from btpipe.data import scan as scanning
 

@@ -2,8 +2,8 @@
 
     X.parquet  X.rejects.csv  X.findings.csv
 
-Every input ends in the index or in the rejects. A second scan with the same `out` reads what is new
-or changed; one that was stopped goes on.
+Every input ends in the index or in the rejects. A second scan with the same `out` decodes what is
+new or changed (the headers are read each time); one that was stopped goes on.
 """
 
 import concurrent.futures
@@ -44,8 +44,8 @@ _PROGRESS_SECONDS = 1.0
 class Scan:
     """What a scan found: usable images, rejects, findings.
 
-    Of all inputs `kept` are as an earlier scan knew them, `read` were read now, and `dropped` are
-    there no more.
+    Of the images listed `kept` are as an earlier scan of this depth knew them and `read` are not;
+    `dropped` inputs were known and are there no more.
     """
 
     index: index.Index

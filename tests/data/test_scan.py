@@ -200,9 +200,10 @@ def test_a_second_scan_reads_only_what_is_new_or_changed_and_drops_what_is_gone(
     replace_unseen(unseen, bytes(unseen.stat().st_size))
     draw(images / "a/1.jpg", seed=31)
     draw(images / "a/new.jpg", seed=32)
+    os.utime(images / "a/4.jpg")
     (images / "a/2.jpg").unlink()
     second = decode(images, tmp_path / "i.parquet")
-    assert (second.read, second.dropped) == (2, 1)
+    assert (second.read, second.dropped) == (3, 1)
     assert "a/new.jpg" in paths(second)
     assert "a/2.jpg" not in paths(second)
     digests = [
