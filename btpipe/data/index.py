@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.data import patience, rejects
+from btpipe.data import mapping, patience, rejects
 from btpipe.data.sources import (
     Source,
     collecting,
@@ -39,6 +39,8 @@ from btpipe.events import FileRejected, Progressed, Report, ignore, per_second
 __all__ = ["FORMAT_VERSION", "SCHEMA", "Index", "Source", "build", "open_index"]
 
 FORMAT_VERSION = 2
+MAPPED_ROWS = 100_000
+"""An index of so many images has its table beside it, uncompressed, to be mapped into memory."""
 _PROGRESS_SECONDS = 1.0
 
 
@@ -120,7 +122,7 @@ class Index:
         return digest.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Writes the index as parquet, whole or not at all.
+        """Writes the index as parquet, whole or not at all; a large one as `X.arrow` as well.
 
         Raises:
             MachineError: no space, or no permission.
@@ -130,6 +132,11 @@ class Index:
             "format_version": str(FORMAT_VERSION),
             "sources": source.to_json(self.sources),
         }
+        mapped = path.with_suffix(".arrow")
+        if len(self) >= MAPPED_ROWS:
+            metadata["content"] = mapping.write(mapped, self.table)
+        else:
+            mapped.unlink(missing_ok=True)
         content = io.BytesIO()
         pq.write_table(self.table.replace_schema_metadata(metadata), content)
         artifact.write_file(path, content.getvalue())
@@ -142,8 +149,9 @@ def open_index(path: Path) -> Index:
         IntegrityError: no such file, not an index, or written by a newer btpipe.
     """
     try:
-        table = pq.read_table(path)
-        metadata = table.schema.metadata or {}
+        metadata = pq.read_schema(path).metadata or {}
+        table = mapping.read(path.with_suffix(".arrow"), metadata.get(b"content", b"").decode())
+        table = pq.read_table(path) if table is None else table
         root, version = Path(os.fsdecode(metadata[b"root"])), int(metadata[b"format_version"])
         origins = source.from_json(metadata.get(b"sources", b"[]").decode())
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:

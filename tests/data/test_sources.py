@@ -532,3 +532,51 @@ def test_a_list_may_name_urls(tmp_path: Path, bucket: str) -> None:
 def test_a_url_of_an_unknown_kind_says_what_to_install() -> None:
     with pytest.raises(UsageError, match=r"pip install 'btpipe\[remote\]'"):
         index.build("nonsense://bucket/a.tar")
+
+
+# Large ones
+
+
+def large(tmp_path: Path) -> index.Index:
+    file(tmp_path / "images/1.jpg", image())
+    made, _ = index.build(tmp_path / "images")
+    table = pa.concat_tables([made.table] * index.MAPPED_ROWS).combine_chunks()
+    return index.Index(made.root, table, made.sources)
+
+
+def test_a_large_index_is_mapped_and_not_read(tmp_path: Path) -> None:
+    made = large(tmp_path)
+    made.save(tmp_path / "index.parquet")
+    before = pa.total_allocated_bytes()
+    again = index.open_index(tmp_path / "index.parquet")
+    taken = pa.total_allocated_bytes() - before
+    assert taken < made.table.nbytes // 10
+    assert again.table.equals(made.table)
+    require_readable(index.Index(again.root, again.table.slice(7, 1), again.sources))
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "another"])
+def test_without_its_mapped_table_a_large_index_is_read_from_parquet(
+    tmp_path: Path, damage: str
+) -> None:
+    made = large(tmp_path)
+    made.save(tmp_path / "index.parquet")
+    mapped = tmp_path / "index.arrow"
+    if damage == "cut":
+        os.truncate(mapped, 1000)
+    elif damage == "gone":
+        mapped.unlink()
+    else:
+        index.Index(made.root, pa.concat_tables([made.table] * 2), made.sources).save(
+            tmp_path / "other.parquet"
+        )
+        (tmp_path / "other.arrow").replace(mapped)
+    assert index.open_index(tmp_path / "index.parquet").table.equals(made.table)
+
+
+def test_listing_alone_opens_no_file_and_knows_no_sizes(tmp_path: Path) -> None:
+    file(tmp_path / "cat/1.jpg", b"no image, but who looks")
+    file(tmp_path / "cat/notes.txt", b"")
+    made, rejected = index.build(tmp_path, depth="list")
+    assert (paths(made), rejected, made.widths.tolist()) == (["cat/1.jpg"], [], [0])
+    assert made.labels == ["cat"]

@@ -18,6 +18,8 @@ from btpipe.data.sources.source import Source
 from btpipe.events import FileRejected
 
 HEADER_THREADS = 16
+_LIST_THREADS = 2
+"""To list is to hold the interpreter: more threads only wait for each other."""
 UNREAD = Header(format="", width=0, height=0, orientation=1, mode="")
 """The header of a file that was only listed."""
 Refused = tuple[bytes, str]
@@ -114,7 +116,8 @@ def look_at(
     found, done = Found([], []), 0
     work = functools.partial(_look_at_all, source, list_only)
     chunks = [names[i : i + CHUNK_ROWS] for i in range(0, len(names), CHUNK_ROWS)]
-    with concurrent.futures.ThreadPoolExecutor(HEADER_THREADS) as pool:
+    threads = _LIST_THREADS if list_only else HEADER_THREADS
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for images, rejected in pool.map(work, chunks):
             if images is not None:
                 found.batches.append(images)

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import stat
-from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
 from btpipe.errors import UsageError
@@ -62,7 +61,7 @@ def join(base: str, name: str) -> str:
     """`name` seen from the folder `base`; absolute names and URLs stand for themselves."""
     if is_url(name):
         return name
-    return f"{base.rstrip('/')}/{name}" if is_url(base) else str(Path(base) / name)
+    return name if name.startswith("/") else f"{base.rstrip('/')}/{name}"
 
 
 def measure(place: str) -> tuple[int, int]:

@@ -57,6 +57,10 @@ class Found:
 
 def readable(name: bytes) -> str:
     """A relative path as text: UTF-8 as it is, other bytes as %XX."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        pass  # a million names are rarely that: the loop is for those
     return "".join(
         f"%{ord(char) - 0xDC00:02X}" if 0xDC80 <= ord(char) <= 0xDCFF else char
         for char in name.decode("utf-8", "surrogateescape")
@@ -65,8 +69,9 @@ def readable(name: bytes) -> str:
 
 def path_of(source: Source, name: bytes) -> bytes:
     """The exact path of a name in a source; absolute names and URLs stand for themselves."""
-    alone = not source.is_container and (name.startswith(b"/") or b"://" in name)
-    return name if alone else os.fsencode(source.prefix) + name
+    if not source.is_container and (name.startswith(b"/") or b"://" in name):
+        return name
+    return os.fsencode(source.prefix) + name if source.prefix else name
 
 
 def reject(source: Source, name: bytes, reason: str) -> FileRejected:
