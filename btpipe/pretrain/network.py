@@ -128,7 +128,7 @@ def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(n, H, W, 3) uint8 -> (n, 3, H, W) normalised by ImageNet's statistics, channels_last."""
     mean = torch.tensor(MEAN, dtype=dtype, device=images.device) * 255
     scale = 1 / (torch.tensor(STD, dtype=dtype, device=images.device) * 255)
-    return ((images.to(dtype) - mean) * scale).permute(0, 3, 1, 2)
+    return images.to(dtype).sub_(mean).mul_(scale).permute(0, 3, 1, 2)
 
 
 def initialise(recipe: Recipe) -> BarlowTwins:
