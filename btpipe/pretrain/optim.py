@@ -111,7 +111,12 @@ def build(optim: Optim, network: nn.Module) -> torch.optim.Optimizer:
         return LARS(groups, lr=0.0, weight_decay=0.0, momentum=optim.momentum, eta=optim.eta)
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True)
+    descent = torch.optim.SGD(groups, lr=0.0, momentum=optim.momentum, fused=True)
+    if optim.momentum:
+        # torch makes them, empty, in the first step: one that is left out would not fill them.
+        for p in parameters:
+            descent.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return descent
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, bias_lr: float) -> None:

@@ -178,9 +178,12 @@ def _memory_order(tensor: torch.Tensor) -> torch.Tensor:
 _PATIENT: list[torch.distributed.ProcessGroup] = []
 
 
-def wait_patiently(group: torch.distributed.ProcessGroup) -> None:
-    """From now on ranks wait for each other in this group, whose time-out is longer."""
-    _PATIENT[:] = [group]
+def wait_patiently(group: torch.distributed.ProcessGroup | None) -> None:
+    """From now on ranks wait for each other in this group, whose time-out is longer.
+
+    None lets go of it: a group must not outlive `destroy_process_group`.
+    """
+    _PATIENT[:] = [group] if group else []
 
 
 def any_rank(flag: bool) -> bool:

@@ -139,6 +139,11 @@ def _rank(
     except Exception:
         text = traceback.format_exc()[-NOTE_CHARACTERS:]
         _leave(notes, _Note(rank, f"a bug, met by rank {rank}:\n{text}", BtpipeError.exit_code))
+    # Its work is done: threads of a process group that are torn down at the end of the interpreter
+    # have ended a rank by SIGABRT ("terminate called without an active exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _leave(notes: "SimpleQueue[_Note]", note: _Note) -> NoReturn:

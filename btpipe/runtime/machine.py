@@ -94,6 +94,7 @@ def _group(here: Place, backend: str, collective_seconds: float) -> Iterator[Non
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert isinstance(patient, dist.ProcessGroup)
         wait_patiently(patient)
+        del patient
         define_operators()
     except RuntimeError as error:
         time.sleep(CULPRIT_SECONDS)
@@ -110,6 +111,7 @@ def _group(here: Place, backend: str, collective_seconds: float) -> Iterator[Non
         fix = "run the same command again: it goes on from the last checkpoint"
         raise LostRankError(found, fix=fix) from error
     finally:
+        wait_patiently(None)
         dist.destroy_process_group()
 
 

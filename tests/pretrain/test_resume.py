@@ -105,7 +105,7 @@ def losses(run: Path) -> dict[int, float]:
     [
         ("optim.name=lars",),
         ("optim.name=adamw",),
-        ("optim.name=sgd", "run.precision=fp16"),
+        ("optim.name=sgd", "optim.lr=0.001", "optim.bias_lr=0.001", "run.precision=fp16"),
         ("optim.name=lars", "run.precision=fp16", "run.micro_batch=4"),
     ],
     ids=" ".join,

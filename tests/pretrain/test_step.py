@@ -164,6 +164,23 @@ def test_an_update_that_is_not_finite_touches_neither_weights_nor_momenta(name: 
     assert all(torch.isfinite(t).all() for t in everything(core))
 
 
+@pytest.mark.parametrize("name", ["lars", "adamw", "sgd"])
+def test_a_first_update_that_is_left_out_leaves_nothing_behind(name: str) -> None:
+    described = recipe(optim=Optim.model_validate({"name": name}))
+    core, fresh = step.build(described, CPU), step.build(described, CPU)
+    bad = next(core.network.projector.parameters())
+    good = bad[0, 0].item()
+    with torch.no_grad():
+        bad[0, 0] = torch.inf
+    assert step.update(core, *views(), 0.01, 0.01).flags.found_inf.item() == 1
+    with torch.no_grad():
+        bad[0, 0] = good
+    for one in (core, fresh):
+        step.update(one, *views(), 0.01, 0.01)
+    for tensor, expected in zip(everything(core), everything(fresh), strict=True):
+        assert torch.equal(tensor, expected)
+
+
 def everything(core: step.Core) -> list[torch.Tensor]:
     """All that an update changes, but for the running statistics of the forward pass."""
     states = [core.optimizer.state[p] for p in core.network.parameters()]
