@@ -123,6 +123,17 @@ def settings(images: Path, batch_size: int, epochs: int, stem: str) -> recipe.Re
     return recipe.load(Path("cifar10"), (*data, *others))
 
 
+def descent_of(plain: Plain, chosen: recipe.Optim) -> torch.optim.SGD:
+    """Plain SGD as the recipe has it: no decay on biases and batch norm."""
+    weights = [p for p in plain.parameters() if p.ndim > 1]
+    vectors = [p for p in plain.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": weights, "weight_decay": chosen.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=0.1, momentum=chosen.momentum)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("images", type=Path)
@@ -137,13 +148,7 @@ def main() -> int:
     plain = Plain(described.network).to(memory_format=torch.channels_last).train()
     plain.load_state_dict(core.network.state_dict())
     criterion = BarlowTwinsLoss(lambda_param=described.loss.lambd)
-    weights = [p for p in plain.parameters() if p.ndim > 1]
-    vectors = [p for p in plain.parameters() if p.ndim <= 1]
-    decays = (described.optim.weight_decay, 0.0)
-    groups = [
-        {"params": p, "weight_decay": d} for p, d in zip((weights, vectors), decays, strict=True)
-    ]
-    descent = torch.optim.SGD(groups, lr=0.1, momentum=described.optim.momentum)
+    descent = descent_of(plain, described.optim)
     loader = TrainingLoader(
         images,
         described,
