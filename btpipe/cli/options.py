@@ -1,0 +1,57 @@
+"""What the commands share: the application, its groups, and options that several take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="btpipe",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: show and list them.")
+app.add_typer(recipe_app, name="recipe")
+eval_app = typer.Typer(no_args_is_help=True, help="Judge vectors.")
+app.add_typer(eval_app, name="eval")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
+app.add_typer(bench_app, name="bench")
+
+RecipePath = Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key: --set optim.epochs=300"),
+]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="INPUT...",
+        help="Folders of images, file lists (.txt, .csv, .parquet), tar shards, parquet with"
+        " images, an index; globs, braces and URLs of these.",
+    ),
+]
+MaxBad = Annotated[
+    str, typer.Option(help="Unusable inputs allowed: a count (10) or a share (0.01).")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="The same as --max-bad 0.")]
+Json = Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")]
+
+
+def budget(text: str, *, strict: bool) -> float | None:
+    """`--max-bad`: "" is no bound, "10" a count, "0.01" or "1%" a share of the inputs."""
+    from btpipe.errors import UsageError
+
+    if strict:
+        return 0
+    if not text:
+        return None
+    if text.isdecimal():
+        return int(text)
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UsageError(f"--max-bad {text}", expected="a count (10) or a share (0.01, or 1%)")
+    return share

@@ -1,0 +1,130 @@
+"""The commands that concern the whole road: demo, bench, selftest, views, recipe."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from btpipe.cli.options import (
+    Json,
+    Overrides,
+    RecipePath,
+    app,
+    bench_app,
+    recipe_app,
+)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all that it makes.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the images and of the run.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Walk the whole road on drawn sample images: about four minutes on two cores, offline."""
+    from btpipe.road import demo as road
+
+    road.run(out, seed=seed, mode="json" if as_json else "auto")
+
+
+@bench_app.command("step")
+def bench_step(
+    backbone: Annotated[str, typer.Option(help="A torchvision ResNet.")] = "resnet50",
+    size: Annotated[int, typer.Option(min=16, help="Pixels of a view's side.")] = 224,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of views in a step.")] = 16,
+    dimension: Annotated[int, typer.Option(min=2, help="Width of the projector's layers.")] = 8192,
+    steps: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 3,
+    grid: Annotated[
+        str, typer.Option(metavar="N,..xD,..", help="Batches and dimensions for the loss alone.")
+    ] = "64,256,1024,2048x8192",
+    loss_only: Annotated[bool, typer.Option("--loss-only", help="The loss's table alone.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compiled rows as well.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the training step, loss, LARS and traffic against the published formulation."""
+    from btpipe import progress
+    from btpipe.road import benchmark
+
+    sizes = benchmark.sizes(backbone, size, batch, dimension)
+    asked = benchmark.options(sizes, steps=steps, grid=grid)
+    options = benchmark.QUICK if quick else asked
+    with progress.show("json" if as_json else "auto") as report:
+        benchmark.run(options, report, compiled=compiled, loss_only=loss_only)
+
+
+@bench_app.command("loader")
+def bench_loader(
+    data: Annotated[Path | None, typer.Option(help="Images; drawn ones if none.")] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of views in a batch.")] = 64,
+    size: Annotated[int, typer.Option(min=16, help="Pixels of a view's side.")] = 224,
+    workers: Annotated[int, typer.Option(min=1, help="Threads, or worker processes.")] = 2,
+    batches: Annotated[int, typer.Option(min=1, help="Batches in a turn.")] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the loader against the published transform in a DataLoader, on the same images."""
+    from btpipe import progress
+    from btpipe.road import bench_loader as benchmark
+
+    asked = benchmark.Options(batch, size, workers, batches, turns)
+    options = benchmark.QUICK if quick else asked
+    with progress.show("json" if as_json else "auto") as report:
+        benchmark.run(options, data, report)
+
+
+@app.command()
+def selftest(as_json: Json = False) -> None:
+    """Check on this machine that loss, LARS, schedule, precisions and ranks are right."""
+    from btpipe import progress
+    from btpipe.road import selftest as testing
+
+    with progress.show("json" if as_json else "auto") as report:
+        testing.run(report)
+
+
+@app.command()
+def views(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    data: Annotated[str, typer.Option(help="Images; the recipe's data.train if empty.")] = "",
+    out: Annotated[Path, typer.Option(help="Picture to write: NAME.png.")] = Path("views.png"),
+    count: Annotated[int, typer.Option(min=1, max=64, help="How many images.")] = 8,
+    epoch: Annotated[int, typer.Option(min=0, help="Of which epoch.")] = 0,
+    page: Annotated[
+        bool, typer.Option("--html", help="NAME.html as well, with every number.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw what training sees: images, their views and the numbers behind them."""
+    from btpipe import progress
+    from btpipe import recipe as recipes
+    from btpipe.road import views_sheet
+
+    source = [f"data.train={json.dumps(data)}"] if data else []
+    wanted = recipes.load(recipe, [*(overrides or ()), *source])
+    with progress.show("json" if as_json else "auto") as report:
+        views_sheet.make(wanted, recipe.stem, out, report, count=count, epoch=epoch, page=page)
+
+
+@recipe_app.command("show")
+def recipe_show(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Print a recipe with everything it extends, every default and every --set resolved."""
+    from btpipe import recipe as recipes
+
+    typer.echo(recipes.load(recipe, overrides or ()).to_toml())
+
+
+@recipe_app.command("list")
+def recipe_list() -> None:
+    """Print the recipes that ship with btpipe."""
+    from btpipe import recipe as recipes
+
+    for path in recipes.shipped():
+        typer.echo(path.name)

@@ -1,0 +1,181 @@
+"""The stages' commands: scan, shard, pretrain, export, embed."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from btpipe.cli.options import (
+    Inputs,
+    Json,
+    MaxBad,
+    Overrides,
+    RecipePath,
+    Strict,
+    app,
+    budget,
+)
+
+
+@app.command()
+def scan(
+    source: Inputs,
+    out: Annotated[Path, typer.Option(help="Index to write: NAME.parquet.")] = Path(
+        "index.parquet"
+    ),
+    depth: Annotated[
+        Literal["list", "header", "decode"],
+        typer.Option(
+            help="list: names, bytes and times; no file is opened. header: the first bytes of"
+            " each file, thousands a second; pretrain does this by itself. decode: everything is"
+            " read, decoded as for training and digested: about 250 photographs of 400 x 533 a"
+            " second and core."
+        ),
+    ] = "header",
+    limit: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Longest time to decode one file.")
+    ] = 20.0,
+    max_bad: MaxBad = "",
+    strict: Strict = False,
+    as_json: Json = False,
+) -> None:
+    """Look at every image before training does; run again, it decodes only what changed."""
+    from btpipe import progress
+    from btpipe.data import scan as scanning
+
+    allowed = budget(max_bad, strict=strict)
+    with progress.show("json" if as_json else "auto") as report:
+        scanning.scan(
+            source,
+            out,
+            report,
+            depth=depth,
+            max_bad=allowed,
+            limit_seconds=limit,
+        )
+
+
+@app.command()
+def shard(
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images of any kind.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    size: Annotated[
+        int, typer.Option(min=1, help="Pixels of the shorter side; nothing is enlarged.")
+    ] = 400,
+    quality: Annotated[int, typer.Option(min=1, max=95, help="Of the JPEGs.")] = 90,
+    shard_bytes: Annotated[str, typer.Option(help="Most bytes in a shard.")] = "256MiB",
+    as_json: Json = False,
+) -> None:
+    """Rewrite images as tar shards of smaller JPEGs; run again, it goes on where it was."""
+    from btpipe import progress
+    from btpipe.data import index, shards
+
+    options = shards.Options(size, quality, shards.parse_bytes(shard_bytes))
+    with progress.show("json" if as_json else "auto") as report:
+        made, refused = index.build(inputs, report)
+        shards.write(made, refused, out, options, report)
+
+
+@app.command()
+def pretrain(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    name: Annotated[str, typer.Option(help="Name of the run; the recipe's name if empty.")] = "",
+    runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
+    devices: Annotated[
+        str, typer.Option(help="auto, or how many GPUs (or CPU processes).")
+    ] = "auto",
+    init_from: Annotated[
+        str, typer.Option(help="Weights to start from; the same as --set network.init_from=...")
+    ] = "",
+    sbatch: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a SLURM job file; start nothing.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, with --sbatch.")] = 1,
+    time: Annotated[str, typer.Option(help="Longest run time, with --sbatch: 1-12:00:00.")] = "",
+    partition: Annotated[str, typer.Option(help="SLURM partition, with --sbatch.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Train an encoder on unlabelled images. Run again, it goes on from its last checkpoint."""
+    from btpipe import recipe as recipes
+
+    start = [f"network.init_from={json.dumps(init_from)}"] if init_from else []
+    settings = [*(overrides or ()), *start]
+    wanted = recipes.load(recipe, settings)
+    from btpipe.pretrain import launch
+    from btpipe.pretrain import sbatch as slurm
+
+    run = runs / (name or recipe.stem)
+    job = slurm.Job(nodes, devices, time, partition)
+    if sbatch is not None:
+        pairs = [word for setting in settings for word in ("--set", setting)]
+        place = ["--name", run.name, "--runs", str(runs)]
+        words = ["pretrain", str(recipe), *pairs, *place, *(["--json"] if as_json else [])]
+        slurm.write(sbatch, run.name, wanted, words, job)
+        typer.echo(f"{sbatch} is written: sbatch {sbatch}")
+        return
+    job.require_default()
+    launch.pretrain(run, wanted, devices=devices, mode="json" if as_json else "auto")
+
+
+@app.command()
+def export(
+    run: Annotated[Path | None, typer.Argument(help="Run folder; the newest one if none.")] = None,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Always written; accepted.")] = False,
+    safetensors: Annotated[
+        bool, typer.Option("--safetensors", help="Always written; accepted.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Bundle to write; exports/NAME.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Images for the check; the run's own if none.")
+    ] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="The network before training: the baseline.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another bundle of that name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a run's encoder as ONNX and safetensors, if both agree with it on real images."""
+    from btpipe import progress
+    from btpipe.export import bundle
+
+    del onnx, safetensors  # a bundle always holds both
+    run = run or bundle.newest_run()
+    out = out or Path("exports") / (f"{run.name}-untrained" if untrained else run.name)
+    with progress.show("json" if as_json else "auto") as report:
+        bundle.export_run(run, out, report, untrained=untrained, images=images, overwrite=overwrite)
+
+
+@app.command()
+def embed(
+    source: Inputs,
+    out: Annotated[Path, typer.Option(help="Table to write: NAME.parquet.")],
+    model: Annotated[Path | None, typer.Option(help="Bundle; the newest export if none.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 32,
+    max_bad: MaxBad = "",
+    strict: Strict = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace vectors of another bundle.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed every image of the inputs into a parquet table; run again, it goes on where it was."""
+    from btpipe import progress
+    from btpipe.embed import job
+    from btpipe.export import contract
+
+    allowed = budget(max_bad, strict=strict)
+    model = model or contract.newest_bundle()
+    with progress.show("json" if as_json else "auto") as report:
+        job.embed(
+            source,
+            out,
+            model,
+            report,
+            batch_size=batch_size,
+            max_bad=allowed,
+            overwrite=overwrite,
+        )
