@@ -36,8 +36,10 @@ class Encoder:
         self.preprocessing = self.bundle.preprocessing
         self.geometry = _geometry(self.bundle)
         self.digest = self.bundle.digest
-        self.precision = self.bundle.precision
-        self._session = Session(self.bundle.model, device=device, threads=threads)
+        self.precision: contract.Precision = "fp32"
+        self._session = Session(
+            self.bundle.model_of(self.precision), device=device, threads=threads
+        )
         self.device = self._session.device
         self.dimension = self._session.dimension
         found = (self._session.size, self.dimension)

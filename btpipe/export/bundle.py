@@ -114,9 +114,9 @@ def publish(
         reference = weights.load(folder / contract.WEIGHTS, described)
         gate = verify.compare(reference, session, preprocessing, pixels)
         verify.require(gate, out)
-        complete["gate"] = gate.record()
+        complete["gates"] = {"fp32": gate.record()}
         config = contract.config(
-            described.backbone, described.stem, session.dimension, preprocessing
+            described.backbone, described.stem, session.dimension, preprocessing, ["fp32"]
         )
         artifact.write_json(folder / contract.CONFIG, config)
         artifact.write_json(folder / contract.PREPROCESSOR, contract.preprocessor(preprocessing))

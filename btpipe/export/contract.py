@@ -5,13 +5,25 @@ Nothing here needs torch: an embedding job opens a bundle on a machine that has 
 
 import dataclasses
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from btpipe import artifact
 from btpipe.errors import IntegrityError, UsageError
 
 KIND = "bundle"
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 MODEL = "encoder.onnx"
+MODELS: dict[Precision, str] = {
+    "fp32": MODEL,
+    "fp16": "encoder-fp16.onnx",
+    "int8": "encoder-int8.onnx",
+}
+"""uint8 pixels in, float32 vectors out, all of them; the precision is what is computed in."""
+FLOAT_MODEL = "encoder-float-nchw.onnx"
+"""The fp32 model behind the normalisation, for readers that do that themselves."""
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -60,18 +72,37 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """An exported encoder on disk, found complete and unchanged."""
+    """An exported encoder on disk, found complete and unchanged.
+
+    `precisions` are those whose models it holds, fp32 first: each of them passed its gate.
+    """
 
     folder: Path
     manifest: artifact.Manifest
     architecture: str
     dimension: int
     preprocessing: Preprocessing
-    precision: str
+    precisions: tuple[Precision, ...]
 
     @property
     def model(self) -> Path:
+        """The fp32 model, which every bundle holds."""
         return self.folder / MODEL
+
+    def model_of(self, precision: Precision) -> Path:
+        """The model that computes in `precision`.
+
+        Raises:
+            UsageError: the bundle was exported without it.
+        """
+        if precision not in self.precisions:
+            raise UsageError(
+                f"no {precision} model in the bundle",
+                where=self.folder,
+                expected=" or ".join(self.precisions),
+                fix=f"export it again with --precision {precision} --overwrite",
+            )
+        return self.folder / MODELS[precision]
 
     @property
     def digest(self) -> str:
@@ -85,14 +116,14 @@ def open_bundle(folder: Path) -> Bundle:
         IntegrityError: no bundle there, a newer one, or one whose bytes changed.
     """
     manifest = artifact.verify(folder, KIND)
-    for name in (MODEL, CONFIG):
-        if name not in manifest.files:
-            raise IntegrityError(f"its manifest lists no {name}", where=folder, expected="a bundle")
+    _require_files(manifest, folder, (MODEL, CONFIG))
     try:
         config = json.loads((folder / CONFIG).read_text())
         prepared = config["preprocessing"]
         mean, std = ([float(value) for value in prepared[key]] for key in ("mean", "std"))
-        return Bundle(
+        # Bundles from before there were several models hold one, of the precision that they name.
+        precisions = config.get("precisions") or [config["precision"]]
+        opened = Bundle(
             folder=folder,
             manifest=manifest,
             architecture=str(config["architecture"]),
@@ -104,19 +135,31 @@ def open_bundle(folder: Path) -> Bundle:
                 mean=(mean[0], mean[1], mean[2]),
                 std=(std[0], std[1], std[2]),
             ),
-            precision=str(config["precision"]),
+            precisions=tuple(name for name in PRECISIONS if name in precisions),
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise IntegrityError(
             f"says nothing usable about the encoder ({error!r})",
             where=folder / CONFIG,
-            expected="architecture, num_features, precision and preprocessing",
+            expected="architecture, num_features, precisions and preprocessing",
             fix="export the run again",
         ) from error
+    _require_files(manifest, folder, [MODELS[name] for name in opened.precisions])
+    return opened
+
+
+def _require_files(manifest: artifact.Manifest, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in manifest.files:
+            raise IntegrityError(f"its manifest lists no {name}", where=folder, expected="a bundle")
 
 
 def config(
-    architecture: str, stem: str, dimension: int, preprocessing: Preprocessing
+    architecture: str,
+    stem: str,
+    dimension: int,
+    preprocessing: Preprocessing,
+    precisions: Sequence[Precision],
 ) -> dict[str, object]:
     """`config.json`: what timm's `local-dir:` reads, and what `open_bundle` needs beside it."""
     size = preprocessing.size
@@ -126,7 +169,7 @@ def config(
         "num_features": dimension,
         "global_pool": "avg",
         "stem": stem,
-        "precision": "fp32",
+        "precisions": list(precisions),
         "preprocessing": preprocessing.record(),
         "pretrained_cfg": {
             "tag": "btpipe",

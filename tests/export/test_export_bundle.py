@@ -122,8 +122,9 @@ def test_config_and_card_say_what_the_encoder_is_and_where_it_is_from(exported: 
         str(origin["encoder"]),
     ):
         assert fact in card
-    gate = origin["gate"]
-    assert isinstance(gate, dict)
+    gates = origin["gates"]
+    assert isinstance(gates, dict)
+    gate = gates["fp32"]
     assert gate["images"] == 24
     assert gate["mean_cosine"] > 0.9999
     assert gate["agreement"] == 1.0
@@ -264,6 +265,22 @@ def test_a_flipped_byte_in_a_bundle_is_found_when_it_is_opened(
     (tmp_path / "copy" / "encoder.onnx").write_bytes(content)
     with pytest.raises(IntegrityError, match=r"encoder\.onnx"):
         contract.open_bundle(tmp_path / "copy")
+
+
+def test_a_bundle_of_one_precision_from_before_there_were_several_still_opens(
+    exported: Path, tmp_path: Path
+) -> None:
+    config = json.loads((exported / "config.json").read_text())
+    del config["precisions"]
+    with artifact.publish(tmp_path / "older", "bundle", {}) as folder:
+        shutil.copytree(exported, folder, dirs_exist_ok=True)
+        (folder / "manifest.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config | {"precision": "fp32"}))
+    opened = contract.open_bundle(tmp_path / "older")
+    assert opened.precisions == ("fp32",)
+    assert opened.model_of("fp32") == tmp_path / "older" / "encoder.onnx"
+    with pytest.raises(UsageError, match="--precision int8"):
+        opened.model_of("int8")
 
 
 def test_a_model_that_reads_other_files_is_refused(exported: Path, tmp_path: Path) -> None:
