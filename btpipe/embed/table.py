@@ -6,7 +6,7 @@ digest     string         sha256 of the file's bytes
 width      int32          pixels, turned as EXIF says
 height     int32
 label      string         class folder, null where the input names none
-embedding  fixed_size_list<float32>[D]
+embedding  fixed_size_list<float32>[D], or float16
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -32,12 +33,16 @@ FORMAT = "btpipe.format_version"
 BUNDLE = "btpipe.bundle"
 INPUT = "btpipe.input"
 
+Dtype = Literal["float32", "float16"]
+TYPES: Mapping[Dtype, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Footer:
     """What a table says about where its vectors are from. No time stamp: same job, same bytes.
 
-    `bundle` is the bundle's digest, `input` the fingerprint of the files that were listed.
+    `bundle` is the bundle's digest, `input` the fingerprint of the files that were listed. Rows of
+    two tables may stand in one if all but `input` and `root` are equal.
     """
 
     bundle: str
@@ -46,6 +51,10 @@ class Footer:
     precision: str
     root: str
     dimension: int
+    dtype: Dtype = "float32"
+    normalize: bool = False
+    layer: str = "pooled"
+    engine: str = "onnx"
 
     def metadata(self) -> dict[str, str]:
         """Key-value metadata of the parquet file."""
@@ -58,7 +67,20 @@ class Footer:
             "btpipe.precision": self.precision,
             "btpipe.root": self.root,
             "btpipe.dimension": str(self.dimension),
+            "btpipe.dtype": self.dtype,
+            "btpipe.normalize": str(self.normalize).lower(),
+            "btpipe.layer": self.layer,
+            "btpipe.engine": self.engine,
         }
+
+
+UNSAID = {
+    "btpipe.dtype": "float32",
+    "btpipe.normalize": "false",
+    "btpipe.layer": "pooled",
+    "btpipe.engine": "onnx",
+}
+"""What tables of the first format do not say about themselves, and what holds for them."""
 
 
 def schema(footer: Footer) -> pa.Schema:
@@ -71,7 +93,7 @@ def schema(footer: Footer) -> pa.Schema:
             pa.field("width", pa.int32(), nullable=False),
             pa.field("height", pa.int32(), nullable=False),
             pa.field("label", pa.string()),
-            pa.field("embedding", pa.list_(pa.float32(), footer.dimension)),
+            pa.field("embedding", pa.list_(TYPES[footer.dtype], footer.dimension)),
         ],
         metadata=footer.metadata(),
     )
@@ -89,7 +111,7 @@ def rows(
 ) -> pa.Table:
     """The rows of an index (n), their digests and vectors (n, D) as a table of vectors."""
     assert vectors.shape == (listed.num_rows, footer.dimension)
-    flat = pa.array(vectors.reshape(-1), pa.float32())
+    flat = pa.array(vectors.reshape(-1).astype(footer.dtype, copy=False))
     columns = {
         **{name: listed[name] for name in ("path", "path_bytes")},
         "digest": pa.array(list(digests), pa.string()),
@@ -169,7 +191,7 @@ def footer_of(path: Path) -> Mapping[str, str] | None:
             expected=f"format_version {FORMAT_VERSION} or older",
             fix=f"install btpipe {texts.get('btpipe.version')} or newer",
         )
-    return texts
+    return {**UNSAID, **texts}
 
 
 def count(path: Path) -> int:
