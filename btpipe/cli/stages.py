@@ -16,6 +16,7 @@ from btpipe.cli.options import (
     app,
     budget,
 )
+from btpipe.data import limits
 
 
 @app.command()
@@ -35,12 +36,12 @@ def scan(
     ] = "header",
     limit: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Longest time to decode one file.")
-    ] = 20.0,
+    ] = limits.DECODE_SECONDS,
     max_bad: MaxBad = "",
     strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Look at every image before training does; run again, it decodes only what changed."""
+    """Look at every image before training does; run again, it reads only what changed."""
     from btpipe import progress
     from btpipe.data import scan as scanning
 

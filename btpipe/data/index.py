@@ -32,6 +32,7 @@ from btpipe.data.sources import (
     source,
     synthetic,
 )
+from btpipe.data.sources.recall import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import FileRejected, Progressed, Report, ignore, per_second
@@ -97,6 +98,11 @@ class Index:
     @functools.cached_property
     def _row_groups(self) -> parquet.RowGroups:
         return parquet.RowGroups()
+
+    @property
+    def recall(self) -> Recall:
+        """What `build` may take from here instead of opening files again."""
+        return Recall(self.table, self.sources or (Source("folder", os.fspath(self.root)),))
 
     @functools.cached_property
     def widths(self) -> NDArray[np.int32]:
@@ -184,12 +190,14 @@ def build(
     given: Path | str | Sequence[Path | str],
     report: Report = ignore,
     depth: Literal["list", "header"] = "header",
+    known: Recall = folder.NOTHING,
 ) -> tuple[Index, list[FileRejected]]:
     """The images of all inputs, in their order, and what of them cannot be used.
 
     An input is whatever `sources.inputs.KINDS` says. Of a folder the paths are relative to it, of
     several inputs to the folder that holds them all. `depth` "list" opens no file of a folder or a
-    list: the names count, and sizes are 0 for unknown.
+    list: the names count, and sizes are 0 for unknown. `known`: what an earlier index says; files
+    of the same path, bytes and mtime stay closed.
 
     Raises:
         UsageError: an input that is missing or of no known kind, or no image in any of them.
@@ -205,7 +213,7 @@ def build(
             parts.append(_moved(indexes[place], rejects.path_beside(Path(place)), root))
         else:
             origin, name = inputs.describe(place, root), place.rpartition("/")[2]
-            part = collecting.collect(origin, name, meter.tell, list_only=depth == "list")
+            part = collecting.collect(origin, name, meter.tell, known, list_only=depth == "list")
             parts.append(part)
         meter.close(len(parts[-1][0]) + len(parts[-1][2]))
     table, sources, refused = collecting.merge(parts)

@@ -13,6 +13,7 @@ from btpipe.data import findings, rejects
 from btpipe.data.findings import Finding
 from btpipe.data.index import SCHEMA, Index, open_index
 from btpipe.data.rejects import Reject
+from btpipe.data.sources.recall import Recall
 
 _KNOWN = ("width", "height", "orientation", "format", "mode", "digest")
 
@@ -25,6 +26,14 @@ class Known:
     rejects: tuple[Reject, ...] = ()
     findings: tuple[Finding, ...] = ()
 
+    @property
+    def recall(self) -> Recall:
+        """What a listing may take from here instead of opening files again."""
+        if self.index is None:
+            return Recall()
+        paths = tuple(reject.path for reject in self.rejects)
+        return dataclasses.replace(self.index.recall, rejected=paths)
+
     def rows(self, index: Index) -> NDArray[np.int64]:
         """For each row of `index`, the row here of the same unchanged file, or -1: (n,)."""
         nowhere = np.full(len(index), -1, np.int64)
@@ -33,7 +42,7 @@ class Known:
         at = pc.index_in(_identity(index), value_set=_identity(self.index))
         return np.array(at.fill_null(-1), dtype=np.int64)
 
-    def recall(self, table: pa.Table, at: NDArray[np.int64]) -> pa.Table:
+    def complete(self, table: pa.Table, at: NDArray[np.int64]) -> pa.Table:
         """The table with what is known of its rows, which are the rows `at` here, -1 for none."""
         if self.index is None or not (at >= 0).any():
             return table

@@ -65,7 +65,7 @@ def _container(source: Source, rows: pa.Table) -> Changes:
         raise MachineError(what, where=source.place, fix=_FIX) from error
     if (size, mtime_ns) == (source.bytes, source.mtime_ns):
         return Changes([], [], [])
-    table, _, _ = collecting.collect(source, "", _ignore, list_only=False)
+    table, _, _ = collecting.collect(source, "", _ignore)
     now, before = _contents(table), _contents(rows)
     return Changes(
         [path for path in now if path not in before],
@@ -137,7 +137,7 @@ def _new_in_list(source: Source, known: Set[bytes]) -> list[str]:
         return []  # the files that it named are what counts
     if (size, mtime_ns) == (source.bytes, source.mtime_ns):
         return []
-    table, _, _ = collecting.collect(source, "", _ignore, list_only=False)
+    table, _, _ = collecting.collect(source, "", _ignore)
     names = _names(source, table)
     return [_shown(source, name) for name in names if name not in known]
 

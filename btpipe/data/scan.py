@@ -2,8 +2,8 @@
 
     X.parquet  X.rejects.csv  X.findings.csv
 
-Every input ends in the index or in the rejects. A second scan with the same `out` decodes what is
-new or changed (the headers are read each time); one that was stopped goes on.
+Every input ends in the index or in the rejects. A second scan with the same `out` opens what is new
+or changed; one that was stopped goes on.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from btpipe import artifact, runtime
-from btpipe.data import findings, health, index, known, reading, rejects, supervisor
+from btpipe.data import findings, health, index, known, limits, reading, rejects, supervisor
 from btpipe.data.findings import Finding
 from btpipe.data.health import Verdict
 from btpipe.data.rejects import Reject
@@ -28,8 +28,6 @@ from btpipe.events import Finished, Note, Progressed, Report, Tabled, per_second
 Depth = Literal["list", "header", "decode"]
 """list: names, bytes and times; no file is opened. header: a look at each file's first bytes.
 decode: all of it is read, digested and decoded."""
-LIMIT_SECONDS = 20.0
-"""For one decode: the largest image that is accepted takes 4 s on one core."""
 SAVE_SECONDS = 300.0
 """What a kill can cost."""
 NOT_DECODED = (
@@ -63,12 +61,13 @@ def scan(
     *,
     depth: Depth = "header",
     max_bad: float | None = None,
-    limit_seconds: float = LIMIT_SECONDS,
+    limit_seconds: float = limits.DECODE_SECONDS,
+    save_seconds: float = SAVE_SECONDS,
 ) -> Scan:
     """Scans the images of `source` into `out` and the two files beside it, and reports.
 
     `max_bad`: how many inputs may be bad, an int for a count and a float for a share of them; None:
-    any number. `limit_seconds`: for one decode.
+    any number. `limit_seconds`: for one decode. `save_seconds`: what a kill can cost.
 
     Raises:
         UsageError: an input that is missing or of no known kind, or no image in any of them.
@@ -81,12 +80,13 @@ def scan(
     if out.suffix != ".parquet" or out.is_dir():
         raise UsageError("not a name for an index", where=out, expected="a file X.parquet")
     before = known.read(out)
-    listed, refused = index.build(source, report, "list" if depth == "list" else "header")
+    listing: Literal["list", "header"] = "list" if depth == "list" else "header"
+    listed, refused = index.build(source, report, listing, before.recall)
     with artifact.disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     work = _Work(listed, [Reject(r.path, r.stage, r.reason) for r in refused], before, report)
     if depth == "decode":
-        work.decode(out, limit_seconds)
+        work.decode(out, limit_seconds, save_seconds)
     done = work.result(depth)
     save(done, out)
     _tell(done, out, report, depth, time.monotonic() - started)
@@ -101,7 +101,7 @@ class _Work:
         self, listed: index.Index, refused: list[Reject], before: known.Known, report: Report
     ) -> None:
         self._same = before.rows(listed)
-        self._listed = dataclasses.replace(listed, table=before.recall(listed.table, self._same))
+        self._listed = dataclasses.replace(listed, table=before.complete(listed.table, self._same))
         self._refused, self._before, self._report = refused, before, report
         self._widths, self._heights = self._listed.widths.copy(), self._listed.heights.copy()
         self._is_known = np.array(self._listed.table["digest"].is_valid(), dtype=bool)
@@ -112,7 +112,7 @@ class _Work:
         self._recalled = int(self._is_known.sum())
         self._new: dict[int, str] = {}
 
-    def decode(self, out: Path, limit_seconds: float) -> None:
+    def decode(self, out: Path, limit_seconds: float, save_seconds: float) -> None:
         """Decodes what is not known yet; saves every few minutes, and when a signal comes."""
         rows = np.flatnonzero(~self._is_known)
         started = saved = time.monotonic()
@@ -134,7 +134,7 @@ class _Work:
                 if now - reported > _PROGRESS_SECONDS or done == len(rows):
                     reported, rate = now, per_second(done, now - started)
                     self._report(Progressed("scan", done, len(rows), rate, 0.0))
-                if now - saved > SAVE_SECONDS:
+                if now - saved > save_seconds:
                     save(self.result("decode"), out)
                     saved = time.monotonic()
         if signals.asked:

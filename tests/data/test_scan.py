@@ -13,6 +13,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -216,6 +218,61 @@ def test_a_second_scan_reads_only_what_is_new_or_changed_and_drops_what_is_gone(
     assert (third.read, third.dropped) == (0, 0)
     assert third.index.table.equals(second.index.table)
     assert third.rejects == second.rejects
+
+
+def test_a_second_scan_of_headers_opens_only_what_is_new_or_changed(
+    images: Path, tmp_path: Path
+) -> None:
+    first = scan(images, tmp_path / "i.parquet", ignore)
+    for unseen in sorted((images / "a").iterdir()):
+        replace_unseen(unseen, bytes(unseen.stat().st_size))  # opened, it would be no image
+    draw(images / "a/1.jpg", seed=31, size=(70, 50))
+    os.utime(images / "a/2.jpg")
+    second = scan(images, tmp_path / "i.parquet", ignore)
+    assert paths(second) == [path for path in paths(first) if path != "a/2.jpg"]
+    assert reasons(second)["a/2.jpg"] == "not an image"
+    assert second.index.widths[1] == 70
+    again = scan(images, tmp_path / "other.parquet", ignore)
+    assert paths(again) == ["a/1.jpg", "b/cut.jpg"]
+
+
+def test_what_was_only_listed_is_opened_by_the_first_scan_of_headers(
+    images: Path, tmp_path: Path
+) -> None:
+    scan(images, tmp_path / "i.parquet", ignore, depth="list")
+    done = scan(images, tmp_path / "i.parquet", ignore)
+    assert (done.index.widths > 0).all()
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_tar_or_a_table_that_is_as_it_was_stays_closed(
+    images: Path, tmp_path: Path, kind: str
+) -> None:
+    files = sorted((images / "a").iterdir())
+    tables = [tmp_path / f"{i}.{kind}" for i in range(2)]
+    for table, part in zip(tables, (files[:3], files[3:]), strict=True):
+        if kind == "tar":
+            with tarfile.open(table, "w") as tar:
+                for path in part:
+                    tar.add(path, path.name)
+        else:
+            made = pa.table({"image": [path.read_bytes() for path in part]})
+            plain = {"use_dictionary": False, "write_statistics": False}
+            pq.write_table(made, table, compression="none", **plain)
+    first = scan(tables, tmp_path / "i.parquet", ignore)
+    content = tables[1].read_bytes()
+    image = content.index(b"\xff\xd8\xff")  # the first one would be no image any more
+    replace_unseen(tables[1], content[:image] + b"no" + content[image + 2 :])
+    second = scan(tables, tmp_path / "i.parquet", ignore)
+    assert second.index.table.equals(first.index.table)
+    assert (second.kept, second.read, second.rejects) == (8, 0, [])
+    os.utime(tables[1])
+    third = scan(tables, tmp_path / "i.parquet", ignore)
+    assert (len(third.index), len(third.rejects), third.kept) == (7, 1, 3)
+    content = tables[0].read_bytes()
+    replace_unseen(tables[0], content[:image] + b"no" + content[image + 2 :])
+    fourth = scan(tables, tmp_path / "i.parquet", ignore)  # a reject means another look at all
+    assert (len(fourth.index), fourth.rejects, fourth.kept) == (7, third.rejects, 7)
 
 
 def test_a_reject_is_not_decoded_again_until_it_changes(images: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from btpipe.data.sources import folder, lists, parquet, synthetic, tar
+from btpipe.data.sources.recall import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import Source
 from btpipe.events import FileRejected
@@ -17,13 +18,24 @@ Part = tuple[pa.Table, tuple[Source, ...], list[FileRejected]]
 
 
 def collect(
-    source: Source, name: str, tell: Callable[[int, int], None], *, list_only: bool
+    source: Source,
+    name: str,
+    tell: Callable[[int, int], None],
+    known: Recall = folder.NOTHING,
+    *,
+    list_only: bool = False,
 ) -> Part:
-    """The images of a source; `name` is the file's own among named files."""
+    """The images of a source; `name` is the file's own among named files.
+
+    `known`: files and containers that are as they were stay closed.
+    """
+    rows = known.container(source) if source.is_container else None
+    if rows is not None:
+        return rows, (source,), []
     if source.kind == "folder":
-        found = folder.look(source, tell, list_only=list_only)
+        found = folder.look(source, tell, known, list_only=list_only)
     elif source.kind == "list":
-        found = lists.look(source, tell, list_only=list_only)
+        found = lists.look(source, tell, known, list_only=list_only)
     elif source.kind == "files":
         found = folder.look_at(source, [os.fsencode(name)], tell, list_only=list_only)
     elif source.kind == "synthetic":

@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from btpipe.data import header
 from btpipe.data.header import Header
 from btpipe.data.sources import places
+from btpipe.data.sources.recall import Recall, Stamp
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject
 from btpipe.data.sources.source import Source
 from btpipe.events import FileRejected
@@ -22,6 +25,7 @@ _LIST_THREADS = 2
 """To list is to hold the interpreter: more threads only wait for each other."""
 UNREAD = Header(format="", width=0, height=0, orientation=1, mode="")
 """The header of a file that was only listed."""
+NOTHING = Recall()
 Refused = tuple[bytes, str]
 """A file or folder that is not used, and why."""
 Tell = Callable[[int, int], None]
@@ -82,16 +86,17 @@ def _refuse_link(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
     return None if entry.is_file() else "not a regular file (pipe, socket or device)"
 
 
-def look(source: Source, tell: Tell, *, list_only: bool = False) -> Found:
+def look(source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool = False) -> Found:
     """The images below a folder or the prefix of a URL; each has its class folder as its label.
 
-    `list_only`: by their names, no file is opened; sizes are then unknown.
+    `list_only`: by their names, no file is opened; sizes are then unknown. `known`: files that are
+    as they were stay closed too.
     """
     if places.is_url(source.place):
         names, refused = remote_names(source.place), list[Refused]()
     else:
         names, refused = walk(Path(source.place))
-    found = look_at(source, names, tell, list_only=list_only)
+    found = look_at(source, names, tell, known, list_only=list_only)
     rejected = [reject(source, name, reason) for name, reason in refused]
     return Found(_with_class_folders(source, found.batches), rejected + found.rejected)
 
@@ -107,15 +112,22 @@ def remote_names(url: str) -> list[bytes]:
 
 
 def look_at(
-    source: Source, names: Sequence[bytes], tell: Tell, *, list_only: bool = False
+    source: Source,
+    names: Sequence[bytes],
+    tell: Tell,
+    known: Recall = NOTHING,
+    *,
+    list_only: bool = False,
 ) -> Found:
     """Those of the named files that are images, in their order.
 
     In a list every file that is no image is refused; in a folder, one that looks like an image.
     """
     found, done = Found([], []), 0
-    work = functools.partial(_look_at_all, source, list_only)
-    chunks = [names[i : i + CHUNK_ROWS] for i in range(0, len(names), CHUNK_ROWS)]
+    work = functools.partial(_look_at_all, source, known, list_only)
+    rows = known.rows(source, names)
+    starts = range(0, len(names), CHUNK_ROWS)
+    chunks = [(names[i : i + CHUNK_ROWS], rows[i : i + CHUNK_ROWS]) for i in starts]
     threads = _LIST_THREADS if list_only else HEADER_THREADS
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for images, rejected in pool.map(work, chunks):
@@ -128,15 +140,19 @@ def look_at(
 
 
 def _look_at_all(
-    source: Source, list_only: bool, names: Sequence[bytes]
+    source: Source, known: Recall, list_only: bool, part: tuple[Sequence[bytes], NDArray[np.int64]]
 ) -> tuple[pa.RecordBatch | None, list[FileRejected]]:
-    looked = [_look_at(source, list_only, name) for name in names]
-    rows = [result for result in looked if isinstance(result, Row)]
+    names, rows = part
+    seen = known.seen(rows)
+    looked = [_look_at(source, list_only, name, seen.get(i)) for i, name in enumerate(names)]
+    images = [result for result in looked if isinstance(result, Row)]
     rejected = [result for result in looked if isinstance(result, FileRejected)]
-    return (batch(source, rows) if rows else None), rejected
+    return (batch(source, images) if images else None), rejected
 
 
-def _look_at(source: Source, list_only: bool, name: bytes) -> Row | FileRejected | None:
+def _look_at(
+    source: Source, list_only: bool, name: bytes, before: tuple[Stamp, Header] | None
+) -> Row | FileRejected | None:
     """The row of a file, why it is refused, or None where nothing says that it is an image."""
     is_asked_for = source.kind != "folder"
     if list_only and not is_asked_for and not header.has_image_name(name):
@@ -146,6 +162,8 @@ def _look_at(source: Source, list_only: bool, name: bytes) -> Row | FileRejected
         size, mtime_ns = places.measure(place)
         if list_only:
             return Row(name, size, mtime_ns, UNREAD)
+        if before and before[0] == (size, mtime_ns):
+            return Row(name, size, mtime_ns, before[1])
         with places.open_binary(place) as file:
             found = header.look(file, name)
     except OSError as error:

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from btpipe.data.sources import folder, places
+from btpipe.data.sources.recall import Recall
 from btpipe.data.sources.rows import SCHEMA, Found
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
@@ -19,7 +20,9 @@ Entries = tuple[list[bytes], list[str | None]]
 """Paths and their labels."""
 
 
-def look(source: Source, tell: folder.Tell, *, list_only: bool = False) -> Found:
+def look(
+    source: Source, tell: folder.Tell, known: Recall = folder.NOTHING, *, list_only: bool = False
+) -> Found:
     """The images that a list names, in its order; each other entry is a reject with a reason.
 
     Raises:
@@ -33,7 +36,7 @@ def look(source: Source, tell: folder.Tell, *, list_only: bool = False) -> Found
     first: dict[bytes, str | None] = {}
     for name, label in zip(names, labels, strict=True):
         first.setdefault(name, label)  # a file that is listed twice is one image
-    found = folder.look_at(source, list(first), tell, list_only=list_only)
+    found = folder.look_at(source, list(first), tell, known, list_only=list_only)
     is_labelled = any(label is not None for label in first.values())
     return _labelled(source, found, first) if is_labelled and found.batches else found
 
