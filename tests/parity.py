@@ -105,7 +105,7 @@ def draw(images: Sequence[Image.Image], draws: params.Draws, size: int = SIZE) -
     """View 1 of `training_pipeline` for these draws, all images in one batch: (n, S, S, 3)."""
     view = recipe.View()  # what happens is in the draws
     pipeline = views.training_pipeline(
-        (view, view), size, batch_size=len(images), threads=1, gpu=None
+        (view, view), (size, size), batch_size=len(images), threads=1, gpu=None
     )
     sizes = np.array([[image.height, image.width] for image in images])
     pipeline.feed_input("image", [np.asarray(image) for image in images])

@@ -1,4 +1,4 @@
-"""Batches for training: two views of every image, the same in every run of a seed.
+"""Batches for training: the views of every image, the same in every run of a seed.
 
 `evaluation_batches` is found here as well; torch is imported by the first training batch only.
 """
@@ -29,12 +29,11 @@ __all__ = ["Batch", "EvaluationBatch", "TrainingLoader", "evaluation_batches"]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """One rank's share of a global batch: index rows and two views, uint8 (n, H, W, 3)."""
+    """One rank's share of a global batch: index rows and their views, uint8 (n, H, W, 3) each."""
 
     step: int
     images: NDArray[np.int64]
-    view1: "torch.Tensor"
-    view2: "torch.Tensor"
+    views: tuple["torch.Tensor", ...]
 
 
 class TrainingLoader:
@@ -90,10 +89,9 @@ class TrainingLoader:
         self.close()
 
     @property
-    def batch_shape(self) -> tuple[int, int, int, int]:
-        """Of a view of this rank's share: (n, H, W, 3)."""
-        size = self.recipe.data.image_size
-        return self._share, size, size, 3
+    def view_shapes(self) -> list[tuple[int, int, int, int]]:
+        """Of each view of this rank's share: (n, H, W, 3)."""
+        return [(self._share, size, size, 3) for size in self.recipe.view_sizes]
 
     def close(self) -> None:
         """Stops the reading threads; what is in flight is dropped."""
@@ -103,9 +101,12 @@ class TrainingLoader:
         """Raises BudgetError: more than `data.max_bad` of the images are unusable."""
 
         def build() -> Pipeline:
-            size, threads = self.recipe.data.image_size, self._threads
             return views.training_pipeline(
-                self.recipe.views, size, batch_size=self._share, threads=threads, gpu=self._gpu
+                self.recipe.views,
+                self.recipe.view_sizes,
+                batch_size=self._share,
+                threads=self._threads,
+                gpu=self._gpu,
             )
 
         finished = runs.run(
@@ -116,8 +117,8 @@ class TrainingLoader:
             pool=self._pool,
             gpu=self._gpu,
         )
-        for load, (view1, view2) in finished:
-            yield Batch(load.number, load.rows, self._tensor(view1), self._tensor(view2))
+        for load, outputs in finished:
+            yield Batch(load.number, load.rows, tuple(self._tensor(one) for one in outputs))
 
     def _tensor(self, output: runs.Output) -> "torch.Tensor":
         """DALI's output as a tensor of its own: DALI uses its buffers again."""
@@ -179,7 +180,7 @@ class TrainingLoader:
 
     def _drawn(self, load: runs.Load) -> runs.Load:
         epoch, seed = self._epoch(load.number), self.recipe.seed
-        first, second = (
+        draws = [
             params.draw(
                 view,
                 seed=seed,
@@ -190,8 +191,8 @@ class TrainingLoader:
                 heights=load.sizes[:, 0],
             )
             for number, view in enumerate(self.recipe.views)
-        )
-        return dataclasses.replace(load, inputs=views.training_inputs((first, second), load.sizes))
+        ]
+        return dataclasses.replace(load, inputs=views.training_inputs(draws, load.sizes))
 
     def _redraw(self, load: runs.Load, sizes: NDArray[np.int64]) -> runs.Load:
         """The index had another size: the crop is drawn again for the one that was decoded."""

@@ -1,4 +1,4 @@
-"""The DALI graphs: two training views of an image, its evaluation view, and decoding alone.
+"""The DALI graphs: the training views of an image, its evaluation view, and decoding alone.
 
 `gpu=None` runs on the CPU without a driver; with a GPU's number the same graph decodes with the
 "mixed" backend and works there. EXIF orientation is applied everywhere (the published code ignores
@@ -6,7 +6,7 @@ it). Every graph takes `serial` in and gives it back, so that no output is match
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -36,24 +36,25 @@ class Geometry:
 
 
 def training_pipeline(
-    views: tuple[recipe.View, recipe.View],
-    size: int,
+    views: Sequence[recipe.View],
+    sizes: Sequence[int],
     *,
     batch_size: int,
     threads: int,
     gpu: int | None,
 ) -> Pipeline:
-    """Outputs: view 1 and 2 (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
+    """Outputs: each view (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
 
     def graph() -> tuple[DataNode, ...]:
         image, shape = _image(gpu)
-        outputs = [_training_view(image, views[i], f"{i}.", size) for i in range(2)]
+        # DALI rewrites this function: a plain index is what it takes.
+        outputs = [_training_view(image, views[i], f"{i}.", sizes[i]) for i in range(len(views))]
         return (*outputs, _input("serial", 1, types.INT64), shape)
 
     return _defined(graph, batch_size, threads, gpu)
 
 
-def training_inputs(draws: tuple[Draws, Draws], sizes: NDArray[np.int64]) -> Inputs:
+def training_inputs(draws: Sequence[Draws], sizes: NDArray[np.int64]) -> Inputs:
     """What `training_pipeline` takes for draws of images of these sizes (n, 2) [height, width].
 
     Swapped ends mirror a crop for free. A quarter turn against the clock mirrors in x and then

@@ -10,7 +10,7 @@ that of one batch; in training that is the only difference. The running statisti
 pass alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,35 +18,32 @@ from btpipe.pretrain import loss
 from btpipe.pretrain.network import BarlowTwins, Embedded
 from btpipe.pretrain.norm import untracked
 
-Forward = Callable[[torch.Tensor, torch.Tensor], Embedded]
-Judge = Callable[[torch.Tensor, torch.Tensor], tuple[loss.Terms, torch.Tensor, torch.Tensor]]
-"""Embeddings (n, D) of the two views -> terms and the gradients dL/dz1, dL/dz2."""
+Forward = Callable[[Sequence[torch.Tensor]], Embedded]
+Judge = Callable[[Sequence[torch.Tensor]], tuple[loss.Terms, list[torch.Tensor]]]
+"""Embeddings (n, D) of each view -> terms and the gradients dL/dz of each."""
 
 
 def backward(
     network: BarlowTwins,
     forward: Forward,
     judge: Judge,
-    view1: torch.Tensor,
-    view2: torch.Tensor,
+    views: Sequence[torch.Tensor],
     micro_batch: int,
 ) -> tuple[Embedded, loss.Terms]:
     """Adds the gradient of the whole batch's loss to the parameters, `micro_batch` rows at a time.
 
-    view1, view2: (n, H, W, 3), of which activations are held for `micro_batch` images only.
+    views: (n, H, W, 3) each; activations are held for `micro_batch` images only.
     """
-    views = list(zip(torch.split(view1, micro_batch), torch.split(view2, micro_batch), strict=True))
+    micros = list(zip(*(torch.split(view, micro_batch) for view in views), strict=True))
     with torch.no_grad(), untracked(network):
-        parts = [forward(*pair) for pair in views]
-    z1, z2 = torch.cat([part.z1 for part in parts]), torch.cat([part.z2 for part in parts])
-    firsts, seconds = zip(*(part.features.chunk(2) for part in parts), strict=True)
-    features = torch.cat([*firsts, *seconds])
+        parts = [forward(micro) for micro in micros]
+    z = tuple(torch.cat(rows) for rows in zip(*(part.z for part in parts), strict=True))
+    by_view = zip(*(part.features.chunk(len(views)) for part in parts), strict=True)
+    features = torch.cat([rows for view in by_view for rows in view])
     del parts
-    terms, gradient1, gradient2 = judge(z1, z2)
-    parts1, parts2 = torch.split(gradient1, micro_batch), torch.split(gradient2, micro_batch)
-    for pair, part1, part2 in zip(views, parts1, parts2, strict=True):
-        again = forward(*pair)
-        torch.autograd.backward(
-            [again.z1, again.z2], [part1.to(again.z1.dtype), part2.to(again.z2.dtype)]
-        )
-    return Embedded(z1, z2, features), terms
+    terms, gradients = judge(z)
+    cached = zip(*(torch.split(gradient, micro_batch) for gradient in gradients), strict=True)
+    for micro, own in zip(micros, cached, strict=True):
+        again = forward(micro).z
+        torch.autograd.backward(again, [g.to(z.dtype) for g, z in zip(own, again, strict=True)])
+    return Embedded(z, features), terms

@@ -54,10 +54,11 @@ def effective_ranks(embedded: Embedded, step: int) -> events.RanksMeasured | Non
     A collective: every rank takes part with an even choice of its rows, `RANK_ROWS` at most over
     all. None where a vector is not finite, and on every rank but the first.
     """
-    count = len(embedded.z1)
+    first = embedded.z[0]
+    count = len(first)
     chosen = min(count, max(1, RANK_ROWS // runtime.world_size()))
-    at = torch.arange(chosen, device=embedded.z1.device) * count // chosen
-    features, z1 = (runtime.gather_rows(x.detach()[at]) for x in (embedded.features, embedded.z1))
+    at = torch.arange(chosen, device=first.device) * count // chosen
+    features, z1 = (runtime.gather_rows(x.detach()[at]) for x in (embedded.features, first))
     if runtime.rank():
         return None
     encoder, projector = _effective_rank(features), _effective_rank(z1)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,25 +31,28 @@ def labelled_images(recipe: Recipe, report: Report) -> data_index.Index | None:
     """What `health.knn` names, as an index; None where it names nothing.
 
     Raises:
-        UsageError: no folder, no images, images outside of class folders, or only one class.
+        UsageError: no images there, images without a label, or only one class.
     """
-    if not recipe.health.knn:
+    named = recipe.health.knn
+    if not named:
         return None
-    folder = Path(recipe.health.knn)
-    expected = "a folder of images for each of two classes or more, as in DIR/cat/1.jpg"
+    expected = (
+        "images with labels of two classes or more: a folder for each (DIR/cat/1.jpg), a list or"
+        " a table with a column `label`"
+    )
     fix = "or train without judging: --set health.knn="
-    if not folder.is_dir():
-        raise UsageError(
-            f"health.knn = {recipe.health.knn!r} is not a folder", expected=expected, fix=fix
-        )
-    found, _ = data_index.build(folder, report)
+    try:
+        found, _ = data_index.build(named, report)
+    except UsageError as error:
+        what = f"health.knn = {named!r}: {error.what}"
+        raise UsageError(what, where=error.where, expected=expected, fix=fix) from error
     labels = found.labels
     if None in labels:
-        what = "health.knn: not every image lies in a class folder"
-        raise UsageError(what, where=folder, expected=expected, fix=fix)
+        what = f"health.knn: {found.table['path'][labels.index(None)].as_py()} has no label"
+        raise UsageError(what, where=named, expected=expected, fix=fix)
     if len(set(labels)) < 2:
         what = f"health.knn: {labels[0]!r} is the only class"
-        raise UsageError(what, where=folder, expected=expected, fix=fix)
+        raise UsageError(what, where=named, expected=expected, fix=fix)
     return found
 
 

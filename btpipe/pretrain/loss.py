@@ -11,10 +11,15 @@ The second sum needs no D x D matrix:
 
 so two N x N Gram matrices do ("gram"), at 8 N^2 D flops for the gradient against 6 N D^2 for the
 correlation matrix ("cross"). Both are exact.
+
+With more than two views the loss is the mean over pairs of views. Each view has one Gram matrix,
+and its gradient needs the sum of its partners': the cost grows with the views, not with the pairs.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -30,16 +35,18 @@ caches, large enough to keep a GPU busy."""
 
 Form = Literal["gram", "cross"]
 Wire = Literal["auto", "bf16"]
-Halves = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""sum_ij C_ij^2, the diagonal of C (D,), dL/dz1 and dL/dz2 (n, D)."""
+Pair = tuple[int, int]
+"""Two views whose correlation is taken."""
+Halves = tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]
+"""Of each pair sum_ij C_ij^2 (P,) and the diagonal of C (P, D); dL/dz of each view, (n, D)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
     """What one batch's correlation matrix says, as 0-d tensors on the device, equal on all ranks.
 
-    `off_diagonal` is before `lambd`; `mean_diagonal` is the mean of C_ii; `dead` counts dimensions
-    that are constant over the batch in a view.
+    Means over the pairs of views. `off_diagonal` is before `lambd`; `mean_diagonal` is the mean of
+    C_ii; `dead` counts dimensions that are constant over the batch in a view.
     """
 
     on_diagonal: torch.Tensor
@@ -95,6 +102,9 @@ class Standardised:
         return (rows[:, columns] - self._shift[columns]).mul_(self._scale[columns])
 
 
+Views = Sequence[Standardised]
+
+
 def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and biased variance (D,) of each column over the rows of all ranks.
 
@@ -123,74 +133,109 @@ def _blocks(rows: int, z: torch.Tensor) -> list[slice]:
 
 
 def value_and_gradient(
-    z1: torch.Tensor, z2: torch.Tensor, lambd: float, form: Form, wire: Wire = "auto"
-) -> tuple[Terms, torch.Tensor, torch.Tensor]:
+    z: Sequence[torch.Tensor],
+    lambd: float,
+    form: Form,
+    wire: Wire = "auto",
+    pairs: Sequence[Pair] = ((0, 1),),
+) -> tuple[Terms, list[torch.Tensor]]:
     """Loss over the global batch, and its gradient for this rank's rows.
 
-    z1, z2: (n, D) on each rank, N = world_size * n. Returns the terms (equal on all ranks) and
-    dL/dz1, dL/dz2, each (n, D) in at least float32: the true gradient of the global loss, to be
-    summed over ranks once it has reached the parameters.
+    z: (n, D) of each view on each rank, N = world_size * n. The loss is the mean of L over `pairs`
+    of views. Returns the terms (equal on all ranks) and dL/dz of each view, (n, D) in at least
+    float32: the true gradient of the global loss, to be summed over ranks once it has reached the
+    parameters.
 
-    Memory beyond z and its gradient: "gram" two (n, N) matrices and a few blocks of columns, and
-    on several ranks the rows of the others; "cross" the (D, D) matrix and two (n, D).
+    Memory beyond z and its gradient: "gram" an (n, N) matrix for each view and a few blocks of
+    columns, and on several ranks the rows of the others; "cross" a (D, D) matrix and (n, D) for
+    each view.
     """
-    a, b = Standardised(z1), Standardised(z2)
-    halves = _gram(a, b, lambd, wire) if form == "gram" else _cross(a, b, lambd)
-    squares, diagonal, gradient_a, gradient_b = halves
+    views = [Standardised(one) for one in z]
+    make = functools.partial(_gram, wire=wire) if form == "gram" else _cross
+    squares, diagonals, gradients = make(views, pairs, lambd)
     terms = Terms(
-        on_diagonal=(1 - diagonal).square().sum(),
-        off_diagonal=squares - diagonal.square().sum(),
-        mean_diagonal=diagonal.mean(),
-        dead=torch.maximum(a.dead, b.dead),
+        on_diagonal=(1 - diagonals).square().sum(1).mean(),
+        off_diagonal=(squares - diagonals.square().sum(1)).mean(),
+        mean_diagonal=diagonals.mean(),
+        dead=torch.stack([view.dead for view in views]).amax(),
     )
-    return terms, gradient_a, gradient_b
+    return terms, list(gradients)
 
 
-def _gram(a: Standardised, b: Standardised, lambd: float, wire: Wire) -> Halves:
-    """From (n, N) slices of the two Gram matrices, a block of columns at a time."""
-    a.gather(wire)
-    b.gather(wire)
-    rows, dimension = a.own.shape
+def _gram(views: Views, pairs: Sequence[Pair], lambd: float, wire: Wire = "auto") -> Halves:
+    """From (n, N) slices of each view's Gram matrix, a block of columns at a time."""
+    for view in views:
+        view.gather(wire)
+    rows, dimension = views[0].own.shape
     count = rows * runtime.world_size()
-    blocks = _blocks(count, a.own)
-    rows_a, rows_b = (a.mean.new_zeros(rows, count) for _ in range(2))
-    diagonal = torch.empty_like(a.mean)
+    blocks = _blocks(count, views[0].own)
+    grams = [views[0].mean.new_zeros(rows, count) for _ in views]
+    diagonals = views[0].mean.new_empty(len(pairs), dimension)
     for columns in blocks:
-        (own_a, every_a), (own_b, every_b) = a.block(columns), b.block(columns)
-        rows_a.addmm_(own_a, every_a.T)
-        rows_b.addmm_(own_b, every_b.T)
-        diagonal[columns] = _column_sums(every_a, every_b) / count
-    squares = runtime.all_reduce_sum((rows_a * rows_b).sum()) / count**2
-    on_c = _on_diagonal_gradient(diagonal, lambd, count)
-    gradients = torch.empty(2, rows, dimension, dtype=a.mean.dtype, device=a.mean.device)
-    gradient_a, gradient_b = gradients
-    scale = 2 * lambd / count**2
-    rows_a *= scale
-    rows_b *= scale
+        blocked = [view.block(columns) for view in views]
+        for gram, (own, every) in zip(grams, blocked, strict=True):
+            gram.addmm_(own, every.T)
+        for diagonal, (i, j) in zip(diagonals, pairs, strict=True):
+            diagonal[columns] = _column_sums(blocked[i][1], blocked[j][1]) / count
+    squares = torch.stack([(grams[i] * grams[j]).sum() for i, j in pairs])
+    squares = runtime.all_reduce_sum(squares) / count**2
+    on_c = _on_diagonal_gradient(diagonals, lambd, count) / len(pairs)
+    partners = _partners(len(views), pairs)
+    # d/dz_i of sum_nm (G_i G_j)_nm over the partners j: one product with the sum of their Grams.
+    scale = 2 * lambd / (count**2 * len(pairs))
+    if len(views) == 2:
+        grams = [grams[1].mul_(scale), grams[0].mul_(scale)]
+    else:
+        grams = [_sum([grams[j] for _, j in own]) * scale for own in partners]
+    gradients = torch.empty(len(views), rows, dimension, dtype=on_c.dtype, device=on_c.device)
     for columns in blocks:
-        (own_a, every_a), (own_b, every_b) = a.block(columns), b.block(columns)
-        torch.addmm(own_b * on_c[columns], rows_b, every_a, out=gradient_a[:, columns])
-        torch.addmm(own_a * on_c[columns], rows_a, every_b, out=gradient_b[:, columns])
-    _through_standardise(gradient_a, a, count)
-    _through_standardise(gradient_b, b, count)
-    return squares, diagonal, gradient_a, gradient_b
+        blocked = [view.block(columns) for view in views]
+        for i, gradient in enumerate(gradients):
+            direct = _sum([blocked[j][0] * on_c[pair, columns] for pair, j in partners[i]])
+            torch.addmm(direct, grams[i], blocked[i][1], out=gradient[:, columns])
+    for view, gradient in zip(views, gradients, strict=True):
+        _through_standardise(gradient, view, count)
+    return squares, diagonals, gradients.unbind()
 
 
-def _cross(a: Standardised, b: Standardised, lambd: float) -> Halves:
-    """From the (D, D) correlation matrix."""
-    whole = slice(0, a.own.shape[1])
-    own_a, own_b = a.block_of_own(whole), b.block_of_own(whole)
-    count = len(own_a) * runtime.world_size()
-    correlation = runtime.all_reduce_sum(own_a.T @ own_b).div_(count)
-    diagonal = correlation.diagonal().clone()
-    squares = torch.linalg.vector_norm(correlation).square()
-    on_c = _on_diagonal_gradient(diagonal, lambd, count)
-    scale = 2 * lambd / count
-    gradient_a = torch.addmm(own_b * on_c, own_b, correlation.T, alpha=scale)
-    gradient_b = torch.addmm(own_a * on_c, own_a, correlation, alpha=scale)
-    _through_standardise(gradient_a, a, count)
-    _through_standardise(gradient_b, b, count)
-    return squares, diagonal, gradient_a, gradient_b
+def _cross(views: Views, pairs: Sequence[Pair], lambd: float) -> Halves:
+    """From the (D, D) correlation matrix of each pair."""
+    whole = slice(0, views[0].own.shape[1])
+    own = [view.block_of_own(whole) for view in views]
+    count = len(own[0]) * runtime.world_size()
+    scale = 2 * lambd / (count * len(pairs))
+    squares, diagonals = [], []
+    gradients: list[torch.Tensor | None] = [None] * len(views)
+    for i, j in pairs:
+        correlation = runtime.all_reduce_sum(own[i].T @ own[j]).div_(count)
+        diagonals.append(correlation.diagonal().clone())
+        squares.append(torch.linalg.vector_norm(correlation).square())
+        on_c = _on_diagonal_gradient(diagonals[-1], lambd, count) / len(pairs)
+        for this, other, matrix in ((i, j, correlation.T), (j, i, correlation)):
+            part = torch.addmm(own[other] * on_c, own[other], matrix, alpha=scale)
+            before = gradients[this]
+            gradients[this] = part if before is None else before.add_(part)
+    made = [gradient for gradient in gradients if gradient is not None]
+    assert len(made) == len(views), "every view is in a pair"
+    for view, gradient in zip(views, made, strict=True):
+        _through_standardise(gradient, view, count)
+    return torch.stack(squares), torch.stack(diagonals), made
+
+
+def _partners(views: int, pairs: Sequence[Pair]) -> list[list[tuple[int, int]]]:
+    """For each view the (number of the pair, other view) of the pairs that it is in."""
+    return [
+        [(k, j if i == view else i) for k, (i, j) in enumerate(pairs) if view in (i, j)]
+        for view in range(views)
+    ]
+
+
+def _sum(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum, in memory of its own where there are several."""
+    total = tensors[0] if len(tensors) == 1 else tensors[0] + tensors[1]
+    for tensor in tensors[2:]:
+        total += tensor
+    return total
 
 
 def _on_diagonal_gradient(diagonal: torch.Tensor, lambd: float, count: int) -> torch.Tensor:
@@ -224,11 +269,21 @@ def off_diagonal_rms(terms: Terms, dimension: int) -> float:
     return math.sqrt(total / pairs) if not total < 0 else 0.0  # rounding; NaN stays NaN
 
 
-def choose_form(asked: Literal["auto", "gram", "cross"], count: int, dimension: int) -> Form:
-    """The cheaper form for N images and D dimensions: 8 N^2 D flops against 6 N D^2."""
+def choose_form(
+    asked: Literal["auto", "gram", "cross"],
+    count: int,
+    dimension: int,
+    *,
+    views: int = 2,
+    pairs: int = 1,
+) -> Form:
+    """The cheaper form for N images and D dimensions.
+
+    4 N^2 D flops a view against 6 N D^2 a pair: with two views gram where N < 0.75 D.
+    """
     if asked != "auto":
         return asked
-    return "gram" if count < 0.75 * dimension else "cross"
+    return "gram" if count * views < 1.5 * dimension * pairs else "cross"
 
 
 def floor(count: int, dimension: int, lambd: float) -> float:

@@ -1,6 +1,7 @@
-"""A torchvision ResNet and the projector behind it; two views in, two embeddings out."""
+"""A torchvision ResNet and the projector behind it; views in, an embedding of each out."""
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet
 
-from btpipe.pretrain.norm import ViewBatchNorm, untracked
+from btpipe.pretrain.norm import ViewBatchNorm, group, untracked
 from btpipe.recipe import Network, Recipe
 
 MEAN = (0.485, 0.456, 0.406)
@@ -55,19 +56,18 @@ def projector(widths: Sequence[int], inputs: int) -> nn.Sequential:
 
 
 class Embedded(NamedTuple):
-    """What the network makes of two views of n images.
+    """What the network makes of V views of n images.
 
-    z1, z2: (n, D) embeddings, with their graph. features: (2n, F) the encoder's vectors, view
-    after view, without one.
+    z: (n, D) embeddings of each view, with their graph. features: (V * n, F) the encoder's vectors,
+    view after view, without one.
     """
 
-    z1: torch.Tensor
-    z2: torch.Tensor
+    z: tuple[torch.Tensor, ...]
     features: torch.Tensor
 
 
 class BarlowTwins(nn.Module):
-    """Encoder and projector, for two views at once.
+    """Encoder and projector, for all views of a batch at once.
 
     Keys of the state: `encoder.*` (torchvision's) and `projector.*`.
     """
@@ -79,6 +79,8 @@ class BarlowTwins(nn.Module):
         super().__init__()
         self.encoder = encoder(network, ViewBatchNorm)
         self.projector = projector(network.projector, features(network))
+        self._norms = tuple(m for m in self.encoder.modules() if isinstance(m, ViewBatchNorm))
+        self._projector_norms = tuple(m for m in self.projector if isinstance(m, ViewBatchNorm))
 
     def keep(self, share: float) -> None:
         """Keeps about this share of the blocks' activations; the others are computed again.
@@ -91,20 +93,30 @@ class BarlowTwins(nn.Module):
         kept = [sum(held[k:]) / sum(held) for k in range(len(held) + 1)]
         self.recomputed = next(k for k, value in enumerate(kept) if value <= share + 1e-9)
 
-    def forward(self, view1: torch.Tensor, view2: torch.Tensor) -> Embedded:
-        """(n, H, W, 3) uint8 pixels of each view -> embeddings and features."""
-        dtype = self.projector[-1].weight.dtype
-        pixels = normalise(torch.cat([view1, view2]), dtype)  # type: ignore[arg-type]
-        features = self._encode(pixels) if self.recomputed else self.encoder(pixels)
-        z1, z2 = self.projector(features).chunk(2)
-        return Embedded(z1, z2, features.detach())
+    def forward(self, *views: torch.Tensor) -> Embedded:
+        """(n, H, W, 3) uint8 pixels of each view -> embeddings and features.
+
+        Neighbouring views of one size pass the encoder together, the projector takes all at once.
+        """
+        parts = []
+        for _, same in itertools.groupby(views, key=lambda view: view.shape[1:3]):
+            parts.append(self._encode(list(same)))
+        features = torch.cat(parts) if len(parts) > 1 else parts[0]
+        group(self._projector_norms, len(views))
+        z = self.projector(features).chunk(len(views))
+        return Embedded(tuple(z), features.detach())
 
     def _layer(self, i: int) -> nn.Sequential:
         stage: nn.Sequential = getattr(self.encoder, f"layer{i + 1}")
         return stage
 
-    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What `self.encoder` computes; of the first blocks only the inputs are kept."""
+    def _encode(self, views: list[torch.Tensor]) -> torch.Tensor:
+        """The encoder's vectors of views of one size; of `recomputed` blocks the input is kept."""
+        group(self._norms, len(views))
+        dtype = self.projector[-1].weight.dtype
+        pixels = normalise(torch.cat(views), dtype)  # type: ignore[arg-type]
+        if not self.recomputed:
+            return self.encoder(pixels)  # type: ignore[no-any-return]
         net = self.encoder
         x = net.maxpool(net.relu(net.bn1(net.conv1(pixels))))
         for i, block in enumerate(block for k in range(4) for block in self._layer(k)):

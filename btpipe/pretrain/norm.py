@@ -1,12 +1,12 @@
 """Batch norm per view and across replicas, on CPUs and GPUs, whole in a compiled graph.
 
-Two views go through the network as one batch, view after view. Each view has its own statistics in
+The views go through the network as one batch, view after view. Each view has its own statistics in
 every layer and updates the running ones in turn, as the published code's two passes do; pooled
 statistics would be another method. Parameter and buffer names are those of torch's batch norm.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -15,16 +15,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from btpipe import runtime
 
-VIEWS = 2
-
 
 class ViewBatchNorm(_BatchNorm):
-    """Batch norm of a batch that holds `VIEWS` views of equal size, one behind the other.
+    """Batch norm of a batch that holds `views` views of equal size, one behind the other.
 
-    x: (VIEWS * n, C, ...) in training, over the VIEWS * n * world_size images of all ranks;
+    x: (views * n, C, ...) in training, over the views * n * world_size images of all ranks;
     (n, C, ...) in evaluation, by the running statistics.
     """
 
+    views = 2
+    """How many views the next pass in training holds (see `group`)."""
     tracking = True
     """Whether a pass in training updates the running statistics (see `untracked`)."""
 
@@ -36,10 +36,10 @@ class ViewBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         if self.num_batches_tracked is not None and self.tracking:
-            self.num_batches_tracked.add_(VIEWS)
+            self.num_batches_tracked.add_(self.views)
         if runtime.world_size() > 1:
             return self._across_replicas(x)
-        return torch.cat([self._one_view(view) for view in x.chunk(VIEWS)])
+        return torch.cat([self._one_view(view) for view in x.chunk(self.views)])
 
     def _one_view(self, x: torch.Tensor) -> torch.Tensor:
         return functional.batch_norm(
@@ -60,15 +60,15 @@ class ViewBatchNorm(_BatchNorm):
     def _across_replicas(self, x: torch.Tensor) -> torch.Tensor:
         """All views at once: one collective forward, one backward. In at least float32."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = torch.unflatten(wide, 0, (VIEWS, -1))
+        wide = torch.unflatten(wide, 0, (self.views, -1))
         dimensions = [1, *range(3, wide.ndim)]
         variance, mean = torch.var_mean(wide, dimensions, correction=0)
         mean, variance = runtime.merge_moments(torch.stack([mean, variance], 1)).unbind(1)
         if self.tracking:
             count = wide[0].numel() // wide.shape[2] * runtime.world_size()
-            for view in range(VIEWS):
+            for view in range(self.views):
                 self._track(mean[view].detach(), variance[view].detach(), count)
-        shape = (VIEWS, 1, -1) + (1,) * (wide.ndim - 3)
+        shape = (self.views, 1, -1) + (1,) * (wide.ndim - 3)
         scale = (variance + self.eps).rsqrt()
         shift = -mean * scale
         if self.affine:
@@ -85,6 +85,12 @@ class ViewBatchNorm(_BatchNorm):
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
         unbiased = variance * (count / (count - 1))
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+
+
+def group(layers: Iterable[ViewBatchNorm], views: int) -> None:
+    """The next passes in training hold this many views."""
+    for layer in layers:
+        layer.views = views
 
 
 @contextlib.contextmanager

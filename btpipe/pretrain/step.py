@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,13 @@ def build(recipe: Recipe, device: torch.device) -> Core:
     model.train()
     if not is_compiled(recipe, device):  # a compiler chooses what to recompute (see `compile`)
         model.keep(recipe.run.memory_budget)
-    form = loss.choose_form(recipe.loss.form, recipe.data.batch_size, recipe.network.projector[-1])
+    form = loss.choose_form(
+        recipe.loss.form,
+        recipe.data.batch_size,
+        recipe.network.projector[-1],
+        views=len(recipe.views),
+        pairs=len(recipe.pairs),
+    )
     scale = finite.LossScale(device) if precision == "fp16" else None
     return Core(recipe, device, model, optim.build(recipe.optim, model), precision, form, scale)
 
@@ -73,10 +80,8 @@ def compile(core: Core) -> None:  # noqa: A001 - torch's name
     core.network.compile(fullgraph=True)
 
 
-def update(
-    core: Core, view1: torch.Tensor, view2: torch.Tensor, lr: float, bias_lr: float
-) -> Outcome:
-    """One update from this rank's share of the two views, (n, H, W, 3) uint8 each.
+def update(core: Core, views: Sequence[torch.Tensor], lr: float, bias_lr: float) -> Outcome:
+    """One update from this rank's share of the views, (n, H, W, 3) uint8 each.
 
     The true gradient of the global loss, summed over ranks and divided by `reference_world_size`:
     the same update at any number of ranks. An update that is not finite is left out, on the device.
@@ -84,10 +89,10 @@ def update(
     """
     optim.set_rates(core.optimizer, lr, bias_lr)
     core.optimizer.zero_grad(set_to_none=True)
-    embedded, terms = _backward(core, view1, view2)
+    embedded, terms = _backward(core, views)
     parameters = [p for p in core.network.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    found = finite.flags(gradients, [embedded.z1, embedded.z2])
+    found = finite.flags(gradients, list(embedded.z))
     runtime.sum_gradients(parameters, core.recipe.run.gradient_wire)
     if core.scale:
         core.scale.unscale(gradients)
@@ -98,29 +103,27 @@ def update(
     return Outcome(terms, embedded, found)
 
 
-def _backward(
-    core: Core, view1: torch.Tensor, view2: torch.Tensor
-) -> tuple[network.Embedded, loss.Terms]:
+def _backward(core: Core, views: Sequence[torch.Tensor]) -> tuple[network.Embedded, loss.Terms]:
     """Leaves this rank's share of the gradient in the parameters."""
 
-    def forward(first: torch.Tensor, second: torch.Tensor) -> network.Embedded:
+    def forward(views: Sequence[torch.Tensor]) -> network.Embedded:
         with core.autocast():
-            return core.network(first, second)  # type: ignore[no-any-return]
+            return core.network(*views)  # type: ignore[no-any-return]
 
-    def judge(z1: torch.Tensor, z2: torch.Tensor) -> tuple[loss.Terms, torch.Tensor, torch.Tensor]:
+    def judge(z: Sequence[torch.Tensor]) -> tuple[loss.Terms, list[torch.Tensor]]:
         settings = core.recipe.loss
-        terms, gradient1, gradient2 = loss.value_and_gradient(
-            z1, z2, settings.lambd, core.form, settings.wire
+        terms, gradients = loss.value_and_gradient(
+            z, settings.lambd, core.form, settings.wire, core.recipe.pairs
         )
         factor = settings.scale / core.recipe.optim.reference_world_size
         scale = core.scale.scale * factor if core.scale else factor
-        return terms, gradient1.mul_(scale), gradient2.mul_(scale)
+        return terms, [gradient.mul_(scale) for gradient in gradients]
 
     micro = core.recipe.run.micro_batch // runtime.world_size()
-    if micro and micro < len(view1):
-        return gradcache.backward(core.network, forward, judge, view1, view2, micro)
-    embedded = forward(view1, view2)
-    terms, gradient1, gradient2 = judge(embedded.z1, embedded.z2)
-    z1, z2 = embedded.z1, embedded.z2
-    torch.autograd.backward([z1, z2], [gradient1.to(z1.dtype), gradient2.to(z2.dtype)])
-    return network.Embedded(z1.detach(), z2.detach(), embedded.features), terms
+    if micro and micro < len(views[0]):
+        return gradcache.backward(core.network, forward, judge, views, micro)
+    embedded = forward(views)
+    terms, gradients = judge(embedded.z)
+    given = [gradient.to(z.dtype) for gradient, z in zip(gradients, embedded.z, strict=True)]
+    torch.autograd.backward(embedded.z, given)
+    return network.Embedded(tuple(z.detach() for z in embedded.z), embedded.features), terms

@@ -33,9 +33,11 @@ class Supply:
                 return next(self._batches)
             except BudgetError as error:
                 self._over = error
-        shape = self._loader.batch_shape
-        blank = torch.zeros(shape, dtype=torch.uint8, device=self._loader.device)
-        return Batch(step, np.zeros(0, dtype=np.int64), blank, blank)
+        blank = tuple(
+            torch.zeros(shape, dtype=torch.uint8, device=self._loader.device)
+            for shape in self._loader.view_shapes
+        )
+        return Batch(step, np.zeros(0, dtype=np.int64), blank)
 
     def has_found(self) -> bool:
         """Whether this rank found unusable images since they were last counted."""

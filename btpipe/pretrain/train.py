@@ -107,7 +107,7 @@ def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
     while run.state.step < run.steps:
         with meter.waiting():
             batch = supply.next(run.state.step)
-        outcome = step.update(run.core, batch.view1, batch.view2, *run.rates(batch.step))
+        outcome = step.update(run.core, batch.views, *run.rates(batch.step))
         run.state = dataclasses.replace(run.state, step=batch.step + 1)
         stop, save, found = agreement.exchange(
             [bool(signals.asked), clock.is_overdue(), supply.has_found()]

@@ -1,5 +1,6 @@
 """The tables of a recipe: typed, frozen, closed. Every default of btpipe stands here."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self
@@ -13,6 +14,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[Positive, Positive]
+MIN_SIZE = 16
+"""Fewest pixels of a view's side."""
 
 Backbone = Literal[
     "resnet18",
@@ -62,6 +65,9 @@ class Solarize(Table):
 class View(Table):
     """How one view of an image is drawn; the defaults are view A of the published main.py."""
 
+    size: Annotated[int, Field(ge=0)] = 0
+    """Height and width in pixels; 0: `data.image_size`. Less makes it a small view (multi-crop),
+    which is compared with the views of full size only."""
     scale: Range = (0.08, 1.0)
     """Share of the image's area that the crop takes, from U(low, high)."""
     ratio: Range = (3 / 4, 4 / 3)
@@ -89,7 +95,7 @@ class Data(Table):
     tar shards, parquet with image bytes, an index, URLs of these: one, or a list of them."""
     batch_size: Annotated[int, Field(ge=2)] = 2048
     """Images in one optimiser step, over all ranks. Divisible by the number of ranks."""
-    image_size: Annotated[int, Field(ge=16)] = 224
+    image_size: Annotated[int, Field(ge=MIN_SIZE)] = 224
     """Height and width of a view, in pixels."""
     max_bad: Probability = 0.01
     """Share of the images that may be unreadable before the run ends with exit code 3."""
@@ -196,7 +202,7 @@ class Health(Table):
     steps: Count = 100
     """Steps between two measurements of the effective ranks."""
     knn: str = ""
-    """Folder of labelled images (a folder for each class) to judge the encoder by; "": none."""
+    """Labelled images to judge the encoder by (class folders, or any input with labels); "": none."""
     knn_epochs: Count = 10
     """Epochs between two judgements."""
 
@@ -206,7 +212,9 @@ class Recipe(Table):
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: Data = Data()
-    views: Annotated[tuple[View, View], Field()] = (VIEW_A, VIEW_B)
+    views: Annotated[tuple[View, ...], Field(min_length=2, max_length=64)] = (VIEW_A, VIEW_B)
+    """Views of each image, two or more. The loss is the mean over all pairs of them in which one
+    or both have full size."""
     network: Network = Network()
     loss: Loss = Loss()
     optim: Optim = Optim()
@@ -216,6 +224,11 @@ class Recipe(Table):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for i, view in enumerate(self.views):
+            if view.size and not MIN_SIZE <= view.size <= self.data.image_size:
+                raise ValueError(
+                    f"views.{i}.size: {view.size} is not 0 or from {MIN_SIZE} to data.image_size"
+                    f" {self.data.image_size}"
+                )
             for name in ("scale", "ratio"):
                 low, high = getattr(view, name)
                 if low > high:
@@ -226,6 +239,11 @@ class Recipe(Table):
                 )
             if view.blur.sigma[0] > view.blur.sigma[1]:
                 raise ValueError(f"views.{i}.blur.sigma: low is above high")
+        if self.data.image_size not in self.view_sizes:
+            raise ValueError(
+                f"views: none has full size, data.image_size {self.data.image_size}: what small"
+                " views are compared with"
+            )
         micro = self.run.micro_batch
         if micro and (micro > self.data.batch_size or self.data.batch_size % micro):
             raise ValueError(
@@ -239,6 +257,18 @@ class Recipe(Table):
                 f" optim.epochs {self.optim.epochs}"
             )
         return self
+
+    @property
+    def view_sizes(self) -> tuple[int, ...]:
+        """Pixels of each view's side."""
+        return tuple(view.size or self.data.image_size for view in self.views)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The pairs of views that are compared: those in which one or both have full size."""
+        full = [size == self.data.image_size for size in self.view_sizes]
+        pairs = itertools.combinations(range(len(full)), 2)
+        return tuple((i, j) for i, j in pairs if full[i] or full[j])
 
     @property
     def digest(self) -> str:

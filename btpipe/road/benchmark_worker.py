@@ -69,7 +69,7 @@ def core_step(
         step.compile(core)
     views = _views(here, sizes)
     lr, bias_lr = _rates(recipe)
-    return Prepared(functools.partial(step.update, core, *views, lr, bias_lr), memory)
+    return Prepared(functools.partial(step.update, core, views, lr, bias_lr), memory)
 
 
 def published_loss(device: Device, count: int, dimension: int) -> Prepared:
@@ -92,10 +92,10 @@ def core_loss(device: Device, count: int, dimension: int, form: loss.Form) -> Pr
     """This core's loss with its gradient in closed form, of (N, D) embeddings."""
     here = torch.device(device)
     lambd = Recipe().loss.lambd
-    loss.value_and_gradient(*_embeddings(here, *TINY), lambd, form)
+    loss.value_and_gradient(_embeddings(here, *TINY), lambd, form)
     embeddings = _embeddings(here, count, dimension)
     memory = PeakMemory(here, beside_bytes=_bytes_of(embeddings))
-    return Prepared(functools.partial(loss.value_and_gradient, *embeddings, lambd, form), memory)
+    return Prepared(functools.partial(loss.value_and_gradient, embeddings, lambd, form), memory)
 
 
 def published_lars(device: Device, sizes: Sizes) -> Prepared:

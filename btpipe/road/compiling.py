@@ -53,6 +53,6 @@ def _first_step(seconds: "SimpleQueue[float]", sizes: Sizes, device: Device, cac
     shape = (2, sizes.batch, sizes.image_size, sizes.image_size, 3)
     views = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
     started = time.perf_counter()
-    outcome = step.update(core, views[0], views[1], 0.1, 0.01)
+    outcome = step.update(core, [*views], 0.1, 0.01)
     float(outcome.terms.on_diagonal)
     seconds.put(time.perf_counter() - started)

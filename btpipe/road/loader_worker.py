@@ -66,8 +66,8 @@ def core_loader(load: Load, normalised: bool) -> Prepared:
         with _open(load, index, torch.device("cpu")) as loader:
             for batch in loader:
                 if normalised:
-                    network.normalise(batch.view1, torch.float32)
-                    network.normalise(batch.view2, torch.float32)
+                    for view in batch.views:
+                        network.normalise(view, torch.float32)
 
     return _prepared(action)
 
@@ -142,11 +142,11 @@ def core_augment(load: Load) -> Prepared:
 
     def build() -> Pipeline:
         return views.training_pipeline(
-            recipe.views, load.image_size, batch_size=len(images), threads=1, gpu=None
+            recipe.views, [load.image_size] * 2, batch_size=len(images), threads=1, gpu=None
         )
 
     def drawn(number: int) -> runs.Load:
-        first, second = (
+        draws = [
             params.draw(
                 view,
                 seed=0,
@@ -157,8 +157,8 @@ def core_augment(load: Load) -> Prepared:
                 heights=sizes[:, 0],
             )
             for i, view in enumerate(recipe.views)
-        )
-        inputs = views.training_inputs((first, second), sizes)
+        ]
+        inputs = views.training_inputs(draws, sizes)
         return runs.Load(number, rows, images, sizes, inputs)
 
     def refuse(load: runs.Load, _: object) -> runs.Load:

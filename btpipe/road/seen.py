@@ -74,7 +74,7 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
         quarantine={},
     ) as loader:
         batch = next(iter(loader))
-    pixels = batch.view1.numpy(), batch.view2.numpy()
+    pixels = [view.numpy() for view in batch.views]
     originals = [_decoded(found, int(row)) for row in batch.images]
     sizes = np.array([pixels.shape[:2] for pixels in originals])
     draws = [

@@ -89,7 +89,7 @@ def _loss_error(
     assert z1.grad is not None
     assert z2.grad is not None
     here = drawn.to(device, dtype)
-    terms, gradient1, gradient2 = loss.value_and_gradient(here[0], here[1], lambd, form)
+    terms, (gradient1, gradient2) = loss.value_and_gradient([*here], lambd, form)
     return worst(
         (
             difference(terms.total(lambd), value.detach()),
@@ -181,7 +181,7 @@ def _faulty(device: torch.device, precision: runtime.Precision) -> float:
     views = _views().to(device)
     left_out, value = 0.0, math.nan
     for turn in range(1, TRIES + 1):
-        outcome = step.update(core, views[0], views[1], 0.1, 0.01)
+        outcome = step.update(core, [*views], 0.1, 0.01)
         left_out += float(outcome.flags.found_inf)
         value = float(outcome.terms.total(core.recipe.loss.lambd))
         if turn - left_out == STEPS:
@@ -200,7 +200,7 @@ def masked_check(device: torch.device) -> Check:
     core = step.build(overflowing, device)
     before = [parameter.detach().clone() for parameter in core.network.parameters()]
     views = _views().to(device)
-    found = step.update(core, views[0], views[1], 0.1, 0.01).flags
+    found = step.update(core, [*views], 0.1, 0.01).flags
     after = [parameter.detach() for parameter in core.network.parameters()]
     changed = sum(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     changed += not bool(found.found_inf)
@@ -238,7 +238,7 @@ def write_gradients(path: Path, batch: int, on: Literal["auto", "cpu"]) -> None:
         described = described.model_copy(update={"optim": Optim(name="sgd")})
         core = step.build(described, here.device)
         mine = _views(batch).chunk(here.world_size, dim=1)[here.rank].to(here.device)
-        step.update(core, mine[0], mine[1], 0.0, 0.0)
+        step.update(core, [*mine], 0.0, 0.0)
         if here.is_first:
             named = core.network.named_parameters()
             save_file({n: p.grad.contiguous() for n, p in named if p.grad is not None}, path)

@@ -177,5 +177,5 @@ def _gradient(here: runtime.Runtime, loss_settings: Loss, run: Run) -> torch.Ten
     generator = torch.Generator().manual_seed(0)
     views = torch.randint(0, 256, (2, 16, 32, 32, 3), dtype=torch.uint8, generator=generator)
     mine = views.chunk(here.world_size, dim=1)[here.rank]
-    step.update(core, mine[0], mine[1], 0.0, 0.0)
+    step.update(core, [*mine], 0.0, 0.0)
     return torch.cat([p.grad.flatten() for p in core.network.parameters() if p.grad is not None])

@@ -73,8 +73,8 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
     assert [batch.step for batch in first] == [batch.step for batch in second]
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one.images, other.images)
-        assert torch.equal(one.view1, other.view1)
-        assert torch.equal(one.view2, other.view2)
+        assert len(one.views) == len(other.views)
+        assert all(map(torch.equal, one.views, other.views))
 
 
 def truncate(path: Path) -> None:
@@ -89,11 +89,11 @@ def test_an_epoch_is_every_full_batch_of_different_images(folder: Path) -> None:
         rows = np.concatenate([batch.images for batch in epoch])
         assert len(set(rows)) == 24
     for batch in got:
-        for view in (batch.view1, batch.view2):
+        for view in batch.views:
             assert view.shape == (8, 32, 32, 3)
             assert view.dtype == torch.uint8
             assert view.is_contiguous()
-    assert not torch.equal(got[0].view1, got[0].view2)
+    assert not torch.equal(got[0].views[0], got[0].views[1])
 
 
 def test_the_same_seed_gives_the_same_bytes_with_any_number_of_threads(folder: Path) -> None:
@@ -108,12 +108,25 @@ def test_two_ranks_together_get_what_one_gets(folder: Path) -> None:
         Batch(
             one.step,
             np.concatenate([one.images, other.images]),
-            torch.cat([one.view1, other.view1]),
-            torch.cat([one.view2, other.view2]),
+            tuple(map(torch.cat, zip(one.views, other.views, strict=True))),
         )
         for one, other in zip(*parts, strict=True)
     ]
     assert_same(together, batches(made))
+
+
+def test_more_views_leave_the_first_ones_as_they_are_and_small_ones_are_small(folder: Path) -> None:
+    made, _ = index.build(folder)
+    pair = batches(made, settings(max_bad=0.0))
+    small = recipe.View(size=16, scale=(0.05, 0.3))
+    chosen = settings(max_bad=0.0).model_copy(
+        update={"views": (recipe.VIEW_A, recipe.VIEW_B, small, small)}
+    )
+    four = batches(made, chosen)
+    for one, other in zip(pair, four, strict=True):
+        assert all(map(torch.equal, one.views, other.views[:2]))
+        assert [view.shape for view in other.views[2:]] == [(8, 16, 16, 3)] * 2
+        assert not torch.equal(other.views[2], other.views[3])  # drawn by the view's number
 
 
 @pytest.mark.parametrize("shuffle", ["full", "blocks"])
@@ -138,8 +151,7 @@ def test_four_ranks_get_what_one_gets_while_a_file_in_a_hundred_is_junk_and_some
             Batch(
                 shares[0].step,
                 np.concatenate([share.images for share in shares]),
-                torch.cat([share.view1 for share in shares]),
-                torch.cat([share.view2 for share in shares]),
+                tuple(map(torch.cat, zip(*(share.views for share in shares), strict=True))),
             )
             for shares in zip(*parts, strict=True)
         ]
@@ -150,7 +162,7 @@ def test_four_ranks_get_what_one_gets_while_a_file_in_a_hundred_is_junk_and_some
         replaced += int((~kept).sum())
         np.testing.assert_array_equal(after.images[kept], before.images[kept])
         assert torch.equal(
-            after.view1[torch.from_numpy(kept)], before.view1[torch.from_numpy(kept)]
+            after.views[0][torch.from_numpy(kept)], before.views[0][torch.from_numpy(kept)]
         )
     assert replaced >= 3
 
@@ -191,8 +203,12 @@ def test_a_truncated_jpeg_costs_only_its_own_place(folder: Path) -> None:
         replaced += int((~same).sum())
         assert 5 not in other.images
         np.testing.assert_array_equal(one.images[same], other.images[same])
-        assert torch.equal(one.view1[torch.from_numpy(same)], other.view1[torch.from_numpy(same)])
-        assert torch.equal(one.view2[torch.from_numpy(same)], other.view2[torch.from_numpy(same)])
+        assert torch.equal(
+            one.views[0][torch.from_numpy(same)], other.views[0][torch.from_numpy(same)]
+        )
+        assert torch.equal(
+            one.views[1][torch.from_numpy(same)], other.views[1][torch.from_numpy(same)]
+        )
     assert replaced >= 1
     assert list(quarantine) == [5]
     assert quarantine[5].startswith("truncated or damaged JPEG")
@@ -214,13 +230,15 @@ def test_a_stand_in_is_the_same_whether_the_bad_file_was_known_or_found(folder: 
 def test_a_stand_in_is_drawn_as_that_image_would_be(folder: Path) -> None:
     made, _ = index.build(folder)
     clean = {
-        (b.step // 3, int(row)): b.view1[i] for b in batches(made) for i, row in enumerate(b.images)
+        (b.step // 3, int(row)): b.views[0][i]
+        for b in batches(made)
+        for i, row in enumerate(b.images)
     }
     truncate(folder / "05.jpg")
     for batch in batches(made):
         for i, row in enumerate(batch.images):
             if (batch.step // 3, int(row)) in clean:
-                assert torch.equal(batch.view1[i], clean[batch.step // 3, int(row)])
+                assert torch.equal(batch.views[0][i], clean[batch.step // 3, int(row)])
 
 
 def test_a_vanished_file_is_quarantined_and_replaced(folder: Path) -> None:

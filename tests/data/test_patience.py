@@ -99,7 +99,7 @@ def test_a_disk_that_stumbles_costs_no_image(tmp_path: Path) -> None:
     assert events == []
     for one, other in zip(healthy, got, strict=True):
         assert one.images.tolist() == other.images.tolist()
-        assert torch.equal(one.view1, other.view1)
+        assert torch.equal(one.views[0], other.views[0])
 
 
 def test_a_disk_that_stays_broken_is_named_after_all_tries(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_a_training_loader_takes_them_from_memory() -> None:
         quarantine={},
     ) as loader:
         batches = list(loader)
-    assert [batch.view1.shape for batch in batches] == [(8, 32, 32, 3)] * 2
+    assert [batch.views[0].shape for batch in batches] == [(8, 32, 32, 3)] * 2
     assert len(np.unique(np.concatenate([batch.images for batch in batches]))) == 16
 
 

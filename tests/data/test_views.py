@@ -59,7 +59,9 @@ def drawn(image: Image.Image, draws: params.Draws, kind: str = "PNG") -> NDArray
     always = recipe.View(
         blur=recipe.Blur(probability=1.0), solarize=recipe.Solarize(probability=1.0)
     )
-    pipeline = views.training_pipeline((always, always), SIZE, batch_size=1, threads=1, gpu=None)
+    pipeline = views.training_pipeline(
+        (always, always), (SIZE, SIZE), batch_size=1, threads=1, gpu=None
+    )
     sizes = np.array([[image.height, image.width]])
     pipeline.feed_input("image", [decoded(encoded(image, kind))])
     pipeline.feed_input("serial", np.zeros((1, 1), np.int64))
@@ -142,7 +144,7 @@ def test_images_of_one_batch_are_turned_each_in_its_own_way() -> None:
     )
     four = dataclasses.replace(four, turns=np.arange(4))
     both = (recipe.VIEW_A, recipe.VIEW_B)
-    pipeline = views.training_pipeline(both, SIZE, batch_size=4, threads=1, gpu=None)
+    pipeline = views.training_pipeline(both, (SIZE, SIZE), batch_size=4, threads=1, gpu=None)
     pipeline.feed_input("image", [np.asarray(image)] * 4)
     pipeline.feed_input("serial", np.zeros((4, 1), np.int64))
     sizes = np.array([[image.height, image.width]] * 4)
@@ -241,6 +243,6 @@ def test_geometry_keeps_the_published_field_of_view() -> None:
 def test_every_graph_can_be_defined_for_a_gpu_where_there_is_none() -> None:
     # Definition checks what may be on which device; running needs the GPU.
     both = (recipe.VIEW_A, recipe.VIEW_B)
-    views.training_pipeline(both, SIZE, batch_size=2, threads=1, gpu=0)
+    views.training_pipeline(both, (SIZE, SIZE), batch_size=2, threads=1, gpu=0)
     views.evaluation_pipeline(views.Geometry.for_size(SIZE), batch_size=2, threads=1, gpu=0)
     views.decoding_pipeline(gpu=0)

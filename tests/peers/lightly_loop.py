@@ -82,7 +82,7 @@ def compare(core: step.Core, batch: Batch, criterion: BarlowTwinsLoss) -> list[f
     found = []
     whole = len(batch.images)
     for precision, dtype, count in (("fp32", torch.float32, whole), ("fp64", torch.float64, FEW)):
-        view1, view2 = batch.view1[:count], batch.view2[:count]
+        view1, view2 = batch.views[0][:count], batch.views[1][:count]
         described = core.recipe.model_copy(
             update={"run": core.recipe.run.model_copy(update={"precision": precision})}
         )
@@ -91,7 +91,7 @@ def compare(core: step.Core, batch: Batch, criterion: BarlowTwinsLoss) -> list[f
         plain = Plain(described.network).to(dtype)
         plain.load_state_dict(core.network.state_dict())
         value, gradients = loss_and_gradient(plain.train(), criterion, view1, view2)
-        outcome = step.update(ours, view1, view2, 0.0, 0.0)
+        outcome = step.update(ours, [view1, view2], 0.0, 0.0)
         total = float(outcome.terms.total(described.loss.lambd))
         found += [abs(total - value) / value, difference(ours, gradients)]
     return found
@@ -175,7 +175,7 @@ def main() -> int:
                 batch_size=arguments.batch,
             )
             started = time.process_time()
-            outcome = step.update(core, batch.view1, batch.view2, *rates)
+            outcome = step.update(core, batch.views, *rates)
             seconds[0] += time.process_time() - started
             if batch.step % 50 == 0:
                 total = float(outcome.terms.total(described.loss.lambd))
@@ -187,7 +187,7 @@ def main() -> int:
             started = time.process_time()
             for group, rate in zip(descent.param_groups, rates, strict=True):
                 group["lr"] = rate
-            loss_and_gradient(plain, criterion, batch.view1, batch.view2)
+            loss_and_gradient(plain, criterion, batch.views[0], batch.views[1])
             descent.step()
             seconds[1] += time.process_time() - started
     size = described.data.image_size

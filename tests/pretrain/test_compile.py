@@ -5,7 +5,7 @@ import torch
 
 from btpipe import runtime
 from btpipe.pretrain import step
-from btpipe.recipe import Data, Network, Recipe, Run
+from btpipe.recipe import Data, Network, Recipe, Run, View
 
 CPU = torch.device("cpu")
 EXACT = 1e-10  # float64, relative to a tensor's largest: the same operations, decomposed
@@ -13,16 +13,19 @@ CLOSE = (
     1e-2  # float32, likewise: fused kernels sum in another order, through batch norm of 8 images
 )
 SIZE, IMAGES = 32, 8
+PAIR = (View(), View())
+CROPS = (*PAIR, View(size=16), View(size=16))
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore:dynamo_pgo", "ignore:Online softmax"
 )  # torch's own, while it compiles
 
 
-def build(precision: str, memory_budget: float = 1.0) -> step.Core:
+def build(precision: str, memory_budget: float = 1.0, views: tuple[View, ...] = PAIR) -> step.Core:
     run = {"precision": precision, "compile": "on", "memory_budget": memory_budget}
     described = Recipe(
         data=Data(batch_size=IMAGES, image_size=SIZE),
         network=Network(backbone="resnet18", projector=(32, 16)),
+        views=views,
         run=Run.model_validate(run),
     )
     return step.build(described, CPU)
@@ -31,11 +34,13 @@ def build(precision: str, memory_budget: float = 1.0) -> step.Core:
 def update(core: step.Core) -> dict[str, torch.Tensor]:
     """Gradients and running statistics after one step on this rank's share of one batch."""
     generator = torch.Generator().manual_seed(0)
-    shape = (2, IMAGES, SIZE, SIZE, 3)
-    first, second = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    drawn = [
+        torch.randint(0, 256, (IMAGES, size, size, 3), dtype=torch.uint8, generator=generator)
+        for size in core.recipe.view_sizes
+    ]
     share = IMAGES // runtime.world_size()
     own = slice(runtime.rank() * share, (runtime.rank() + 1) * share)
-    step.update(core, first[own], second[own], 0.1, 0.1)
+    step.update(core, [view[own] for view in drawn], 0.1, 0.1)
     gradients = {n: p.grad for n, p in core.network.named_parameters() if p.grad is not None}
     return {**gradients, **dict(core.network.named_buffers())}
 
@@ -51,11 +56,12 @@ def assert_alike(
 
 def trace_and_compare() -> None:
     """One graph through autograd (`fullgraph`, without code generation), against eager."""
-    eager, traced = build("fp64"), build("fp64")
-    keys = traced.network.state_dict().keys()
-    traced.network.compile(fullgraph=True, backend="aot_eager")
-    assert_alike(update(traced), update(eager), EXACT)
-    assert traced.network.state_dict().keys() == keys
+    for views in (PAIR, CROPS):
+        eager, traced = (build("fp64", views=views) for _ in range(2))
+        keys = traced.network.state_dict().keys()
+        traced.network.compile(fullgraph=True, backend="aot_eager")
+        assert_alike(update(traced), update(eager), EXACT)
+        assert traced.network.state_dict().keys() == keys
 
 
 def trace_on_a_rank() -> None:

@@ -140,7 +140,7 @@ def test_two_processes_measure_the_ranks_of_one(tmp_path: Path, images: Path) ->
 def test_the_ranks_are_those_of_the_first_view_evenly_chosen() -> None:
     random = torch.Generator().manual_seed(0)
     z1, z2, features = (torch.randn(n, 40, generator=random) for n in (1536, 1536, 3072))
-    found = health.effective_ranks(network.Embedded(z1, z2, features), 7)
+    found = health.effective_ranks(network.Embedded((z1, z2), features), 7)
     assert found is not None
     chosen = np.arange(1024) * 1536 // 1024
     assert found.step == 7
@@ -152,7 +152,7 @@ def test_the_ranks_are_those_of_the_first_view_evenly_chosen() -> None:
 def test_vectors_that_are_not_finite_are_not_measured() -> None:
     z = torch.ones(8, 4)
     z[3, 1] = float("nan")
-    assert health.effective_ranks(network.Embedded(z, z, torch.ones(16, 4)), 1) is None
+    assert health.effective_ranks(network.Embedded((z, z), torch.ones(16, 4)), 1) is None
 
 
 def test_a_step_at_which_nothing_is_due_reads_no_number(tmp_path: Path, images: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_step_at_which_nothing_is_due_reads_no_number(tmp_path: Path, images: 
     nothing = torch.empty(8, 32, device="meta")
     flags = finite.Flags(nothing, nothing)
     terms = loss.Terms(nothing, nothing, nothing, nothing)
-    outcome = step.Outcome(terms, network.Embedded(nothing, nothing, nothing), flags)
+    outcome = step.Outcome(terms, network.Embedded((nothing, nothing), nothing), flags)
     watched = health.Health(run, lambda: False)
     watched.stepped(outcome, None)
     run.state = checkpoint.State(8, wanted.digest, index.fingerprint)
@@ -323,9 +323,9 @@ def test_a_folder_that_cannot_judge_is_refused_before_anything_is_made(
     draw_images(tmp_path / "loose" / "deep", 4)
     (tmp_path / "loose" / "a.jpg").write_bytes((tmp_path / "one" / "cat" / "000.jpg").read_bytes())
     for name, message in (
-        ("nowhere", "is not a folder"),
+        ("nowhere", "health.knn = .*nowhere.*: no such folder or file"),
         ("one", "'cat' is the only class"),
-        ("loose", "not every image lies in a class folder"),
+        ("loose", "health.knn: a.jpg has no label"),
     ):
         with pytest.raises(UsageError, match=message) as refused:
             pretrain(tmp_path / "run", describe(images, f"health.knn={tmp_path / name}"))

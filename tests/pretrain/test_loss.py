@@ -27,7 +27,7 @@ def case(i: int) -> tuple[torch.Tensor, torch.Tensor, float]:
 @pytest.mark.parametrize("i", CASES)
 def test_value_and_gradients_equal_the_published_code(i: int, form: loss.Form) -> None:
     z1, z2, lambd = case(i)
-    terms, gradient1, gradient2 = loss.value_and_gradient(z1, z2, lambd, form)
+    terms, (gradient1, gradient2) = loss.value_and_gradient([z1, z2], lambd, form)
     torch.testing.assert_close(
         terms.total(lambd), PUBLISHED[f"loss.{i}.value"], atol=EXACT, rtol=EXACT
     )
@@ -51,17 +51,49 @@ def test_both_forms_equal_autograd_through_the_definition(count: int, dimension:
     value.backward()  # type: ignore[no-untyped-call]
     forms: tuple[loss.Form, ...] = ("gram", "cross")
     for form in forms:
-        terms, *gradients = loss.value_and_gradient(z[0], z[1], 0.0051, form)
+        terms, gradients = loss.value_and_gradient(z, 0.0051, form)
         torch.testing.assert_close(terms.total(0.0051), value.detach(), atol=EXACT, rtol=EXACT)
         for tensor, gradient in zip(z, gradients, strict=True):
             torch.testing.assert_close(gradient, tensor.grad, atol=EXACT, rtol=EXACT)
 
 
+PAIRS = {
+    "three alike": ((0, 1), (0, 2), (1, 2)),
+    "two large and two small": ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3)),
+    "one large": ((0, 1), (0, 2)),
+}
+
+
+def several(pairs: tuple[loss.Pair, ...], count: int, dimension: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(len(pairs))
+    shape = (1 + max(max(pair) for pair in pairs), count, dimension)
+    return [*torch.randn(shape, generator=generator, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("form", ["gram", "cross"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_more_views_give_the_mean_over_their_pairs(name: str, form: loss.Form) -> None:
+    pairs = PAIRS[name]
+    z = several(pairs, 12, 20)
+    terms, gradients = loss.value_and_gradient(z, 0.0051, form, pairs=pairs)
+    expected = [torch.zeros_like(view) for view in z]
+    value, diagonal = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for i, j in pairs:
+        of_pair, of_views = loss.value_and_gradient([z[i], z[j]], 0.0051, form)
+        value += of_pair.total(0.0051) / len(pairs)
+        diagonal += of_pair.mean_diagonal / len(pairs)
+        for view, gradient in zip((i, j), of_views, strict=True):
+            expected[view] += gradient / len(pairs)
+    torch.testing.assert_close(terms.total(0.0051), value, atol=EXACT, rtol=EXACT)
+    torch.testing.assert_close(terms.mean_diagonal, diagonal, atol=EXACT, rtol=EXACT)
+    torch.testing.assert_close(gradients, expected, atol=EXACT, rtol=EXACT)
+
+
 def test_half_precision_embeddings_are_correlated_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     z1, z2 = (torch.randn(256, 64, generator=generator).bfloat16() for _ in range(2))
-    terms, gradient1, _ = loss.value_and_gradient(z1, z2, 0.0051, "gram")
-    exact, exact1, _ = loss.value_and_gradient(z1.double(), z2.double(), 0.0051, "gram")
+    terms, (gradient1, _) = loss.value_and_gradient([z1, z2], 0.0051, "gram")
+    exact, (exact1, _) = loss.value_and_gradient([z1.double(), z2.double()], 0.0051, "gram")
     assert gradient1.dtype == torch.float32
     torch.testing.assert_close(
         terms.off_diagonal.double(), exact.off_diagonal, rtol=SINGLE, atol=0.0
@@ -84,7 +116,7 @@ def test_no_embedding_goes_below_the_floor() -> None:
     optimizer = torch.optim.LBFGS([z], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> float:
-        terms, gradient1, gradient2 = loss.value_and_gradient(z, z, 0.05, "gram")
+        terms, (gradient1, gradient2) = loss.value_and_gradient([z, z], 0.05, "gram")
         z.grad = gradient1 + gradient2
         return float(terms.total(0.05))
 
@@ -97,6 +129,10 @@ def test_auto_takes_the_form_with_fewer_operations() -> None:
     assert loss.choose_form("auto", 256, 8192) == "gram"
     assert loss.choose_form("auto", 2048, 2048) == "cross"
     assert loss.choose_form("cross", 256, 8192) == "cross"
+    # Two views, one pair: 3,000 x 2 < 1.5 x 4,096 just holds; each view more has pairs more.
+    assert loss.choose_form("auto", 3000, 4096) == "gram"
+    assert loss.choose_form("auto", 4000, 4096) == "cross"
+    assert loss.choose_form("auto", 4000, 4096, views=4, pairs=6) == "gram"
 
 
 def compare_with_one_rank(form: loss.Form) -> None:
@@ -105,13 +141,32 @@ def compare_with_one_rank(form: loss.Form) -> None:
         for i in CASES:
             z1, z2, lambd = case(i)
             rows = slice(here.rank * len(z1) // 2, (here.rank + 1) * len(z1) // 2)
-            terms, gradient1, gradient2 = loss.value_and_gradient(z1[rows], z2[rows], lambd, form)
+            terms, gradients = loss.value_and_gradient([z1[rows], z2[rows]], lambd, form)
             torch.testing.assert_close(
                 terms.total(lambd), PUBLISHED[f"loss.{i}.value"], atol=1e-12, rtol=1e-12
             )
-            for gradient, view in ((gradient1, "z1"), (gradient2, "z2")):
+            for gradient, view in zip(gradients, ("z1", "z2"), strict=True):
                 expected = PUBLISHED[f"loss.{i}.grad_{view}"][rows]
                 torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=1e-12)
+
+
+def compare_several_views_with_one_rank(form: loss.Form, whole: list[torch.Tensor]) -> None:
+    """Runs on every rank: its slice of the gradient of four views, against the whole batch's."""
+    pairs = PAIRS["two large and two small"]
+    with runtime.start() as here:
+        z = several(pairs, 12, 20)
+        half = len(z[0]) // 2
+        rows = slice(here.rank * half, (here.rank + 1) * half)
+        _, found = loss.value_and_gradient([v[rows] for v in z], 0.0051, form, pairs=pairs)
+        expected = [gradient[rows] for gradient in whole]
+        torch.testing.assert_close(found, expected, atol=EXACT, rtol=EXACT)
+
+
+@pytest.mark.parametrize("form", ["gram", "cross"])
+def test_two_ranks_return_their_slices_for_four_views_too(form: loss.Form) -> None:
+    pairs = PAIRS["two large and two small"]
+    _, whole = loss.value_and_gradient(several(pairs, 12, 20), 0.0051, form, pairs=pairs)
+    runtime.launch(2, compare_several_views_with_one_rank, (form, whole))
 
 
 @pytest.mark.parametrize("form", ["gram", "cross"])

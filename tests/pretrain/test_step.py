@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from btpipe import runtime
 from btpipe.pretrain import finite, loss, norm, step
-from btpipe.recipe import Data, Loss, Network, Optim, Recipe, Run
+from btpipe.recipe import Data, Loss, Network, Optim, Recipe, Run, View
 
 CPU = torch.device("cpu")
 EXACT = 1e-12  # float64, relative to the largest: the same sums in another order
@@ -90,24 +90,24 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch_where_batch_norm_is_
     parts = step.build(recipe(Run(precision="fp64", micro_batch=micro_batch)), CPU)
     for core in (whole, parts):
         freeze_norms(core)
-    expected, found = (step.update(core, *views(), 0.1, 0.1) for core in (whole, parts))
+    expected, found = (step.update(core, views(), 0.1, 0.1) for core in (whole, parts))
     assert_alike(gradients(parts), gradients(whole), EXACT)
     torch.testing.assert_close(
         found.terms.off_diagonal, expected.terms.off_diagonal, rtol=EXACT, atol=0
     )
     torch.testing.assert_close(found.embedded.features, expected.embedded.features)
-    torch.testing.assert_close(found.embedded.z2, expected.embedded.z2)
+    torch.testing.assert_close(found.embedded.z[1], expected.embedded.z[1])
 
 
 def test_micro_batches_differ_in_training_by_what_batch_norm_sees_alone() -> None:
     """Against autograd through micro-batches that pass one by one and are judged together."""
     described = recipe(Run(precision="fp64", micro_batch=4))
     core, plain = step.build(described, CPU), step.build(described, CPU)
-    step.update(core, *views(), 0.0, 0.0)
+    step.update(core, views(), 0.0, 0.0)
     first, second = views()
     passed = [plain.network(first[i : i + 4], second[i : i + 4]) for i in (0, 4)]
-    z1, z2 = (torch.cat([getattr(part, name) for part in passed]) for name in ("z1", "z2"))
-    _, gradient1, gradient2 = loss.value_and_gradient(z1, z2, Loss().lambd, "cross")
+    z1, z2 = (torch.cat(rows) for rows in zip(*(part.z for part in passed), strict=True))
+    _, (gradient1, gradient2) = loss.value_and_gradient([z1, z2], Loss().lambd, "cross")
     torch.autograd.backward([z1, z2], [gradient1, gradient2])
     assert_alike(gradients(core), gradients(plain), EXACT)
     running = dict(plain.network.named_buffers())
@@ -115,12 +115,56 @@ def test_micro_batches_differ_in_training_by_what_batch_norm_sees_alone() -> Non
         torch.testing.assert_close(buffer, running[name], rtol=EXACT, atol=EXACT)
 
 
+SMALL = View(size=16, scale=(0.05, 0.3))
+CROPS = (View(), View(), SMALL, SMALL)
+
+
+def crops() -> list[torch.Tensor]:
+    """Two views of 32 pixels and two of 16."""
+    generator = torch.Generator().manual_seed(1)
+    small = torch.randint(0, 256, (2, IMAGES, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    return [*views(), *small]
+
+
+def test_many_views_pass_as_each_does_alone() -> None:
+    """Each view has its own statistics, in the encoder and in the projector."""
+    together, alone = (step.build(recipe(views=CROPS), CPU).network for _ in range(2))
+    found = together(*crops())
+    for z, view in zip(found.z, crops(), strict=True):
+        torch.testing.assert_close(z, alone(view).z[0], rtol=EXACT, atol=EXACT)
+    assert found.features.shape == (4 * IMAGES, 512)
+    running = dict(alone.named_buffers())
+    for name, buffer in together.named_buffers():
+        torch.testing.assert_close(buffer, running[name], rtol=EXACT, atol=EXACT)
+
+
+def test_small_views_learn_from_the_full_size_ones_alone() -> None:
+    described = recipe(views=CROPS)
+    assert described.pairs == ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3))
+    core, plain = (step.build(described, CPU) for _ in range(2))
+    outcome = step.update(core, crops(), 0.0, 0.0)
+    z = [plain.network(view).z[0] for view in crops()]
+    terms, parts = loss.value_and_gradient(z, Loss().lambd, "cross", pairs=described.pairs)
+    torch.autograd.backward(z, parts)
+    assert_alike(gradients(core), gradients(plain), EXACT)
+    torch.testing.assert_close(outcome.terms.on_diagonal, terms.on_diagonal, rtol=EXACT, atol=0)
+
+
+def test_micro_batches_take_many_views() -> None:
+    whole = step.build(recipe(views=CROPS), CPU)
+    parts = step.build(recipe(Run(precision="fp64", micro_batch=4), views=CROPS), CPU)
+    for core in (whole, parts):
+        freeze_norms(core)
+        step.update(core, crops(), 0.1, 0.1)
+    assert_alike(gradients(parts), gradients(whole), EXACT)
+
+
 def test_memory_follows_the_micro_batch() -> None:
     held = {}
     for micro_batch in (0, 4, 2):
         core = step.build(recipe(Run(precision="fp64", micro_batch=micro_batch)), CPU)
         with largest_graph() as most:
-            step.update(core, *views(), 0.1, 0.1)
+            step.update(core, views(), 0.1, 0.1)
         held[micro_batch] = most()
     assert held[4] < 0.55 * held[0]
     assert held[2] < 0.3 * held[0]
@@ -133,7 +177,7 @@ def test_recomputation_gives_the_same_gradient_and_counts_statistics_once(precis
         run = Run.model_validate({"precision": precision, "memory_budget": budget})
         core = step.build(recipe(run), CPU)
         with largest_graph() as most:
-            step.update(core, *views(), 0.1, 0.1)
+            step.update(core, views(), 0.1, 0.1)
         held.append(most())
         results.append((gradients(core), dict(core.network.named_buffers())))
     for found, buffers in results[1:]:
@@ -146,19 +190,19 @@ def test_recomputation_gives_the_same_gradient_and_counts_statistics_once(precis
 @pytest.mark.parametrize("name", ["lars", "adamw", "sgd"])
 def test_an_update_that_is_not_finite_touches_neither_weights_nor_momenta(name: str) -> None:
     core = step.build(recipe(optim=Optim.model_validate({"name": name})), CPU)
-    step.update(core, *views(), 0.01, 0.01)  # so that there are momenta
+    step.update(core, views(), 0.01, 0.01)  # so that there are momenta
     bad = next(core.network.projector.parameters())
     good = bad[0, 0].item()
     with torch.no_grad():
         bad[0, 0] = torch.inf
     before = [t.clone() for t in everything(core)]
-    outcome = step.update(core, *views(), 0.01, 0.01)
+    outcome = step.update(core, views(), 0.01, 0.01)
     assert outcome.flags.found_inf.item() == 1
     for tensor, was in zip(everything(core), before, strict=True):
         assert torch.equal(tensor, was)
     with torch.no_grad():
         bad[0, 0] = good
-    outcome = step.update(core, *views(), 0.01, 0.01)
+    outcome = step.update(core, views(), 0.01, 0.01)
     assert outcome.flags.found_inf.item() == 0
     assert not all(torch.equal(t, was) for t, was in zip(everything(core), before, strict=True))
     assert all(torch.isfinite(t).all() for t in everything(core))
@@ -172,11 +216,11 @@ def test_a_first_update_that_is_left_out_leaves_nothing_behind(name: str) -> Non
     good = bad[0, 0].item()
     with torch.no_grad():
         bad[0, 0] = torch.inf
-    assert step.update(core, *views(), 0.01, 0.01).flags.found_inf.item() == 1
+    assert step.update(core, views(), 0.01, 0.01).flags.found_inf.item() == 1
     with torch.no_grad():
         bad[0, 0] = good
     for one in (core, fresh):
-        step.update(one, *views(), 0.01, 0.01)
+        step.update(one, views(), 0.01, 0.01)
     for tensor, expected in zip(everything(core), everything(fresh), strict=True):
         assert torch.equal(tensor, expected)
 
@@ -197,7 +241,7 @@ def one_bad_rank_of_two() -> None:
         before = [p.detach().clone() for p in core.network.parameters()]
         first, second = views()
         own = slice(here.rank * 4, here.rank * 4 + 4)
-        outcome = step.update(core, first[own], second[own], 0.1, 0.1)
+        outcome = step.update(core, [first[own], second[own]], 0.1, 0.1)
         assert outcome.flags.ranks.tolist() == [0, 1]
         assert torch.isfinite(outcome.terms.on_diagonal)
         for parameter, was in zip(core.network.parameters(), before, strict=True):
@@ -213,16 +257,16 @@ def test_fp16_overflows_lower_the_scale_and_are_counted() -> None:
     assert core.scale is not None
     core.scale.scale.fill_(2.0**60)
     before = [p.detach().clone() for p in core.network.parameters()]
-    assert step.update(core, *views(), 0.1, 0.1).flags.found_inf.item() == 1
+    assert step.update(core, views(), 0.1, 0.1).flags.found_inf.item() == 1
     assert (int(core.scale.overflows), float(core.scale.scale)) == (1, 2.0**59)
     assert all(
         torch.equal(p, was) for p, was in zip(core.network.parameters(), before, strict=True)
     )
     core.scale.scale.fill_(2.0**10)
-    assert step.update(core, *views(), 0.1, 0.1).flags.found_inf.item() == 0
+    assert step.update(core, views(), 0.1, 0.1).flags.found_inf.item() == 0
     assert int(core.scale.overflows) == 1
     single = step.build(recipe(Run(precision="fp32")), CPU)
-    step.update(single, *views(), 0.1, 0.1)
+    step.update(single, views(), 0.1, 0.1)
     cosine = nn.functional.cosine_similarity(flat(core), flat(single), 0)
     assert cosine > 0.99  # fp16 convolutions: 10 bits of mantissa
 
@@ -258,7 +302,7 @@ class Watchman(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_nothing_in_the_step_waits_for_the_device(name: str) -> None:
     core = step.build(recipe(optim=Optim.model_validate({"name": name})), CPU)
     with Watchman() as watchman:
-        step.update(core, *views(), 0.1, 0.1)
+        step.update(core, views(), 0.1, 0.1)
     assert watchman.count > 100
     assert watchman.waits == []
     with Watchman() as watchman:
@@ -271,7 +315,7 @@ def test_lars_takes_as_many_operations_for_many_parameters_as_for_few() -> None:
     for depth in ((16,), (16,) * 20):
         described = recipe(network=Network(backbone="resnet18", projector=depth))
         core = step.build(described, CPU)
-        step.update(core, *views(), 0.1, 0.1)
+        step.update(core, views(), 0.1, 0.1)
         with Watchman() as watchman:
             core.optimizer.step()
         counts.append(watchman.count)
@@ -279,6 +323,7 @@ def test_lars_takes_as_many_operations_for_many_parameters_as_for_few() -> None:
 
 
 PRECISIONS = {"fp64": EXACT, "fp32": SINGLE}
+TOLERANCES = {**PRECISIONS, "crops": EXACT}
 
 
 def gradients_of_one_batch() -> dict[str, dict[str, torch.Tensor]]:
@@ -289,8 +334,11 @@ def gradients_of_one_batch() -> dict[str, dict[str, torch.Tensor]]:
     found = {}
     for precision in PRECISIONS:
         core = step.build(recipe(Run.model_validate({"precision": precision})), CPU)
-        step.update(core, first[own], second[own], 0.1, 0.1)
+        step.update(core, [first[own], second[own]], 0.1, 0.1)
         found[precision] = gradients(core)
+    core = step.build(recipe(views=CROPS), CPU)
+    step.update(core, [view[own] for view in crops()], 0.1, 0.1)
+    found["crops"] = gradients(core)
     return found
 
 
@@ -319,7 +367,7 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks(
     path = tmp_path / "gradients.pt"
     runtime.launch(ranks, save_gradients, (str(path), False))
     found = torch.load(path)
-    for precision, tolerance in PRECISIONS.items():
+    for precision, tolerance in TOLERANCES.items():
         assert_alike(found[precision], alone[precision], tolerance)
 
 

@@ -10,10 +10,11 @@ import pytest
 from tiny_run import draw_images
 
 from btpipe import recipe
-from btpipe.data.index import open_index
+from btpipe.data.index import build, open_index
+from btpipe.data.scan import scan
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import ignore
-from btpipe.pretrain import folder
+from btpipe.pretrain import checkpoint, folder, knn, launch
 
 IMAGES = 12
 
@@ -48,6 +49,46 @@ def test_a_run_takes_several_inputs_and_knows_when_one_changes(tmp_path: Path) -
         folder.require_same_images(run)
     with pytest.raises(RefusedError, match=r"data\.train is"):
         folder.prepare(run, described(tar), ignore)
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "parquet", "tar", "index"])
+def test_any_input_with_labels_may_judge_a_run(tmp_path: Path, kind: str) -> None:
+    files = draw_images(tmp_path / "folder", 6)
+    labels = [path.parent.name for path in files]
+    made, _ = build(tmp_path / "folder")
+    made.save(tmp_path / "index.parquet")
+    lines = [f"{path},{label}" for path, label in zip(files, labels, strict=True)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
+    contents = [path.read_bytes() for path in files]
+    pq.write_table(pa.table({"image": contents, "label": labels}), tmp_path / "t.parquet")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, (content, label) in enumerate(zip(contents, labels, strict=True)):
+            for name, part in ((f"{i}.jpg", content), (f"{i}.cls", label.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(part)
+                tar.addfile(info, io.BytesIO(part))
+    named = {"list": "list.csv", "parquet": "t.parquet", "tar": "a.tar", "index": "index.parquet"}
+    health = recipe.Health(knn=str(tmp_path / named.get(kind, kind)))
+    found = knn.labelled_images(recipe.Recipe(health=health), ignore)
+    assert found is not None
+    assert sorted(map(str, found.labels)) == sorted(labels)
+    for row, label in enumerate(found.labels):
+        assert label == labels[contents.index(found.read_bytes(row))]
+
+
+def test_a_run_starts_from_an_index_that_was_only_listed(tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", 16)
+    scan(tmp_path / "images", tmp_path / "i.parquet", ignore, depth="list")
+    wanted = described(tmp_path / "i.parquet")
+    small = wanted.network.model_copy(update={"projector": (16, 16)})
+    optim = recipe.Optim(epochs=1, warmup_epochs=0)
+    wanted = wanted.model_copy(update={"network": small, "optim": optim})
+    launch.pretrain(tmp_path / "run", wanted, devices="1", mode="quiet")
+    assert set(open_index(tmp_path / "run" / folder.INDEX).widths) == {0}
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest is not None
+    assert newest.name == "step-2"
+    launch.pretrain(tmp_path / "run", wanted, devices="1", mode="quiet")  # nothing changed since
 
 
 def test_an_input_of_no_known_kind_is_refused_with_those_that_are(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_both_loaders_get_the_same_images_and_hand_out_alike_views(tmp_path: Pat
     )
     for number in range(2):
         published = torch.cat([views[number] for views in theirs])
-        view = torch.cat([(b.view1, b.view2)[number] for b in ours])
+        view = torch.cat([b.views[number] for b in ours])
         scaled = (view.permute(0, 3, 1, 2) / 255 - mean) / spread
         assert published.shape == scaled.shape
         assert abs(float(published.mean() - scaled.mean())) < VIEW_TOLERANCE

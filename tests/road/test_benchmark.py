@@ -87,7 +87,7 @@ def test_both_steps_make_the_same_update_from_the_same_weights() -> None:
     pixels = torch.Generator().manual_seed(0)
     views = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8, generator=pixels)
     value = trainer.step(views[0], views[1], 0.5, 0.1)
-    outcome = step.update(core, views[0], views[1], 0.5, 0.1)
+    outcome = step.update(core, [*views], 0.5, 0.1)
     torch.testing.assert_close(value, outcome.terms.total(recipe.loss.lambd), rtol=SINGLE, atol=0.0)
     ours = core.network.state_dict()
     for name, tensor in baseline.state_dict().items():
@@ -179,7 +179,7 @@ def count_what_is_sent(file: Path) -> None:
         core = step.build(recipe, here.device)
         views = torch.zeros(2, 4, 32, 32, 3, dtype=torch.uint8)
         with Sent() as sent:
-            step.update(core, views[0], views[1], 0.0, 0.0)
+            step.update(core, [*views], 0.0, 0.0)
         if here.is_first:
             file.write_text(json.dumps([sent.reduced, sent.gathered]))
 

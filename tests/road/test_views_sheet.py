@@ -71,8 +71,8 @@ def test_it_shows_the_first_images_of_an_epoch_as_the_run_sees_them(tmp_path: Pa
         paths = [found.table["path"][int(row)].as_py() for row in batch.images[:6]]
         assert [sample.path for sample in samples] == paths
         for i, sample in enumerate(samples):
-            np.testing.assert_array_equal(sample.views[0].pixels, batch.view1[i].numpy())
-            np.testing.assert_array_equal(sample.views[1].pixels, batch.view2[i].numpy())
+            np.testing.assert_array_equal(sample.views[0].pixels, batch.views[0][i].numpy())
+            np.testing.assert_array_equal(sample.views[1].pixels, batch.views[1][i].numpy())
 
 
 def test_the_numbers_on_show_make_the_pixels_on_show(tmp_path: Path) -> None:
