@@ -16,12 +16,16 @@ from btpipe.data.index import Index
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatch:
-    """Good rows, their pixels (n, S, S, 3) and their files' sha256; bad rows and why."""
+    """Good rows, their pixels (n, S, S, 3) and their files' sha256; bad rows and why.
+
+    `sizes` (n, 2) are the upright [height, width] of the decoded images.
+    """
 
     rows: NDArray[np.int64]
     pixels: NDArray[np.uint8]
     digests: list[str]
     rejected: list[tuple[int, str]]
+    sizes: NDArray[np.int64]
 
 
 def evaluation_batches(
@@ -60,10 +64,11 @@ def evaluation_batches(
         starts = range(0, len(rows), batch_size)
         tasks = ((i, rows[start : start + batch_size]) for i, start in enumerate(starts))
         for number, part, contents in reading.read_ahead(tasks, read, pool):
-            sizes = np.stack([index.heights[part], index.widths[part]], axis=1).astype(np.int64)
+            listed = np.stack([index.heights[part], index.widths[part]], axis=1).astype(np.int64)
             bad = {i: content for i, content in enumerate(contents) if isinstance(content, str)}
             files = [np.zeros(0, np.uint8) if isinstance(c, str) else c for c in contents]
-            yield drop(runs.Load(number, part, files, sizes, {}), bad)
+            load = runs.Load(number, part, files, runs.sizes_of(files, listed), {})
+            yield drop(load, bad)
 
     def build() -> Pipeline:
         return views.evaluation_pipeline(geometry, batch_size=batch_size, threads=threads, gpu=gpu)
@@ -73,4 +78,5 @@ def evaluation_batches(
             empty = np.zeros((0, geometry.size, geometry.size, 3), np.uint8)
             pixels = runs.copied(outputs[0]) if outputs else empty
             names = [digests.pop(int(row)) for row in load.rows]
-            yield EvaluationBatch(load.rows, pixels, names, rejected.pop(load.number, []))
+            bad = rejected.pop(load.number, [])
+            yield EvaluationBatch(load.rows, pixels, names, bad, load.sizes)

@@ -140,7 +140,7 @@ class TrainingLoader:
         for step, rows, contents in reading.read_ahead(tasks, self._read, self._pool):
             bad = {i: content for i, content in enumerate(contents) if isinstance(content, str)}
             files = [np.zeros(0, np.uint8) if isinstance(c, str) else c for c in contents]
-            load = runs.Load(step, rows, files, self._sizes[rows], {})
+            load = runs.Load(step, rows, files, runs.sizes_of(files, self._sizes[rows]), {})
             yield self._mend(load, bad) if bad else self._drawn(load)
 
     def _epoch(self, step: int) -> int:
@@ -212,7 +212,7 @@ class TrainingLoader:
                 if isinstance(content, str):
                     self._reject(int(rows[position]), content)
             files[position] = content
-        sizes = self._sizes[rows]
+        sizes = runs.sizes_of(files, self._sizes[rows])
         return self._drawn(dataclasses.replace(load, rows=rows, files=files, sizes=sizes))
 
     def _reject(self, row: int, reason: str) -> None:

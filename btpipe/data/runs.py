@@ -8,8 +8,9 @@ the culprits are found one by one with the same decoder, the load is mended, and
 
 import collections
 import dataclasses
+import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
 
-from btpipe.data import decoding, views
+from btpipe.data import decoding, header, views
 from btpipe.errors import MachineError
 
 RUNS_AHEAD = 2
@@ -47,6 +48,23 @@ class Load:
     def serials(self) -> NDArray[np.int64]:
         """(n, 1): a number for each sample that no other sample of the job has."""
         return (self.number << 32) + np.arange(len(self.rows), dtype=np.int64)[:, None]
+
+
+def sizes_of(files: Sequence[NDArray[np.uint8]], listed: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Upright [height, width] of files as a `Load` has them: (n, 2).
+
+    A decoded image says it itself, an encoded one is as it was `listed`; where that was without a
+    look at it (0), its header is read.
+    """
+    sizes = listed.copy()
+    for i, file in enumerate(files):
+        if file.ndim == 3:
+            sizes[i] = file.shape[:2]
+        elif not listed[i].all():
+            content = file.tobytes()
+            found = header.look(io.BytesIO(content), b"")
+            sizes[i] = (1, 1) if isinstance(found, header.Refusal) else (found.height, found.width)
+    return sizes
 
 
 Mend = Callable[[Load, dict[int, str]], Load]

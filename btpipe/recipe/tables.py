@@ -202,7 +202,7 @@ class Health(Table):
     steps: Count = 100
     """Steps between two measurements of the effective ranks."""
     knn: str = ""
-    """Labelled images to judge the encoder by (class folders, or any input with labels); "": none."""
+    """Labelled images to judge the encoder by (class folders or other labels); "": none."""
     knn_epochs: Count = 10
     """Epochs between two judgements."""
 

@@ -67,28 +67,39 @@ def test_any_input_with_labels_may_judge_a_run(tmp_path: Path, kind: str) -> Non
                 info = tarfile.TarInfo(name)
                 info.size = len(part)
                 tar.addfile(info, io.BytesIO(part))
-    named = {"list": "list.csv", "parquet": "t.parquet", "tar": "a.tar", "index": "index.parquet"}
+    named: dict[str, str] = {
+        "list": "list.csv",
+        "parquet": "t.parquet",
+        "tar": "a.tar",
+        "index": "index.parquet",
+    }
     health = recipe.Health(knn=str(tmp_path / named.get(kind, kind)))
     found = knn.labelled_images(recipe.Recipe(health=health), ignore)
     assert found is not None
     assert sorted(map(str, found.labels)) == sorted(labels)
-    for row, label in enumerate(found.labels):
-        assert label == labels[contents.index(found.read_bytes(row))]
+    for row, given in enumerate(found.labels):
+        assert given == labels[contents.index(found.read_bytes(row))]
 
 
-def test_a_run_starts_from_an_index_that_was_only_listed(tmp_path: Path) -> None:
+def test_a_run_from_an_index_that_was_only_listed_trains_as_from_one_with_sizes(
+    tmp_path: Path,
+) -> None:
     draw_images(tmp_path / "images", 16)
-    scan(tmp_path / "images", tmp_path / "i.parquet", ignore, depth="list")
-    wanted = described(tmp_path / "i.parquet")
-    small = wanted.network.model_copy(update={"projector": (16, 16)})
-    optim = recipe.Optim(epochs=1, warmup_epochs=0)
-    wanted = wanted.model_copy(update={"network": small, "optim": optim})
-    launch.pretrain(tmp_path / "run", wanted, devices="1", mode="quiet")
-    assert set(open_index(tmp_path / "run" / folder.INDEX).widths) == {0}
-    newest = checkpoint.newest(tmp_path / "run")
-    assert newest is not None
-    assert newest.name == "step-2"
-    launch.pretrain(tmp_path / "run", wanted, devices="1", mode="quiet")  # nothing changed since
+    weights = []
+    for depth in ("list", "header"):
+        scan(tmp_path / "images", tmp_path / f"{depth}.parquet", ignore, depth=depth)
+        wanted = recipe.Recipe(
+            data=described(tmp_path / f"{depth}.parquet").data,
+            network=recipe.Network(backbone="resnet18", projector=(16, 16)),
+            optim=recipe.Optim(epochs=1, warmup_epochs=0),
+        )
+        for _ in range(2):  # the second one finds nothing changed, and nothing to do
+            launch.pretrain(tmp_path / depth, wanted, devices="1", mode="json")
+        newest = checkpoint.newest(tmp_path / depth)
+        assert newest is not None
+        weights.append((newest / "model.safetensors").read_bytes())
+    assert set(open_index(tmp_path / "list" / folder.INDEX).widths) == {0}
+    assert weights[0] == weights[1]
 
 
 def test_an_input_of_no_known_kind_is_refused_with_those_that_are(tmp_path: Path) -> None:
