@@ -143,6 +143,28 @@ def test_a_preset_replaces_views_and_views_replace_a_preset(tmp_path: Path) -> N
     assert recipe.load(top).views[0] == recipe.View()
 
 
+def test_views_may_be_many_and_small(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.toml", "[[views]]\n[[views]]\n[[views]]\nsize = 96\n")
+    loaded = recipe.load(path)
+    assert loaded.view_sizes == (224, 224, 96)
+    assert loaded.pairs == ((0, 1), (0, 2), (1, 2))
+    again = write(tmp_path / "b.toml", loaded.to_toml())
+    assert recipe.load(again) == loaded
+
+
+@pytest.mark.parametrize(
+    ("views", "said"),
+    [
+        ("[[views]]\n", "at least 2"),
+        ("[[views]]\nsize = 96\n[[views]]\nsize = 96\n", "none has full size"),
+        ("[[views]]\n[[views]]\nsize = 300\n", "views.1.size: 300 is not 0 or from 16"),
+        ("[[views]]\n[[views]]\nsize = 8\n", "views.1.size: 8 is not 0 or from 16"),
+    ],
+)
+def test_views_that_cannot_be_compared_are_refused(tmp_path: Path, views: str, said: str) -> None:
+    assert said in refusal(write(tmp_path / "a.toml", views))
+
+
 def test_an_unknown_preset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.toml", 'views = "simclr2"\n')
     said = refusal(path)

@@ -15,6 +15,8 @@ from btpipe.recipe import Recipe
 
 ORIGINAL_PIXELS = 640
 """The longer side of an original in a picture; larger ones are made smaller."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Of the views: colours that colour-blind people tell apart (Okabe and Ito), best ones first."""
 FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -50,6 +52,11 @@ class Sample:
     height: int
     original: Image.Image
     views: tuple[View, ...]
+
+
+def color(number: int) -> str:
+    """The colour of a view, 0 for the first; from the seventh on they come again."""
+    return COLORS[number % len(COLORS)]
 
 
 def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Sample]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from PIL import Image
 
 from btpipe import artifact
+from btpipe.road import seen
 from btpipe.road.seen import Sample, View
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --muted: #666; --paper: #fff; --frame: #ececec;
-  --line: #ddd; --view1: #0072b2; --view2: #d55e00; }
+  --line: #ddd; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --muted: #9a9a9a; --paper: #161616;
-  --frame: #262626; --line: #333; --view1: #56b4e9; --view2: #f08a3c; } }
+  --frame: #262626; --line: #333; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1180px; padding: 24px; background: var(--paper);
   color: var(--ink); font: 14px/1.45 system-ui, sans-serif; }
@@ -29,15 +30,14 @@ figure { margin: 0; min-width: 0; }
 .frame svg, .frame img { display: block; width: 100%; height: 100%; object-fit: contain; }
 .small { image-rendering: pixelated; }
 figcaption { margin: 8px 0 4px; font-weight: 600; overflow-wrap: anywhere; }
-.view1 figcaption { color: var(--view1); } .view2 figcaption { color: var(--view2); }
+.view figcaption { color: color-mix(in srgb, var(--view) 75%, var(--ink)); }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 400; color: var(--muted); padding: 1px 12px 1px 0;
   white-space: nowrap; vertical-align: top; width: 1%; }
 td { padding: 1px 0; overflow-wrap: anywhere; }
 .off td { color: var(--muted); }
 .halo, .edge { fill: none; vector-effect: non-scaling-stroke; }
-.halo { stroke: #fff; stroke-width: 5; } .edge { stroke-width: 2.5; }
-.e1 { stroke: #0072b2; } .e2 { stroke: #d55e00; }
+.halo { stroke: #fff; stroke-width: 5; } .edge { stroke: var(--view); stroke-width: 2.5; }
 details { margin-top: 16px; } pre { background: var(--frame); padding: 12px; overflow-x: auto; }
 """
 NOTHING = "no"
@@ -96,7 +96,7 @@ def _original(sample: Sample) -> str:
         place = f'x="{view.left}" y="{view.top}" width="{view.width}" height="{view.height}"'
         boxes += [
             f'<rect class="halo" {place}/>',
-            f'<rect class="edge e{number + 1}" {place}/>',
+            f'<rect class="edge" style="--view:{seen.color(number)}" {place}/>',
         ]
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="original with crops">'
@@ -109,9 +109,9 @@ def _view(view: View, number: int) -> str:
     small = ' class="small"' if len(view.pixels) < 160 else ""
     source = _embedded(Image.fromarray(view.pixels), "PNG")
     return (
-        f'<figure class="view{number}"><div class="frame"><img{small} alt="view {number}"'
-        f' src="{source}"></div><figcaption>view {number}</figcaption>'
-        f"{_table(numbers(view))}</figure>"
+        f'<figure class="view" style="--view:{seen.color(number - 1)}"><div class="frame">'
+        f'<img{small} alt="view {number}" src="{source}"></div>'
+        f"<figcaption>view {number}</figcaption>{_table(numbers(view))}</figure>"
     )
 
 

@@ -22,8 +22,6 @@ TEXT_LINES = 5
 TEXT_SIZE, TITLE_SIZE = 12, 15
 LINE = 15
 HEAD = 58
-VIEW_COLORS = ("#0072b2", "#d55e00")
-"""Blue and vermilion, which colour-blind people tell apart."""
 INK, MUTED, PAPER, FRAME = "#1a1a1a", "#666666", "#ffffff", "#ececec"
 ELLIPSIS = "\u2026"
 
@@ -57,9 +55,11 @@ def make(
 
 
 def draw(samples: Sequence[Sample], title: str) -> Image.Image:
-    """Two images in a row from four on: each its original, with the crops in it, and its views."""
-    across = 2 if len(samples) > 3 else 1
+    """Two images in a row from four on, where they have two views: each its original, with the
+    crops in it, and its views.
+    """
     cells = 1 + len(samples[0].views)
+    across = 2 if len(samples) > 3 and cells == 3 else 1
     block_width = cells * CELL + (cells - 1) * GAP
     block_height = CELL + TEXT_LINES * LINE + 2 * GAP
     rows = -(-len(samples) // across)
@@ -105,7 +105,7 @@ def _head(pen: ImageDraw.ImageDraw, left: int, top: int, views: int) -> None:
     pen.text((left, top), "original", MUTED, _font(TEXT_SIZE))
     for number in range(views):
         x = left + (number + 1) * (CELL + GAP)
-        pen.rectangle((x, top + 3, x + 9, top + 12), VIEW_COLORS[number])
+        pen.rectangle((x, top + 3, x + 9, top + 12), seen.color(number))
         pen.text((x + 15, top), f"view {number + 1}", MUTED, _font(TEXT_SIZE))
 
 
@@ -135,7 +135,7 @@ def with_crops(sample: Sample) -> Image.Image:
         edges = left, top, max(box[2] - 1, left + 3), max(box[3] - 1, top + 3)
         pen.rectangle(edges, outline=PAPER, width=4)
         inner = edges[0] + 1, edges[1] + 1, edges[2] - 1, edges[3] - 1
-        pen.rectangle(inner, outline=VIEW_COLORS[number], width=2)
+        pen.rectangle(inner, outline=seen.color(number), width=2)
     return picture
 
 

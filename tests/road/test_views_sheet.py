@@ -125,6 +125,20 @@ def test_images_of_any_shape_and_name_fit_the_sheet(tmp_path: Path) -> None:
     assert "<b>" not in page
 
 
+def test_small_views_are_shown_beside_the_others(tmp_path: Path) -> None:
+    draw_images(tmp_path, 8)
+    small = recipe.View(size=16)
+    wanted = described(tmp_path).model_copy(
+        update={"views": (recipe.VIEW_A, recipe.VIEW_B, small, small)}
+    )
+    out = tmp_path / "views.png"
+    views_sheet.make(wanted, "mine", out, ignore, count=5, epoch=0, page=True)
+    with Image.open(out) as sheet:
+        assert sheet.width == 5 * 224 + 4 * 12 + 2 * 24  # one image in a row
+    page = out.with_suffix(".html").read_text()
+    assert page.count("<figcaption>view 4</figcaption>") == 5
+
+
 def test_the_page_holds_all_numbers_and_loads_nothing(tmp_path: Path) -> None:
     draw_images(tmp_path, 6)
     wanted, out = described(tmp_path), tmp_path / "views.png"
