@@ -116,7 +116,11 @@ def _walked(source: Source, passed_over: Set[str]) -> list[bytes]:
         MachineError: it is gone or empty, or a part of it cannot be read.
     """
     if places.is_url(source.place):
-        return folder.remote_names(source.place)
+        try:
+            return folder.remote_names(source.place)
+        except OSError as error:
+            what = f"the training images are not there ({error.strerror or error})"
+            raise MachineError(what, where=source.place, fix=_FIX) from error
     if not Path(source.place).is_dir():
         raise MachineError("the training images are not there", where=source.place, fix=_FIX)
     names, refused = folder.walk(Path(source.place))

@@ -3,6 +3,9 @@
 import errno
 import time
 from collections.abc import Callable
+from typing import TypeVar
+
+Content = TypeVar("Content")
 
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 """Pauses before a read that failed for the disk's or the network's reasons is tried again."""
@@ -14,6 +17,7 @@ TRANSIENT = frozenset(
         errno.ESTALE,
         errno.ETIMEDOUT,
         errno.ECONNRESET,
+        errno.ECONNREFUSED,
         errno.EREMOTEIO,
     }
 )
@@ -21,7 +25,7 @@ TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 """HTTP: timed out, too many requests, the server's own failures."""
 
 
-def read_patiently(read: Callable[[], bytes]) -> bytes:
+def read_patiently(read: Callable[[], Content]) -> Content:
     """What `read` returns; after a transient error it is asked again, three times in 2.6 seconds.
 
     Raises:

@@ -102,6 +102,19 @@ def test_a_disk_that_stumbles_costs_no_image(tmp_path: Path) -> None:
         assert torch.equal(one.views[0], other.views[0])
 
 
+def test_a_disk_that_stumbles_while_images_are_listed_costs_none(tmp_path: Path) -> None:
+    (path,) = draw_images(tmp_path / "images", 1)
+    (tmp_path / "list.txt").write_text(f"{path}\n")
+    aside = tmp_path / "aside.jpg"
+    path.rename(aside)
+    path.symlink_to(FAILING)
+    healing = threading.Timer(HEALS_AFTER_SECONDS, os.replace, (aside, path))
+    healing.start()
+    made, rejected = index.build(tmp_path / "list.txt")
+    healing.join()
+    assert (len(made), rejected) == (1, [])
+
+
 def test_a_disk_that_stays_broken_is_named_after_all_tries(tmp_path: Path) -> None:
     paths = draw_images(tmp_path, 4)
     made, _ = index.build(tmp_path)

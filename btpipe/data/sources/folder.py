@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from btpipe.data import header
+from btpipe.data import header, patience
 from btpipe.data.header import Header
 from btpipe.data.sources import places
 from btpipe.data.sources.recall import Recall, Stamp
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject
 from btpipe.data.sources.source import Source
+from btpipe.errors import UsageError
 from btpipe.events import FileRejected
 
 HEADER_THREADS = 16
@@ -93,7 +94,11 @@ def look(source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool
     as they were stay closed too.
     """
     if places.is_url(source.place):
-        names, refused = remote_names(source.place), list[Refused]()
+        try:
+            names, refused = remote_names(source.place), list[Refused]()
+        except OSError as error:
+            what = f"cannot be listed: {error.strerror or error}"
+            raise UsageError(what, where=source.place) from error
     else:
         names, refused = walk(Path(source.place))
     found = look_at(source, names, tell, known, list_only=list_only)
@@ -102,11 +107,12 @@ def look(source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool
 
 
 def remote_names(url: str) -> list[bytes]:
-    """Names below the prefix of a URL, sorted; hidden ones are passed over."""
-    system, path = places.remote(url)
-    base = system.unstrip_protocol(path).rstrip("/") + "/"
-    files = [system.unstrip_protocol(name) for name in system.find(path, detail=False)]
-    names = [file.removeprefix(base) for file in files]
+    """Names below the prefix of a URL, sorted; hidden ones are passed over.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    names = patience.read_patiently(lambda: places.names_below(url))
     hidden = [any(part.startswith(".") for part in name.split("/")) for name in names]
     return sorted(n.encode() for n, is_hidden in zip(names, hidden, strict=True) if not is_hidden)
 
@@ -164,8 +170,7 @@ def _look_at(
             return Row(name, size, mtime_ns, UNREAD)
         if before and before[0] == (size, mtime_ns):
             return Row(name, size, mtime_ns, before[1])
-        with places.open_binary(place) as file:
-            found = header.look(file, name)
+        found = _header(place, name)
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
         is_told = is_asked_for or header.has_image_name(name)
@@ -174,6 +179,14 @@ def _look_at(
         return Row(name, size, mtime_ns, found)
     is_told = is_asked_for or found.is_image_or_named(name)
     return reject(source, name, found.reason) if is_told else None
+
+
+def _header(place: str, name: bytes) -> Header | header.Refusal:
+    def look() -> Header | header.Refusal:
+        with places.open_binary(place) as file:
+            return header.look(file, name)
+
+    return look() if places.is_url(place) else patience.read_patiently(look)
 
 
 def file_place(source: Source, name: str) -> str:

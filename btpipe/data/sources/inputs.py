@@ -158,10 +158,14 @@ def _describe_url(url: str) -> Source:
     kind = _kind_by_name(url)
     if kind is not None:
         return _describe_file(url, url)
+    if url.endswith("/"):
+        return Source("folder", url.rstrip("/"), prefix=url)
     try:
         places.measure(url)
-    except OSError:
+    except FileNotFoundError:
         return Source("folder", url.rstrip("/"), prefix=url.rstrip("/") + "/")
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror or error}", where=url) from error
     system, path = places.remote(url)
     if system.info(path).get("type") == "directory":
         return Source("folder", url.rstrip("/"), prefix=url.rstrip("/") + "/")

@@ -10,6 +10,7 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from btpipe.data import patience
 from btpipe.data.sources import folder, places
 from btpipe.data.sources.recall import Recall
 from btpipe.data.sources.rows import SCHEMA, Found
@@ -29,7 +30,7 @@ def look(
         UsageError: the list cannot be read, or has no column `path`.
     """
     try:
-        content = places.read(source.place)
+        content = patience.read_patiently(lambda: places.read(source.place))
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=source.place) from error
     names, labels = _read(source.place, content)
