@@ -34,6 +34,7 @@ from btpipe.data.sources import (
 )
 from btpipe.data.sources.recall import Recall
 from btpipe.data.sources.rows import SCHEMA
+from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import FileRejected, Progressed, Report, ignore, per_second
 
@@ -204,7 +205,7 @@ def build(
     """
     wanted = [given] if isinstance(given, Path | str) else list(given)
     found = inputs.expand(wanted)
-    indexes = {place: open_index(Path(place)) for place in found if inputs.is_index(place)}
+    indexes = {place: _opened(Path(place)) for place in found if inputs.is_index(place)}
     root = inputs.root_of(found, {place: known.root for place, known in indexes.items()})
     meter = _Meter(report)
     parts = []
@@ -223,6 +224,20 @@ def build(
     if not len(table):
         raise _no_image(wanted, meter.files, rejected)
     return Index(root, table, sources), rejected
+
+
+def _opened(path: Path) -> Index:
+    """An index that is an input. One among shards is of those beside it, wherever they are by now.
+
+    Raises:
+        IntegrityError: as `open_index`, or a shard is missing or cut.
+    """
+    known, folder = open_index(path), path.parent
+    if known.root == folder or not inputs.holds_shards(folder):
+        return known
+    artifact.read(folder, SHARDS)
+    here = [dataclasses.replace(s, place=str(folder / Path(s.place).name)) for s in known.sources]
+    return Index(folder, known.table, tuple(here))
 
 
 def _moved(known: Index, beside: Path, root: Path) -> collecting.Part:

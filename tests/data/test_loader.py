@@ -1,4 +1,5 @@
 import hashlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -349,6 +350,36 @@ def test_an_images_pixels_do_not_depend_on_its_neighbours(folder: Path) -> None:
     whole = pixels_of(evaluated(made, batch_size=26))
     for row, pixels in pixels_of(evaluated(made, np.arange(26)[::-1], batch_size=3)).items():
         np.testing.assert_array_equal(pixels, whole[row])
+
+
+def test_whatever_its_name_an_image_is_evaluated_from_the_file_that_its_path_names(
+    tmp_path: Path,
+) -> None:
+    names = [
+        b"new\nline.jpg",
+        b"tab\t\"quotes'.jpg",
+        "\N{SNOWMAN} \N{ROCKET}.jpg".encode(),
+        b"-leading.jpg",
+        b"latin-%E9.jpg",
+        b"latin-\xe9.jpg",
+        b"n" * 251 + b".jpg",
+    ]
+    drawn = draw_images(tmp_path / "drawn", 2 * len(names))
+    for i, place in enumerate(("a", "b")):  # the same names in two folders
+        (tmp_path / "images" / place).mkdir(parents=True)
+        for name, source in zip(names, drawn[i::2], strict=True):
+            source.rename(tmp_path / "images" / place / os.fsdecode(name))
+    made, _ = index.build(tmp_path / "images")
+    rows = np.arange(len(made))
+    (batch,) = evaluation_batches(made, rows, GEOMETRY, batch_size=len(made), threads=2)
+    assert batch.rows.tolist() == rows.tolist()
+    named = made.table.select(["path", "path_bytes"]).to_pylist()
+    for i, row in enumerate(named):
+        path = tmp_path / "images" / os.fsdecode(row["path_bytes"] or row["path"].encode())
+        assert batch.digests[i] == hashlib.sha256(path.read_bytes()).hexdigest()
+        with Image.open(path) as image:
+            assert batch.sizes[i].tolist() == [image.height, image.width]
+    assert len(set(batch.digests)) == 2 * len(names)
 
 
 def test_bad_images_are_rejected_with_their_reason_and_the_others_kept(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Scans of real folders: verdicts, findings, what a second scan reads, stopping and going on."""
 
 import csv
+import ctypes
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -382,6 +384,75 @@ def test_a_stopped_scan_keeps_what_it_decoded_and_goes_on(tmp_path: Path) -> Non
     rest = decode(folder, out)
     assert (rest.kept, rest.read) == (known, MANY - known)
     assert rest.index.table.equals(decode(folder, tmp_path / "fresh.parquet").index.table)
+
+
+def test_a_killed_scan_keeps_what_it_saved_every_few_moments(tmp_path: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "i.parquet"
+    large = draw(folder / "000.jpg", size=(1600, 1200))
+    for i in range(1, MANY):
+        os.link(large, folder / f"{i:03}.jpg")
+    script = tmp_path / "often.py"
+    script.write_text(OFTEN)
+    with subprocess.Popen([sys.executable, str(script), str(folder), str(out)]) as running:
+        while not out.is_file():
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.kill()
+    half = open_index(out)
+    known = len(half) - half.table["digest"].null_count
+    assert 0 < known < MANY
+    rest = decode(folder, out)
+    assert (rest.kept, rest.read) == (known, MANY - known)
+
+
+OFTEN = """
+import sys
+from pathlib import Path
+from btpipe.data.scan import scan
+from btpipe.events import ignore
+if __name__ == "__main__":
+    scan(Path(sys.argv[1]), Path(sys.argv[2]), ignore, depth="decode", save_seconds=0.1)
+"""
+
+
+def without_rights() -> None:
+    """Takes from root the capabilities to read what nobody may read (they go with the exec)."""
+    drop, (override, search) = 24, (1, 2)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    for capability in (override, search) if os.geteuid() == 0 else ():
+        if ctypes.CDLL(None).prctl(drop, capability, 0, 0, 0):
+            raise OSError("this container does not let root drop its rights")
+
+
+@pytest.mark.parametrize("depth", ["list", "header", "decode"])
+def test_files_and_folders_that_nobody_may_read_are_rejects_with_a_reason(
+    tmp_path: Path, depth: str
+) -> None:
+    for name in ("open/1.jpg", "secret.jpg", "closed/2.jpg"):
+        draw(tmp_path / "images" / name)
+    closed = [tmp_path / "images/secret.jpg", tmp_path / "images/closed"]
+    for path in closed:
+        path.chmod(0)
+    out = tmp_path / "i.parquet"
+    command = [sys.executable, "-m", "btpipe", "scan", str(tmp_path / "images"), "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--depth", depth],
+        preexec_fn=without_rights,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    for path in closed:
+        path.chmod(0o700)
+    assert done.returncode == 0, done.stderr
+    kept = ["open/1.jpg", *(["secret.jpg"] if depth == "list" else [])]
+    assert open_index(out).table["path"].to_pylist() == kept
+    found = {r.path: r.reason for r in rejects.read(rejects.path_beside(out))}
+    assert found.pop("closed") == "folder cannot be read: Permission denied"
+    unread = {} if depth == "list" else {"secret.jpg": "cannot be read: Permission denied"}
+    assert found == unread
+    mended = scan(tmp_path / "images", out, ignore)
+    assert paths(mended) == ["closed/2.jpg", "open/1.jpg", "secret.jpg"]
+    assert mended.rejects == []
 
 
 def scan_bomb() -> bytes:

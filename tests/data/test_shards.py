@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from btpipe import artifact, recipe
-from btpipe.data import decoding, index, shards
+from btpipe.data import decoding, index, listing, shards
 from btpipe.data.index import Index, open_index
 from btpipe.data.loader import TrainingLoader
 from btpipe.data.shard import Options
@@ -193,15 +193,23 @@ def test_the_folder_itself_is_an_input_also_where_it_was_moved(
     made, _ = sharded(folder, tmp_path / "out")
     found, _ = index.build(tmp_path / "out")
     assert found.table.equals(made.table)
+    shutil.copytree(tmp_path / "out", tmp_path / "copy")
     (tmp_path / "out").rename(tmp_path / "moved")
-    moved, refused = index.build(tmp_path / "moved")
-    assert not refused
-    for row, digest in enumerate(made.table["digest"].to_pylist()):
-        assert hashlib.sha256(moved.read_bytes(row)).hexdigest() == digest
-    assert moved.labels == made.labels
+    for place in ("moved", "moved/index.parquet", "copy", "copy/index.parquet"):
+        moved, refused = index.build(tmp_path / place)
+        assert not refused
+        assert moved.table.equals(made.table)
+        assert moved.root == (tmp_path / place.partition("/")[0])
+        for row, digest in enumerate(made.table["digest"].to_pylist()):
+            assert hashlib.sha256(moved.read_bytes(row)).hexdigest() == digest
+        assert not listing.changes(moved, frozenset())
+    both, _ = index.build([tmp_path / "moved", tmp_path / "copy" / "index.parquet"])
+    assert len(both) == 2 * len(made)
+    assert {source.place.split("/")[-2] for source in both.sources} == {"moved", "copy"}
     next((tmp_path / "moved").glob("*.tar")).write_bytes(b"cut")
-    with pytest.raises(IntegrityError, match="found 3 bytes"):
-        index.build(tmp_path / "moved")
+    for place in ("moved", "moved/index.parquet"):
+        with pytest.raises(IntegrityError, match="found 3 bytes"):
+            index.build(tmp_path / place)
 
 
 def write_slowly(images: Path, out: Path) -> None:

@@ -1,5 +1,6 @@
 """`btpipe embed` on what is not a folder: the same vectors, whatever the images come in."""
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tiny_run import shared_home
 
 from btpipe.data import index
+from btpipe.data.scan import Depth, scan
 from btpipe.embed.job import embed
 from btpipe.errors import UsageError
 from btpipe.events import ignore
@@ -53,6 +55,37 @@ def test_the_vectors_are_the_same_from_folder_tar_parquet_list_and_index(
     for other in (second, third):
         assert other["digest"].equals(first["digest"])
         assert other["embedding"].equals(first["embedding"])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "index", "listed", "tar"])
+def test_labels_of_any_input_alone_are_in_the_table(home: Path, tmp_path: Path, kind: str) -> None:
+    files = sorted((home / "images").rglob("*.jpg"))[9:15]
+    labels = [path.parent.name for path in files]
+    assert set(labels) == {"a", "b"}
+    contents = [path.read_bytes() for path in files]
+    source = tmp_path / ("in.parquet" if kind in {"index", "listed"} else f"in.{kind}")
+    if kind == "parquet":
+        pq.write_table(pa.table({"image": contents, "label": labels}), source)
+    elif kind == "tar":
+        with tarfile.open(source, "w") as tar:
+            for i, (content, label) in enumerate(zip(contents, labels, strict=True)):
+                for name, part in ((f"{i}.jpg", content), (f"{i}.cls", label.encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(part)
+                    tar.addfile(info, io.BytesIO(part))
+    else:
+        pairs = zip(files, labels, strict=True)
+        lines = "".join(f"{path},{label}\n" for path, label in pairs)
+        (tmp_path / "in.csv").write_text("path,label\n" + lines)
+        if kind != "csv":
+            depth: Depth = "list" if kind == "listed" else "header"
+            scan(tmp_path / "in.csv", source, ignore, depth=depth)
+    out = tmp_path / "v.parquet"
+    embed(source, out, home / "exports/tiny", ignore, device="cpu")
+    table = pq.read_table(out)
+    assert table["label"].to_pylist() == labels
+    digests = [hashlib.sha256(content).hexdigest() for content in contents]
+    assert table["digest"].to_pylist() == digests
 
 
 def test_an_output_that_is_an_input_is_refused_and_stays(home: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def expand(inputs: Sequence[Path | str]) -> list[str]:
         UsageError: a file that is missing, or a pattern without one.
     """
     named = [place for given in inputs for place in _expand(os.fspath(given))]
-    found = [place for name in named for place in _shards(name)]
+    found = [_of_shards(name) for name in named]
     if not found:
         raise UsageError("no input named", expected=KINDS)
     return list(dict.fromkeys(found))
@@ -56,23 +56,27 @@ def _expand(given: str) -> list[str]:
     return found
 
 
-def _shards(place: str) -> list[str]:
-    """Of a folder that `btpipe shard` made: its index, or its tars where it was moved."""
-    manifest = Path(place) / artifact.MANIFEST
-    if places.is_url(place) or not manifest.is_file():
-        return [place]
-    try:
-        is_shards = json.loads(manifest.read_bytes()).get("kind") == SHARDS
-    except (ValueError, AttributeError):
-        return [place]  # somebody else's file
-    if not is_shards:
-        return [place]
+def _of_shards(place: str) -> str:
+    """The index of a folder that `btpipe shard` made; any other place as it is.
+
+    Raises:
+        IntegrityError: a shard is missing or cut.
+    """
+    if places.is_url(place) or not holds_shards(Path(place)):
+        return place
     artifact.read(Path(place), SHARDS)
-    index = Path(place) / "index.parquet"
-    root = (parquet.schema(str(index)).metadata or {}).get(b"root")
-    if root == os.fsencode(place):
-        return [str(index)]
-    return sorted(str(path) for path in Path(place).glob("*.tar"))
+    return os.path.join(place, "index.parquet")  # noqa: PTH118 - bytes survive
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether `btpipe shard` made the folder."""
+    manifest = folder / artifact.MANIFEST
+    if not manifest.is_file():
+        return False
+    try:
+        return bool(json.loads(manifest.read_bytes()).get("kind") == SHARDS)
+    except (ValueError, AttributeError):
+        return False  # somebody else's file
 
 
 def _existing(path: str) -> str:
