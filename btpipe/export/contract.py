@@ -80,6 +80,7 @@ class Bundle:
     folder: Path
     manifest: artifact.Manifest
     architecture: str
+    stem: str
     dimension: int
     preprocessing: Preprocessing
     precisions: tuple[Precision, ...]
@@ -127,6 +128,7 @@ def open_bundle(folder: Path) -> Bundle:
             folder=folder,
             manifest=manifest,
             architecture=str(config["architecture"]),
+            stem=str(config["stem"]),
             dimension=int(config["num_features"]),
             preprocessing=Preprocessing(
                 size=int(prepared["size"]),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -150,6 +151,43 @@ def cores() -> int:
     return max(1, min(mine, here.local_cores) or mine // here.local_world_size)
 
 
+def keep_to(cores: Sequence[int], gpu: int | None) -> None:
+    """Keeps this process to these cores and, unless None, this GPU of those that it may use.
+
+    Before a library looks for either.
+    """
+    os.sched_setaffinity(0, cores)
+    if gpu is not None:
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[gpu] if shown else str(gpu)
+
+
+def core_groups(count: int) -> list[tuple[int, ...]]:
+    """This process's cores in `count` groups of neighbours, about as many in each.
+
+    Raises:
+        UsageError: fewer cores than groups.
+    """
+    mine = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(mine):
+        raise UsageError(f"{count} workers", expected=f"1 to {len(mine)}, one core for each")
+    return [
+        tuple(mine[i * len(mine) // count : (i + 1) * len(mine) // count]) for i in range(count)
+    ]
+
+
+def gpu_count() -> int:
+    """GPUs that the driver lets this process use; asked of the driver itself, for want of torch."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
 def is_rank() -> bool:
     """Whether torchrun or SLURM started this process as one of several."""
     return find() is not None
@@ -182,12 +220,19 @@ def precision(asked: Literal["auto"] | Precision, device: torch.device) -> Preci
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies in bf16 (AVX512-BF16 or AMX on x86-64, BF16 on aarch64)."""
+    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cpu_has_int8() -> bool:
+    """Whether the CPU sums int8 products exactly, four at a time (VNNI or AMX, dot product)."""
+    return bool(_cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+
+
+def _cpu_flags() -> set[str]:
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        return set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
-        return False
-    words = set(text.split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+        return set()
 
 
 def keep_compiled_code(folder: Path) -> None:

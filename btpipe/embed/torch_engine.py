@@ -1,0 +1,111 @@
+"""The weights of a bundle in torch: the reference in fp32, the fast float engine in bf16."""
+
+import copy
+import itertools
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.resnet import ResNet
+
+from btpipe import recipe
+from btpipe.embed.precisions import LAYERS, Layer, Precision
+from btpipe.errors import IntegrityError, MachineError
+from btpipe.export import contract, weights
+from btpipe.export.session import Device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchEngine:
+    """uint8 `(n, S, S, 3)` -> float32 `(n, D)`, like `Session`. A call computes in one thread.
+
+    fp32 is the very network that the gate compares with. In bf16 and fp16 batch norm is folded into
+    the convolutions and memory lies channels last. On a GPU fp32 switches TF32 off in the process.
+
+    Raises:
+        IntegrityError: weights that do not fit what the bundle says.
+        MachineError: a GPU was asked for and torch sees none.
+    """
+
+    def __init__(
+        self, bundle: contract.Bundle, device: Device, precision: Precision, layer: Layer
+    ) -> None:
+        self.device: Literal["cpu", "cuda"] = resolve_device(device)
+        self.layer, self._dtype = layer, DTYPES[precision]
+        network = weights.load(bundle.folder / contract.WEIGHTS, _described(bundle))
+        assert isinstance(network, ResNet)
+        stages = [network.layer1, network.layer2, network.layer3, network.layer4]
+        wanted = LAYERS.index(layer) if layer != "pooled" else len(stages)
+        # Every stage of a ResNet has twice the channels of the one before.
+        self.dimension = bundle.dimension >> (len(stages) - wanted)
+        stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
+        whole: nn.Module = nn.Sequential(stem, *stages[:wanted])
+        if precision != "fp32":
+            whole = folded(whole).to(self._dtype).to(memory_format=torch.channels_last)
+        elif self.device == "cuda":
+            torch.backends.cudnn.allow_tf32 = False
+        self._network = whole.to(self.device)
+        prepared = bundle.preprocessing
+        # As in the ONNX model: onnx.Normalized.
+        self._mean, self._std = (
+            (torch.tensor(values) * 255).to(self.device) for values in (prepared.mean, prepared.std)
+        )
+
+    def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The embeddings of the images, row for row."""
+        if len(pixels) == 0:
+            return np.zeros((0, self.dimension), np.float32)
+        if self.device == "cpu" and torch.get_num_threads() != 1:
+            torch.set_num_threads(1)  # of the calling thread: several calls run at once instead
+        with torch.inference_mode():
+            images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
+            scaled = (images.to(torch.float32) - self._mean) / self._std
+            maps: Tensor = self._network(scaled.to(self._dtype).permute(0, 3, 1, 2))
+            vectors = nn.functional.adaptive_avg_pool2d(maps.float(), 1).flatten(1)
+            array: NDArray[np.float32] = vectors.cpu().numpy()
+            return array
+
+
+def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
+    """ "auto" is the GPU where torch sees one.
+
+    Raises:
+        MachineError: "cuda" was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError(
+            "torch sees no GPU", where="device cuda", fix="use the CPU, or install what is missing"
+        )
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """A copy in which each batch norm that follows a convolution is part of it."""
+    made = copy.deepcopy(network)
+    for parent in list(made.modules()):
+        children = list(parent.named_children())
+        for (name, first), (next_name, second) in itertools.pairwise(children):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(first, second))
+                setattr(parent, next_name, nn.Identity())
+    return made
+
+
+def _described(bundle: contract.Bundle) -> recipe.Network:
+    """The network that the bundle's weights are of.
+
+    Raises:
+        IntegrityError: one that this version does not know.
+    """
+    try:
+        return recipe.Network.model_validate({"backbone": bundle.architecture, "stem": bundle.stem})
+    except ValueError as error:
+        raise IntegrityError(
+            f"architecture {bundle.architecture!r}, stem {bundle.stem!r}",
+            where=bundle.folder / contract.CONFIG,
+            expected="a ResNet of torchvision, stem imagenet or small",
+        ) from error
