@@ -22,6 +22,11 @@ _ADVICE = (
     (r".* is not supported", "format not supported", "convert it to JPEG or PNG, or remove it"),
     (r"a kind of .* DALI", "kind not decoded", "save it anew as 8-bit RGB JPEG or PNG"),
     (r"(truncated or )?damaged ", "damaged or cut off", "fetch it again from where it came from"),
+    (
+        r"scan bomb",
+        "drawn too often",
+        "write it again as a plain JPEG, if it is meant to be an image",
+    ),
     (r"pixel bomb", "too many pixels", "scale it down, if it is meant to be an image"),
     (r"no pixels", "no pixels", "remove it"),
     (r"(folder )?cannot be read", "cannot be read", "check permissions and mount, then scan again"),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
 from btpipe import runtime
-from btpipe.data import decoding, order, params, reading, runs, views
+from btpipe.data import decoding, header, order, params, reading, runs, views
 from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index
 from btpipe.errors import BudgetError, UsageError
@@ -174,9 +174,11 @@ class TrainingLoader:
 
     def _read(self, row: int) -> reading.Content:
         content = reading.read_file(self.index, row)
-        if isinstance(content, str) or self._gpu is not None:
+        if isinstance(content, str):
             return content
-        return decoding.decode(content, None)
+        if bomb := header.scan_bomb(content.tobytes()):
+            return bomb
+        return content if self._gpu is not None else decoding.decode(content, None)
 
     def _drawn(self, load: runs.Load) -> runs.Load:
         epoch, seed = self._epoch(load.number), self.recipe.seed

@@ -1,7 +1,9 @@
 import hashlib
+import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from btpipe.errors import BudgetError, UsageError
 from btpipe.events import Event, FileRejected, ignore
 
 IMAGES = 26
+BOMB_SCANS, BOMB_SECONDS = 8000, 10.0
+"""Decoded it takes twice as long, CPU-seconds."""
 GEOMETRY = Geometry.for_size(32)
 
 
@@ -295,6 +299,24 @@ def test_an_image_of_another_size_than_the_index_says_is_drawn_for_its_own(
     ours, theirs = pixels_of(evaluated(wrong)), pixels_of(evaluated(right))
     for row, pixels in theirs.items():
         np.testing.assert_array_equal(ours[row], pixels)
+
+
+def test_a_jpeg_that_draws_its_pixels_thousands_of_times_is_not_decoded(folder: Path) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (1500, 1500), (200, 90, 30)).save(content, "JPEG", progressive=True)
+    whole = content.getvalue()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    bomb = whole[:-2] + last * BOMB_SCANS + whole[-2:]
+    (folder / "10.jpg").write_bytes(whole)
+    (folder / "11.jpg").write_bytes(bomb)
+    made, _ = index.build(folder)
+    events: list[Event] = []
+    started = time.process_time()
+    assert len(batches(made, events=events)) == 6
+    assert time.process_time() - started < BOMB_SECONDS
+    (rejected,) = [event for event in events if isinstance(event, FileRejected)]
+    assert (rejected.path, rejected.stage) == ("11.jpg", "decode")
+    assert rejected.reason.startswith(f"scan bomb: {BOMB_SCANS + 10} scans of 1500 x 1500 pixels")
 
 
 def test_more_bad_images_than_allowed_end_the_run(folder: Path) -> None:

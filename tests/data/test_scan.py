@@ -184,6 +184,7 @@ def test_every_reason_that_a_file_can_have_comes_with_advice() -> None:
         header.damage(b"\xff\xd8\xff\xe0"),
         "GIF is not supported (JPEG, PNG are)",
         "pixel bomb: 20000 x 20000 pixels, at most 178956970 are decoded",
+        "scan bomb: 4000 scans of 1500 x 1500 pixels, which take too long to decode",
         "cannot be read: Permission denied",
         "folder cannot be read: Permission denied",
         "a link to nothing",
