@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from typing import Literal
@@ -21,6 +22,8 @@ from btpipe import events
 from btpipe.events import Event, Report
 
 Mode = Literal["auto", "json"]
+NUMBER = re.compile(r"[-+<~]?\.?\d|nan|-?$")
+"""How a cell begins that is lined up by its end."""
 REJECTS_SHOWN = 5
 ALARM_STYLE = "bold red"
 
@@ -238,7 +241,8 @@ def duration(seconds: float) -> str:
 def _table(event: events.Tabled) -> Table:
     table = Table(title=event.title, title_justify="left", title_style="bold")
     for i, column in enumerate(event.columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        numbers = i > 0 and all(NUMBER.match(row[i]) for row in event.rows)
+        table.add_column(column, justify="right" if numbers else "left")
     for row in event.rows:
         table.add_row(*row)
     return table

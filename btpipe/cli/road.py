@@ -128,3 +128,13 @@ def recipe_list() -> None:
 
     for path in recipes.shipped():
         typer.echo(path.name)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look at this machine: what btpipe needs is there, or what to type."""
+    from btpipe import progress
+    from btpipe.road import doctor as examining
+
+    with progress.show("json" if as_json else "auto") as report:
+        examining.run(report, Path())
