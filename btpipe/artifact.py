@@ -7,6 +7,7 @@ sha256, the kind of artifact, its `format_version`, and what it was made from.
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -154,9 +155,9 @@ def _take_place(beside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sweep(parent: Path) -> None:
-    """Removes what a killed process left beside the artifacts in `parent` (`*.tmp-*`)."""
-    for path in parent.glob("*.tmp-*"):
+def sweep(parent: Path, name: str = "") -> None:
+    """Removes what a killed process left beside the artifacts in `parent`, or the one of a name."""
+    for path in parent.glob(f"{glob.escape(name) or '*'}.tmp-*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -31,6 +31,13 @@ Inputs = Annotated[
         " images, an index; globs, braces and URLs of these.",
     ),
 ]
+Precisions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAMES",
+        help="fp32 (always), fp16, int8: several as fp32,int8. int8 is calibrated on the images.",
+    ),
+]
 MaxBad = Annotated[
     str, typer.Option(help="Unusable inputs allowed: a count (10) or a share (0.01).")
 ]

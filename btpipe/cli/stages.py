@@ -11,6 +11,7 @@ from btpipe.cli.options import (
     Json,
     MaxBad,
     Overrides,
+    Precisions,
     RecipePath,
     Strict,
     app,
@@ -129,8 +130,22 @@ def export(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Bundle to write; exports/NAME.")] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Images for the check; the run's own if none.")
+        Path | None,
+        typer.Option(help="Images to calibrate and check on; the run's own if none."),
     ] = None,
+    precision: Precisions = None,
+    onnx_input: Annotated[
+        Literal["uint8-nhwc", "float-nchw"],
+        typer.Option(help="float-nchw: also a model that takes normalised floats (fastembed)."),
+    ] = "uint8-nhwc",
+    from_file: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Weights of others instead of a run."),
+    ] = None,
+    size: Annotated[int, typer.Option(min=32, help="Pixels of the images, with --from.")] = 224,
+    license_name: Annotated[
+        str, typer.Option("--license", help="Of the weights, for the card: apache-2.0.")
+    ] = "",
     untrained: Annotated[
         bool, typer.Option("--untrained", help="The network before training: the baseline.")
     ] = False,
@@ -139,15 +154,40 @@ def export(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Publish a run's encoder as ONNX and safetensors, if both agree with it on real images."""
+    """Publish an encoder as ONNX and safetensors, if all of it agrees on real images."""
     from btpipe import progress
+    from btpipe.errors import UsageError
     from btpipe.export import bundle
 
     del onnx, safetensors  # a bundle always holds both
-    run = run or bundle.newest_run()
-    out = out or Path("exports") / (f"{run.name}-untrained" if untrained else run.name)
+    wanted = bundle.Wanted(
+        bundle.parse_precisions(precision or ()), onnx_input == "float-nchw", license_name
+    )
     with progress.show("json" if as_json else "auto") as report:
-        bundle.export_run(run, out, report, untrained=untrained, images=images, overwrite=overwrite)
+        if from_file is not None:
+            if run is not None or untrained:
+                raise UsageError("--from FILE beside a run", expected="one of the two")
+            bundle.export_file(
+                from_file,
+                out or Path("exports") / from_file.stem,
+                report,
+                images=images,
+                size=size,
+                overwrite=overwrite,
+                wanted=wanted,
+            )
+            return
+        run = run or bundle.newest_run()
+        out = out or Path("exports") / (f"{run.name}-untrained" if untrained else run.name)
+        bundle.export_run(
+            run,
+            out,
+            report,
+            untrained=untrained,
+            images=images,
+            overwrite=overwrite,
+            wanted=wanted,
+        )
 
 
 @app.command()

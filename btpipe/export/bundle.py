@@ -1,48 +1,80 @@
-"""Makes bundles from runs: weights and model written, compared on real images, published."""
+"""Makes bundles: weights and models written, compared on real images, published."""
 
 import dataclasses
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from btpipe import artifact, runtime
-from btpipe.data.index import Index, build, open_index
-from btpipe.data.loader import evaluation_batches
-from btpipe.data.views import Geometry
+from btpipe import artifact
+from btpipe.data.index import Index, build
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import FileRejected, Finished, Note, Report
-from btpipe.export import contract, onnx, verify, weights
+from btpipe.events import Finished, Note, Report
+from btpipe.export import contract, golden, onnx, quantize, samples, session, verify, weights
+from btpipe.export import source as sources
 from btpipe.export.card import Card
-from btpipe.export.contract import Preprocessing, newest_bundle, newest_run
-from btpipe.export.session import Session
-from btpipe.pretrain import checkpoint, initial, network
-from btpipe.recipe import Recipe, load
+from btpipe.export.contract import (
+    FLOAT_MODEL,
+    MODELS,
+    PRECISIONS,
+    Precision,
+    newest_bundle,
+    newest_run,
+)
+from btpipe.export.samples import Samples
+from btpipe.export.source import Source
 
-__all__ = ["export_run", "newest_bundle", "newest_run", "publish"]
+__all__ = ["Wanted", "export_file", "export_run", "newest_bundle", "newest_run", "publish"]
 
-GATE_IMAGES = 256
-CALIBRATION_IMAGES = 1024
-BATCH = 64
+LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+"""An SPDX identifier, or a model hub's: apache-2.0, cc-by-nc-4.0, other."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """What a bundle is made from; `checkpoint` is None for the network before training.
+class Wanted:
+    """What a bundle is to hold: fp32 always, the other precisions where asked.
 
-    `adopted` is what that was, where the run started from the weights of others.
+    `float_input`: also the model that takes normalised float32 (n, 3, S, S). `license_name`: what
+    the card and the models name; "" leaves it to the owner of the weights.
+
+    Raises:
+        UsageError: not the short name of a licence.
     """
 
-    run: str
-    recipe: Recipe
-    index: Index
-    checkpoint: Path | None
-    step: int
-    checkpoint_digest: str
-    adopted: dict[str, torch.Tensor] | None = None
+    precisions: tuple[Precision, ...] = ("fp32",)
+    float_input: bool = False
+    license_name: str = ""
+
+    def __post_init__(self) -> None:
+        known = [name for name in PRECISIONS if name == "fp32" or name in self.precisions]
+        object.__setattr__(self, "precisions", tuple(known))
+        if self.license_name and not LICENCE.fullmatch(self.license_name):
+            expected = "a short name such as apache-2.0 or cc-by-nc-4.0"
+            raise UsageError(f"--license {self.license_name!r}", expected=expected)
+
+    @property
+    def models(self) -> list[str]:
+        """The files of the models, fp32 first."""
+        return [MODELS[name] for name in self.precisions] + [FLOAT_MODEL] * self.float_input
+
+
+PLAIN = Wanted()
+
+
+def parse_precisions(texts: Sequence[str]) -> tuple[Precision, ...]:
+    """("fp32,int8", "fp16") -> the three of them.
+
+    Raises:
+        UsageError: a name that is none.
+    """
+    names = {name.strip() for text in texts for name in text.split(",")}
+    if unknown := sorted(names - set(PRECISIONS)):
+        expected = f"some of {', '.join(PRECISIONS)}, as in --precision fp32,int8"
+        raise UsageError(f"--precision {unknown[0]}", expected=expected)
+    return tuple(name for name in PRECISIONS if name in names)
 
 
 def export_run(
@@ -53,189 +85,175 @@ def export_run(
     untrained: bool = False,
     images: Path | None = None,
     overwrite: bool = False,
+    wanted: Wanted = PLAIN,
 ) -> Path:
     """The bundle `out` from the newest checkpoint of `run`, checked on real images; returns `out`.
 
     `untrained`: the network the run started from instead, with batch norm's statistics measured on
-    its training images. `images`: a folder for the check, where the training images are gone.
+    its training images. `images`: what to calibrate and check on, else the training images.
 
     Raises:
         UsageError: no run there, no checkpoint yet, or no image to check with.
         RefusedError: `out` holds something else, and `overwrite` was not asked for.
-        NumericsError: the exported model disagrees with the network; nothing is published.
+        NumericsError: an exported model disagrees with the network; nothing is published.
     """
+    source = sources.of_run(run, report, untrained=untrained)
+    return _export(source, out, report, images=images, overwrite=overwrite, wanted=wanted)
+
+
+def export_file(
+    file: Path,
+    out: Path,
+    report: Report,
+    *,
+    images: Path | None,
+    size: int = 224,
+    overwrite: bool = False,
+    wanted: Wanted = PLAIN,
+) -> Path:
+    """The bundle `out` from the weights of others, for images of `size` pixels; returns `out`.
+
+    Raises:
+        UsageError: no such file, or no image to check with.
+        RefusedError: a pickle with more than tensors in it, the weights of no known network, or
+            `out` holds something else, and `overwrite` was not asked for.
+        NumericsError: an exported model disagrees with the network; nothing is published.
+    """
+    source = sources.of_file(file, size, report)
+    return _export(source, out, report, images=images, overwrite=overwrite, wanted=wanted)
+
+
+def _export(
+    source: Source,
+    out: Path,
+    report: Report,
+    *,
+    images: Path | None,
+    overwrite: bool,
+    wanted: Wanted,
+) -> Path:
     started = time.monotonic()
-    source = read_run(run, report, untrained=untrained)
-    preprocessing = preprocessing_of(source.recipe)
-    encoder = encoder_of(source, preprocessing, report)
-    origin: dict[str, object] = {
-        "run": source.run,
-        "step": source.step,
-        "trained": source.checkpoint is not None,
-        "recipe": source.recipe.digest,
-        "data": source.index.fingerprint,
-        "checkpoint": source.checkpoint_digest,
-        "encoder": weights.digest(encoder.state_dict()),
-        "preprocessing": preprocessing.record(),
+    index = _images(source, images, out)
+    origin = {
+        **source.origin,
+        "encoder": weights.digest(source.encoder.state_dict()),
+        "preprocessing": source.preprocessing.record(),
+        "models": wanted.models,
+        "license": wanted.license_name,
     }
+    calibrate = "int8" in wanted.precisions
+    if calibrate:
+        origin["calibration"] = index.fingerprint
     if _stands(out, origin, overwrite=overwrite):
         report(Note(f"{out} holds this encoder already: nothing to do"))
         return out
-    pixels = _gate_pixels(source.index, images, preprocessing, report)
-    gate = publish(encoder, source, preprocessing, pixels=pixels, out=out, origin=origin)
+    artifact.sweep(out.parent, out.name)
+    chosen = samples.choose(index, source.preprocessing, report, calibrate=calibrate)
+    publish(source, chosen, out, origin, report, wanted)
     seconds = time.monotonic() - started
-    report(gate.tabled())
-    report(Finished("export", f"{out}: {preprocessing.size} pixels in, published", seconds))
+    size = source.preprocessing.size
+    models = ", ".join(wanted.models)
+    report(Finished("export", f"{out}: {size} pixels in, published ({models})", seconds))
     return out
 
 
 def publish(
-    encoder: nn.Module,
     source: Source,
-    preprocessing: Preprocessing,
-    *,
-    pixels: NDArray[np.uint8],
+    chosen: Samples,
     out: Path,
     origin: dict[str, object],
-) -> verify.Gate:
-    """Writes the bundle, reads it back, and gives it its name if its two models agree on `pixels`.
+    report: Report,
+    wanted: Wanted = PLAIN,
+) -> None:
+    """Writes the bundle, reads it back, and gives it its name if all its models agree.
 
     Raises:
-        NumericsError: they do not; nothing is published.
+        NumericsError: one does not; nothing is published.
         MachineError: no space, or no permission.
     """
-    described = source.recipe.network
-    complete = dict(origin)  # the gate joins it before the manifest is written
+    described, prepared = source.described, source.preprocessing
+    complete = dict(origin)  # the gates join it before the manifest is written
     with artifact.publish(out, contract.KIND, complete) as folder:
-        weights.write(encoder.state_dict(), preprocessing, folder / contract.WEIGHTS)
-        onnx.write(encoder, preprocessing, folder / contract.MODEL)
-        session = Session(folder / contract.MODEL, device="cpu")
+        weights.write(source.encoder.state_dict(), prepared, folder / contract.WEIGHTS)
+        _write_models(source, chosen, folder, wanted)
         # The reference is the network that the published weights make, not the one at hand.
         reference = weights.load(folder / contract.WEIGHTS, described)
-        gate = verify.compare(reference, session, preprocessing, pixels)
-        verify.require(gate, out)
-        complete["gates"] = {"fp32": gate.record()}
+        vectors = verify.reference(reference, prepared, chosen.pixels)
+        gates = _gates(vectors, source, chosen, folder, wanted)
+        report(verify.tabled(list(gates.values())))
+        verify.require(list(gates.values()), out)
+        complete["gates"] = {name: gate.record() for name, gate in gates.items()}
+        dimension = vectors.shape[1]
         config = contract.config(
-            described.backbone, described.stem, session.dimension, preprocessing, ["fp32"]
+            described.backbone, described.stem, dimension, prepared, wanted.precisions
         )
         artifact.write_json(folder / contract.CONFIG, config)
-        artifact.write_json(folder / contract.PREPROCESSOR, contract.preprocessor(preprocessing))
-        card = _card(
-            source, preprocessing, out.name, session.dimension, gate, str(origin["encoder"])
+        artifact.write_json(folder / contract.PREPROCESSOR, contract.preprocessor(prepared))
+        golden.write(folder, prepared, wanted.precisions)
+        card = Card(
+            name=out.name,
+            source=source,
+            dimension=dimension,
+            origin=complete,
+            gates=verify.table(list(gates.values())),
+            calibration=len(chosen.calibration),
         )
         artifact.write_file(folder / contract.CARD, card.text().encode())
-    return gate
 
 
-def _card(
-    source: Source,
-    preprocessing: Preprocessing,
-    name: str,
-    dimension: int,
-    gate: verify.Gate,
-    encoder_digest: str,
-) -> Card:
-    return Card(
-        name=name,
-        architecture=source.recipe.network.backbone,
-        stem=source.recipe.network.stem,
-        dimension=dimension,
-        preprocessing=preprocessing,
-        run=source.run,
-        step=source.step,
-        trained=source.checkpoint is not None,
-        recipe_digest=source.recipe.digest,
-        recipe_toml=_without_folders(source.recipe).to_toml(),
-        data_fingerprint=source.index.fingerprint,
-        images=len(source.index),
-        checkpoint=source.checkpoint_digest,
-        encoder_digest=encoder_digest,
-        gate_table=gate.table(),
-    )
+def _write_models(source: Source, chosen: Samples, folder: Path, wanted: Wanted) -> None:
+    encoder, prepared, name = source.encoder, source.preprocessing, wanted.license_name
+    for precision in wanted.precisions:
+        path = folder / MODELS[precision]
+        if precision == "int8":
+            float_model = folder / MODELS["fp32"]
+            quantize.write(float_model, chosen.calibration, prepared, path, license_name=name)
+        else:
+            onnx.write(encoder, prepared, path, precision=precision, license_name=name)
+    if wanted.float_input:
+        onnx.write_float(encoder, prepared, folder / FLOAT_MODEL, license_name=name)
 
 
-def _without_folders(recipe: Recipe) -> Recipe:
-    """The recipe with the last part of its inputs' names: a card is read on other machines."""
-    names = [Path(place).name for place in recipe.data.inputs]
-    train = names[0] if len(names) == 1 else tuple(names) or ""
-    data = recipe.data.model_copy(update={"train": train})
-    return recipe.model_copy(update={"data": data})
-
-
-def read_run(run: Path, report: Report, *, untrained: bool) -> Source:
-    """What is in a run's folder to make a bundle from.
-
-    Raises:
-        UsageError: no run there, or no checkpoint yet.
-        IntegrityError: its index or all of its checkpoints are damaged.
-    """
-    if not (run / "recipe.toml").is_file():
-        fix = "name a run folder, or train one: btpipe pretrain recipes/folder.toml"
-        raise UsageError("no run there", where=run, expected="a folder with recipe.toml", fix=fix)
-    recipe, index = load(run / "recipe.toml"), open_index(run / "index.parquet")
-    if untrained:
-        adopted = initial.encoder_state(run) if recipe.network.init_from else None
-        return Source(run.name, recipe, index, None, 0, "", adopted)
-    newest = checkpoint.newest(run, report)
-    if newest is None:
-        raise UsageError(
-            "no checkpoint yet", where=run, fix="let btpipe pretrain write one, or use --untrained"
+def _gates(
+    vectors: NDArray[np.float32], source: Source, chosen: Samples, folder: Path, wanted: Wanted
+) -> dict[str, verify.Gate]:
+    """Each model's gate: fp16 on a GPU where there is one, the others on the CPU."""
+    gates: dict[str, verify.Gate] = {}
+    for precision in wanted.precisions:
+        device: session.Device = "auto" if precision == "fp16" else "cpu"
+        opened = session.Session(folder / MODELS[precision], device=device)
+        gates[precision] = verify.compare(
+            vectors,
+            opened.run,
+            chosen,
+            verify.THRESHOLDS[precision],
+            model=MODELS[precision],
+            provider=opened.device,
         )
-    digest = artifact.read(newest, checkpoint.KIND).digest
-    return Source(run.name, recipe, index, newest, checkpoint.read_state(newest).step, digest)
+    if wanted.float_input:
+        floats = session.FloatSession(folder / FLOAT_MODEL, source.preprocessing)
+        gates["float-nchw"] = verify.compare(
+            vectors,
+            floats.run,
+            chosen,
+            verify.THRESHOLDS["fp32"],
+            model=FLOAT_MODEL,
+            provider="cpu",
+        )
+    return gates
 
 
-def preprocessing_of(recipe: Recipe) -> Preprocessing:
-    """The evaluation view of a run: its image size, at the field of view of 256 to 224."""
-    geometry = Geometry.for_size(recipe.data.image_size)
-    return Preprocessing(
-        geometry.size, geometry.resize, geometry.interpolation, network.MEAN, network.STD
-    )
-
-
-def encoder_of(source: Source, preprocessing: Preprocessing, report: Report) -> nn.Module:
-    """The encoder in evaluation mode, from the checkpoint or calibrated."""
-    described = source.recipe.network
-    if source.checkpoint is not None:
-        return weights.from_state(checkpoint.encoder_state(source.checkpoint), described)
-    if source.adopted is not None:
-        return weights.from_state(source.adopted, described)
-    first = network.initialise(source.recipe).encoder.state_dict()
-    pixels = _pixels(source.index, CALIBRATION_IMAGES, preprocessing, report)
-    return weights.calibrate(weights.from_state(first, described), preprocessing, pixels, BATCH)
-
-
-def _gate_pixels(
-    index: Index, images: Path | None, preprocessing: Preprocessing, report: Report
-) -> NDArray[np.uint8]:
-    """Pixels of the images that the gate runs on."""
+def _images(source: Source, images: Path | None, out: Path) -> Index:
+    """The images to calibrate and check on."""
     if images is not None:
-        index, _ = build(images)
-    return _pixels(index, GATE_IMAGES, preprocessing, report)
-
-
-def _pixels(
-    index: Index, count: int, preprocessing: Preprocessing, report: Report
-) -> NDArray[np.uint8]:
-    """Up to `count` images, evenly over the index, in the evaluation view: (n, S, S, 3)."""
-    rows = np.unique(np.linspace(0, len(index) - 1, count).round().astype(np.int64))
-    geometry = Geometry.for_size(preprocessing.size)
-    cores = runtime.cores()
-    parts = []
-    for batch in evaluation_batches(index, rows, geometry, batch_size=BATCH, threads=cores):
-        parts.append(batch.pixels)
-        for row, reason in batch.rejected:
-            path = str(index.table["path"][row].as_py())
-            report(FileRejected(path, "export", reason))
-    pixels = np.concatenate(parts)
-    if len(pixels) < 2:
+        return build(images)[0]
+    if source.index is None:
         raise UsageError(
-            f"{len(pixels)} of {len(rows)} images can be read",
-            where=index.root,
-            expected="two at least, to compare the exported model with the network on",
-            fix="bring the images back, or name a folder with others: --images FOLDER",
+            "no images to check the export on",
+            where=out,
+            expected="--images FOLDER, with images like those that it is to embed",
         )
-    return pixels
+    return source.index
 
 
 def _stands(out: Path, origin: dict[str, object], *, overwrite: bool) -> bool:
@@ -250,20 +268,29 @@ def _stands(out: Path, origin: dict[str, object], *, overwrite: bool) -> bool:
         raise RefusedError(
             "exists and is no bundle", where=out, fix="export under another name with --out"
         )
+    fix = "export under another name with --out, or replace it with --overwrite"
     try:
         found = dict(contract.open_bundle(out).manifest.origin)
     except IntegrityError as error:
         if overwrite:
             return False
-        fix = "export under another name with --out, or replace it with --overwrite"
         raise RefusedError(f"is damaged or no bundle: {error.what}", where=out, fix=fix) from error
     if all(found.get(key) == value for key, value in origin.items()):
         return True
     if overwrite:
         return False
-    raise RefusedError(
-        f"holds run {found.get('run')} at step {found.get('step')}, encoder {found.get('encoder')}",
-        where=out,
-        expected=f"run {origin['run']} at step {origin['step']}, encoder {origin['encoder']}",
-        fix="export under another name with --out, or replace it with --overwrite",
+    raise RefusedError(f"holds {_named(found)}", where=out, expected=_named(origin), fix=fix)
+
+
+def _named(origin: dict[str, object]) -> str:
+    """What a bundle is from and what is in it, as far as two of one name may differ."""
+    place = (
+        f"{origin['source']}"
+        if "source" in origin
+        else f"run {origin.get('run')} at step {origin.get('step')}"
     )
+    models = origin.get("models")
+    held = ", ".join(map(str, models)) if isinstance(models, list) else contract.MODEL
+    licence = f", licence {origin['license']}" if origin.get("license") else ""
+    images = f", calibrated on {origin['calibration']}" if "calibration" in origin else ""
+    return f"{place}, encoder {origin.get('encoder')}, {held}{images}{licence}"

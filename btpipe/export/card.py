@@ -1,9 +1,11 @@
 """The model card: what a person reads before using a bundle."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from btpipe import __version__
-from btpipe.export.contract import MODEL, WEIGHTS, Preprocessing
+from btpipe.export.contract import FLOAT_MODEL, MODEL, MODELS, WEIGHTS
+from btpipe.export.source import Source
 
 HOW_TO_USE = """\
 ```python
@@ -30,90 +32,109 @@ SMALL_STEM = """
 network.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
 network.maxpool = torch.nn.Identity()"""
 
+OTHERS = {
+    MODELS["fp16"]: "the same in half precision, for GPUs: as fp32 a CPU computes it no faster",
+    MODELS["int8"]: "the same in int8, for CPUs with VNNI and for TensorRT, calibrated on"
+    " {calibration} images; a CPU without such instructions may clip sums and be slower",
+    FLOAT_MODEL: "without the normalisation: takes normalised float32 (n, 3, {size}, {size})",
+}
+
+ORIGIN = {
+    "run": "run",
+    "step": "step",
+    "recipe": "recipe",
+    "images": "training images",
+    "data": "training images' fingerprint",
+    "checkpoint": "checkpoint",
+    "source": "file",
+    "sha256": "file's sha256",
+    "matched": "tensors taken from it",
+    "left_out": "left out of it",
+    "encoder": "encoder's tensors",
+}
+"""Keys of a manifest's origin that the card shows, and what it calls them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What the card is filled with. Digests are sha256 in hex."""
+    """What the card is filled with; `origin` is the manifest's, `gates` a table in Markdown."""
 
     name: str
-    architecture: str
-    stem: str
+    source: Source
     dimension: int
-    preprocessing: Preprocessing
-    run: str
-    step: int
-    trained: bool
-    recipe_digest: str
-    recipe_toml: str
-    data_fingerprint: str
-    images: int
-    checkpoint: str
-    encoder_digest: str
-    gate_table: str
+    origin: Mapping[str, object]
+    gates: str
+    calibration: int
 
     def text(self) -> str:
         """The card in Markdown, with the front matter that model hubs read."""
         parts = [self._front_matter(), self._summary(), self._use(), self._origin()]
-        parts.append(f"## Recipe\n\n```toml\n{self.recipe_toml.strip()}\n```\n")
+        toml = self.source.recipe_toml.strip()
+        parts += [f"## Recipe\n\n```toml\n{toml}\n```\n"] if toml else []
         return "\n".join(parts)
 
     def _front_matter(self) -> str:
-        tags = "\n".join(f"  - {tag}" for tag in ("feature-extraction", "barlow-twins", "btpipe"))
+        tags = ["feature-extraction", "btpipe"]
+        tags += ["barlow-twins"] if "run" in self.origin else []
+        unknown = "other\nlicense_name: to-be-chosen-by-the-owner-of-the-weights"
         return (
-            "---\n"
-            "license: other\n"
-            "license_name: to-be-chosen-by-the-owner-of-the-weights\n"
+            f"---\nlicense: {self.origin['license'] or unknown}\n"
             "pipeline_tag: image-feature-extraction\n"
-            f"tags:\n{tags}\n---\n"
+            f"tags:\n{chr(10).join(f'  - {tag}' for tag in tags)}\n---\n"
         )
 
     def _summary(self) -> str:
-        made = (
-            f"trained by Barlow Twins for {self.step} steps on {self.images} images"
-            if self.trained
-            else "as initialised, with batch norm's statistics measured on training images:"
-            " a baseline to compare trained encoders with"
+        described = self.source.described
+        licence = (
+            f"Licence: {self.origin['license']}."
+            if self.origin["license"]
+            else "The licence is for the owner of the training images and weights to choose."
         )
         return (
             f"# {self.name}\n\n"
-            f"A {self.architecture} encoder (stem: {self.stem}), {made}.\n"
+            f"A {described.backbone} encoder (stem: {described.stem}), {self.source.made}.\n"
             f"It turns an image into a vector of {self.dimension} numbers.\n\n"
             "Intended use: search, grouping, near-duplicates and simple classifiers on images\n"
             "like those it was trained on. Not intended for decisions about people; what its\n"
-            "training images leave out or overstate, its vectors do too. The licence is for the\n"
-            "owner of the training images and weights to choose.\n"
+            "training images leave out or overstate, its vectors do too.\n"
+            f"{licence}\n"
         )
 
     def _use(self) -> str:
-        size, resize = self.preprocessing.size, self.preprocessing.resize
-        small = self.stem == "small"
+        prepared, described = self.source.preprocessing, self.source.described
+        small = described.stem == "small"
+        size = prepared.size
         used = HOW_TO_USE.format(
             name=self.name,
             dimension=self.dimension,
-            architecture=self.architecture,
+            architecture=described.backbone,
             stem=SMALL_STEM if small else "",
             weights=WEIGHTS,
             model=MODEL,
             size=size,
             timm=" (timm has no network with this stem: only the files beside it)" if small else "",
         )
+        models = self.origin["models"]
+        assert isinstance(models, list)
+        others = "".join(
+            f"* `{name}`: {OTHERS[name].format(calibration=self.calibration, size=size)}.\n"
+            for name in models
+            if name in OTHERS
+        )
         return (
-            f"## Use\n\n{used}\nPreprocessing: turned as EXIF says, shorter side to {resize}"
-            f" pixels ({self.preprocessing.interpolation}, antialiased), centre {size} x {size},"
-            f" pixels / 255"
-            f" minus {list(self.preprocessing.mean)}, over {list(self.preprocessing.std)}.\n"
+            f"## Use\n\n{used}\n{others}\n"
+            f"Preprocessing: turned as EXIF says, shorter side to {prepared.resize}"
+            f" pixels ({prepared.interpolation}, antialiased), centre {size} x {size},"
+            f" pixels / 255 minus {list(prepared.mean)}, over {list(prepared.std)}.\n"
+            "`golden/` holds drawn images and their vectors, to check another machine with.\n"
         )
 
     def _origin(self) -> str:
+        facts = {name: self.origin[key] for key, name in ORIGIN.items() if self.origin.get(key)}
+        rows = "".join(f"| {name} | {fact} |\n" for name, fact in facts.items())
         return (
             "## Agreement of torch and onnxruntime\n\n"
-            f"{self.gate_table}\n\n"
+            f"{self.gates}\n\n"
             "## Origin\n\n"
-            "| | |\n|---|---|\n"
-            f"| run, step | {self.run}, {self.step} |\n"
-            f"| recipe | {self.recipe_digest} |\n"
-            f"| training images | {self.images}, {self.data_fingerprint} |\n"
-            f"| checkpoint | {self.checkpoint or 'none'} |\n"
-            f"| encoder's tensors | {self.encoder_digest} |\n"
-            f"| made by | btpipe {__version__} |\n"
+            f"| | |\n|---|---|\n{rows}| made by | btpipe {__version__} |\n"
         )

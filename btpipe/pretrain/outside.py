@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import safetensors
 import safetensors.torch
@@ -29,7 +29,7 @@ BUNDLE = "bundle"
 """The kind of what the export stage publishes."""
 CONTAINERS = ("model", "state_dict")
 """Keys under which the published code, timm and Lightning keep a state dict among other things."""
-PREFIX = re.compile(r"((module|model|backbone|encoder|_orig_mod)\.)*")
+PREFIX = re.compile(r"((module|model|backbone|encoder|encoder_q|_orig_mod)\.)*")
 """What a wrapper may have put before torchvision's names."""
 FIRST = "conv1.weight"
 INSIDE = re.compile(r"(conv1|bn1|layer\d+)\.")
@@ -37,6 +37,10 @@ INSIDE = re.compile(r"(conv1|bn1|layer\d+)\.")
 COUNTER = ".num_batches_tracked"
 """Batch norm's count, which files from before PyTorch 0.4.1 lack; it starts at 0."""
 EXAMPLES = 3
+STEMS: tuple[Literal["imagenet"], Literal["small"]] = ("imagenet", "small")
+PARTS = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+"""Names of torchvision's parts where they stand in a Sequential, as lightly's examples do it."""
+NUMBERED = re.compile(rf"(?P<prefix>{PREFIX.pattern})(?P<part>[014567])\.(?P<rest>.+)")
 
 State = dict[str, torch.Tensor]
 
@@ -56,8 +60,13 @@ class Adopted:
 
     def text(self) -> str:
         """What was adopted, in a sentence."""
+        return f"the encoder starts from {self.source}: {self.matched}"
+
+    @property
+    def matched(self) -> str:
+        """How many tensors were taken, and what of the file was not."""
         count = len(self.state)
-        text = f"the encoder starts from {self.source}: {count} of {count} tensors"
+        text = f"{count} of {count} tensors"
         left = ", ".join(f"{name} ({number})" for name, number in self.left_out.items())
         return f"{text}; left out: {left}" if left else text
 
@@ -73,12 +82,36 @@ def read_encoder(source: Path, wanted: Network) -> Adopted:
     """
     file = locate(source)
     content = file.read_bytes()
-    tensors = _parse(content, file)
+    tensors = _renamed(_parse(content, file))
     state, left_out = _match(tensors, wanted, file)
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise IntegrityError(f"{broken[0]} holds numbers that are not finite", where=file)
     return Adopted(state, file.absolute(), hashlib.sha256(content).hexdigest(), left_out)
+
+
+def recognise(source: Path) -> Network:
+    """The backbone and stem whose encoder `source` holds, by its tensors' names and shapes.
+
+    Raises:
+        UsageError: no such file, or a folder that is no bundle, checkpoint or run.
+        RefusedError: a pickle that names more than tensors and plain containers; no state dict; or
+            the weights of a network that is none of these.
+        IntegrityError: a file is cut or changed.
+    """
+    file = locate(source)
+    tensors = _renamed(_parse(file.read_bytes(), file))
+    inside = _inside(tensors, _prefix(tensors, file))
+    share, network = _best(inside)
+    if share == 1:
+        return network
+    near = f"; nearest, with {share:.0%} the same, is {network.backbone}, {network.stem} stem"
+    raise RefusedError(
+        f"no network has its tensors{near if share >= 0.5 else ''}",
+        where=file,
+        expected=f"the encoder of {', '.join(get_args(Backbone))}, under torchvision's names",
+        fix=f"rename its tensors; it begins with {', '.join(list(inside)[:EXAMPLES])}",
+    )
 
 
 def locate(source: Path) -> Path:
@@ -149,11 +182,27 @@ def _tensors(loaded: object, file: Path) -> State:
     )
 
 
+def _renamed(tensors: State) -> State:
+    """Torchvision's names for a body that stands in a Sequential; other names as they are."""
+    found = {key: NUMBERED.fullmatch(key) for key in tensors}
+    bodies = {
+        match["prefix"]
+        for match in found.values()
+        if match and (match["part"], match["rest"]) == ("4", "0.conv1.weight")
+    }
+    return {
+        f"{match['prefix']}{PARTS[match['part']]}.{match['rest']}"
+        if (match := found[key]) and match["prefix"] in bodies
+        else key: tensor
+        for key, tensor in tensors.items()
+    }
+
+
 def _match(tensors: State, wanted: Network, file: Path) -> tuple[State, dict[str, int]]:
     """The encoder's tensors by torchvision's names, and what else there is."""
     shapes = _shapes(wanted)
     prefix = _prefix(tensors, file)
-    inside = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    inside = _inside(tensors, prefix)
     state: State = {}
     wrong: list[str] = []
     for name, shape in shapes.items():
@@ -190,6 +239,11 @@ def _prefix(tensors: State, file: Path) -> str:
     return found[0] if found else ""
 
 
+def _inside(tensors: State, prefix: str) -> State:
+    """The tensors under a prefix, by their names without it."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
 def _owner(key: str, prefix: str) -> str:
     """The part of a model that a left-out tensor belongs to: fc, projector, ..."""
     name = key.removeprefix(prefix)
@@ -220,18 +274,23 @@ def _another_network(
 
 def _nearest(inside: State) -> str:
     """The backbone and stem with the most tensors of these names and shapes; "" if none fits."""
-    there = {name: tuple(tensor.shape) for name, tensor in inside.items()}
-    body = sum(bool(INSIDE.match(name)) and not name.endswith(COUNTER) for name in there)
-    fits: list[tuple[float, str]] = []
-    for backbone in get_args(Backbone):
-        for stem in ("imagenet", "small"):
-            shapes = _shapes(Network(backbone=backbone, stem=stem))
-            names = [name for name in shapes if not name.endswith(COUNTER)]
-            same = sum(there.get(name) == shapes[name] for name in names)
-            keys = f"network.backbone={backbone} --set network.stem={stem}"
-            fits.append((same / max(len(names), body), keys))
-    share, keys = max(fits, key=lambda fit: fit[0])
+    share, network = _best(inside)
     if share < 0.5:
         return ""
     fit = "these are the weights of" if share == 1 else f"nearest, with {share:.0%} the same, is"
-    return f"{fit} --set {keys}"
+    return f"{fit} --set network.backbone={network.backbone} --set network.stem={network.stem}"
+
+
+def _best(inside: State) -> tuple[float, Network]:
+    """The network with the largest share of its tensors here, by name and shape, and that share."""
+    there = {name: tuple(tensor.shape) for name, tensor in inside.items()}
+    body = sum(bool(INSIDE.match(name)) and not name.endswith(COUNTER) for name in there)
+    fits: list[tuple[float, Network]] = []
+    for backbone in get_args(Backbone):
+        for stem in STEMS:
+            network = Network(backbone=backbone, stem=stem)
+            shapes = _shapes(network)
+            names = [name for name in shapes if not name.endswith(COUNTER)]
+            same = sum(there.get(name) == shapes[name] for name in names)
+            fits.append((same / max(len(names), body), network))
+    return max(fits, key=lambda fit: fit[0])

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from btpipe import artifact, recipe
 from btpipe.errors import IntegrityError, NumericsError, RefusedError, UsageError
-from btpipe.events import Event, Note, ignore
+from btpipe.events import Event, Note, Tabled, ignore
 from btpipe.export import bundle, contract, verify
 from btpipe.export import onnx as onnx_file
+from btpipe.export import source as sources
+from btpipe.export.samples import Samples
 from btpipe.export.session import Session, refuse_external_data
 from btpipe.pretrain import network
 
@@ -118,7 +120,8 @@ def test_config_and_card_say_what_the_encoder_is_and_where_it_is_from(exported: 
         "license: other",
         "mean cosine",
         "Intended use",
-        "tiny, 3",
+        "| run | tiny |",
+        "| step | 3 |",
         str(origin["encoder"]),
     ):
         assert fact in card
@@ -192,37 +195,47 @@ class Liar(nn.Module):
         return embedding + torch.linspace(-1, 1, embedding.shape[1])
 
 
+def samples_of(images: np.ndarray) -> Samples:
+    """Images to judge with, of which no label is known."""
+    return Samples(images, np.full(len(images), -1), images[:0])
+
+
 def test_a_model_that_disagrees_with_its_weights_is_not_published(
     home: Path, tmp_path: Path
 ) -> None:
-    run = home / "runs" / "tiny"
-    source = bundle.read_run(run, ignore, untrained=False)
-    prepared = bundle.preprocessing_of(source.recipe)
-    encoder = bundle.encoder_of(source, prepared, ignore)
-    encoder.fc = Liar()
+    source = sources.of_run(home / "runs" / "tiny", ignore)
+    source.encoder.fc = Liar()
     out = tmp_path / "exports" / "liar"
+    events: list[Event] = []
+    origin: dict[str, object] = {"encoder": "a liar", "license": "", "models": []}
     with pytest.raises(NumericsError, match="mean cosine") as refusal:
-        bundle.publish(
-            encoder, source, prepared, pixels=pixels(24), out=out, origin={"encoder": "a liar"}
-        )
+        bundle.publish(source, samples_of(pixels(24)), out, origin, events.append)
     assert refusal.value.exit_code == 6
     assert list(out.parent.iterdir()) == []
+    (table,) = events
+    assert isinstance(table, Tabled)
+    assert table.rows[0][-1] == "NO"
 
 
 def test_one_changed_weight_between_model_and_network_does_not_pass_the_gate(
     home: Path, tmp_path: Path
 ) -> None:
-    source = bundle.read_run(home / "runs" / "tiny", ignore, untrained=False)
-    prepared = bundle.preprocessing_of(source.recipe)
-    encoder = bundle.encoder_of(source, prepared, ignore)
+    source = sources.of_run(home / "runs" / "tiny", ignore)
+    encoder, prepared = source.encoder, source.preprocessing
     onnx_file.write(encoder, prepared, tmp_path / "encoder.onnx")
     session = Session(tmp_path / "encoder.onnx", device="cpu")
-    verify.require(verify.compare(encoder, session, prepared, pixels(24)), tmp_path)
+
+    def gate() -> verify.Gate:
+        vectors = verify.reference(encoder, prepared, pixels(24))
+        wanted = verify.THRESHOLDS["fp32"]
+        given = samples_of(pixels(24))
+        return verify.compare(vectors, session.run, given, wanted, model="x", provider="cpu")
+
+    verify.require([gate()], tmp_path)
     with torch.no_grad():
         encoder.get_parameter("bn1.weight")[0] += 30
-    gate = verify.compare(encoder, session, prepared, pixels(24))
     with pytest.raises(NumericsError, match="network's vectors"):
-        verify.require(gate, tmp_path)
+        verify.require([gate()], tmp_path)
 
 
 def test_images_that_are_gone_are_named_and_others_can_be_given(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torchvision.models import resnet
 from btpipe import recipe
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import ignore
-from btpipe.export import bundle
+from btpipe.export import source
 from btpipe.pretrain import launch, network, outside
 
 RESNET18 = recipe.Network(backbone="resnet18", projector=(16, 16))
@@ -52,6 +52,17 @@ def published(state: Mapping[str, Tensor]) -> dict[str, object]:
     return {"epoch": 1000, "model": model, "optimizer": optimizer}
 
 
+def numbered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names that a body has as nn.Sequential(*list(resnet.children())[:-1])."""
+    parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    named = {
+        f"backbone.{parts.index(part)}.{rest}": tensor
+        for name, tensor in without_classifier(state).items()
+        for part, _, rest in [name.partition(".")]
+    }
+    return named | {"projection_head.layers.0.weight": torch.zeros(4, 4)}
+
+
 Pack = Callable[[dict[str, Tensor]], object]
 PACKED: dict[str, tuple[Pack, dict[str, int]]] = {
     "torchvision": (dict, {"fc": 2}),
@@ -65,6 +76,18 @@ PACKED: dict[str, tuple[Pack, dict[str, int]]] = {
     "before counters": (
         lambda s: {k: t for k, t in s.items() if not k.endswith("num_batches_tracked")},
         {"fc": 2},
+    ),
+    "lightly's examples": (
+        lambda s: {"state_dict": numbered(s), "epoch": 3},
+        {"projection_head": 1},
+    ),
+    "solo-learn": (
+        lambda s: {
+            "state_dict": with_prefix(s, "backbone.")
+            | with_prefix(s, "momentum_backbone.")
+            | {"projector.0.weight": torch.zeros(4, 4)}
+        },
+        {"fc": 2, "momentum_backbone": 122, "projector": 1},
     ),
     "half": (
         lambda s: {k: t.half() if t.is_floating_point() else t for k, t in s.items()},
@@ -88,6 +111,21 @@ def test_every_usual_container_gives_the_encoder_under_torchvision_s_names(
         assert torch.equal(tensor, expected.to(tensor.dtype)), name
     network.encoder(RESNET18).load_state_dict(adopted.state)
     assert f"{TENSORS} of {TENSORS} tensors" in adopted.text()
+
+
+def test_the_network_that_weights_belong_to_is_recognised(
+    tmp_path: Path, weights: dict[str, Tensor]
+) -> None:
+    torch.save(published(weights), tmp_path / "checkpoint.pth")
+    found = outside.recognise(tmp_path / "checkpoint.pth")
+    assert (found.backbone, found.stem) == ("resnet18", "imagenet")
+    small = network.encoder(SMALL).state_dict()
+    save_file(small, tmp_path / "small.safetensors")
+    found = outside.recognise(tmp_path / "small.safetensors")
+    assert (found.backbone, found.stem) == ("resnet18", "small")
+    torch.save(weights | {"conv1.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "odd.pth")
+    with pytest.raises(RefusedError, match="99% the same, is resnet18, imagenet stem"):
+        outside.recognise(tmp_path / "odd.pth")
 
 
 def test_safetensors_and_an_old_pickle_are_known_by_content(
@@ -242,8 +280,7 @@ def test_a_run_starts_from_the_weights_and_needs_the_file_no_longer(
     assert said in (run / "events.jsonl").read_text()
     origin = json.loads((run / "initial" / "manifest.json").read_text())["origin"]
     assert origin["source"] == str(file)
-    source = bundle.read_run(run, ignore, untrained=True)
-    before = bundle.encoder_of(source, bundle.preprocessing_of(source.recipe), ignore).state_dict()
+    before = source.of_run(run, ignore, untrained=True).encoder.state_dict()
     for name, tensor in without_classifier(weights).items():
         assert torch.equal(before[name], tensor), name
 

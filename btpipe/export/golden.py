@@ -1,0 +1,122 @@
+"""Images that a bundle brings along with their vectors: does it still fit where it is opened?
+
+What drifts from machine to machine is less the network than what is before it: decoding, turning,
+resizing. So the bundle ships image files, drawn here (no one's photographs), and what the encoder
+made of them where it was exported.
+
+    golden/0.jpg ... 3.png   golden/vectors.safetensors: a tensor (4, D) for each precision
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from PIL import Image
+
+from btpipe import artifact, neighbours
+from btpipe.data.index import build
+from btpipe.data.loader import evaluation_batches
+from btpipe.data.views import Geometry
+from btpipe.errors import NumericsError
+from btpipe.events import Tabled
+from btpipe.export import contract
+from btpipe.export.contract import MODELS, Precision, Preprocessing
+from btpipe.export.session import Device, Session
+
+FOLDER = "golden"
+VECTORS = "vectors.safetensors"
+ORIENTATION = 0x0112
+"""EXIF's tag; 6: to be turned by a quarter."""
+LEAST_COSINE = 0.999
+"""Decoders and processors differ by less; a wrong resize, crop or order of colours by more."""
+
+
+def write(folder: Path, preprocessing: Preprocessing, precisions: Sequence[Precision]) -> None:
+    """Puts the images into a bundle that is being made, and what its models make of them.
+
+    Raises:
+        MachineError: no space, or no permission.
+    """
+    place = folder / FOLDER
+    place.mkdir()
+    for name, content in _drawn().items():
+        artifact.write_file(place / name, content)
+    pixels = _pixels(place, preprocessing)
+    vectors: dict[str, NDArray[np.float32]] = {
+        name: Session(folder / MODELS[name], device="cpu").run(pixels) for name in precisions
+    }
+    artifact.write_file(place / VECTORS, safetensors.numpy.save(vectors))
+
+
+def compare(bundle: contract.Bundle, *, device: Device = "cpu") -> dict[str, float]:
+    """The least cosine, for each precision, of the vectors here with those that were shipped.
+
+    Empty for a bundle from before there were golden images.
+
+    Raises:
+        MachineError: the device was asked for and cannot be used.
+    """
+    place = bundle.folder / FOLDER
+    if not (place / VECTORS).is_file():
+        return {}
+    wanted = safetensors.numpy.load_file(place / VECTORS)
+    pixels = _pixels(place, bundle.preprocessing)
+    least: dict[str, float] = {}
+    for precision in bundle.precisions:
+        found = Session(bundle.model_of(precision), device=device).run(pixels)
+        a, b = neighbours.normalize(found), neighbours.normalize(wanted[precision])
+        least[precision] = float((a * b).sum(axis=1).min())
+    return least
+
+
+def require(bundle: contract.Bundle, *, device: Device = "cpu") -> Tabled:
+    """`compare` as a table, where every cosine is as near to 1 as decoders allow.
+
+    Raises:
+        NumericsError: this machine makes other vectors of the same files.
+    """
+    least = compare(bundle, device=device)
+    # Written so that NaN fails.
+    failed = [f"{name} {value:.6f}" for name, value in least.items() if not value >= LEAST_COSINE]
+    if failed:
+        raise NumericsError(
+            f"other vectors than where it was exported: least cosine {', '.join(failed)}",
+            where=bundle.folder / FOLDER,
+            expected=f"{LEAST_COSINE} or more",
+            fix="compare the versions of nvidia-dali and onnxruntime with those that made it",
+        )
+    rows = tuple((name, f"{value:.7f}", f"{LEAST_COSINE}") for name, value in least.items())
+    return Tabled("golden images", ("model", "least cosine", "at least"), rows)
+
+
+def _drawn() -> dict[str, bytes]:
+    """Four image files of several kinds, by name: the same wherever Pillow encodes alike."""
+    random = np.random.default_rng(2048)
+    files = {}
+    for i, (width, height) in enumerate(((320, 240), (180, 300), (97, 64), (260, 260))):
+        coarse = random.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+        image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        kind, options = "JPEG", {"quality": 90}
+        exif = Image.Exif()
+        if i == 1:
+            exif[ORIENTATION] = 6
+        if i == 2:
+            image = image.convert("L")
+        if i == 3:
+            kind, options = "PNG", {}
+        content = io.BytesIO()
+        image.save(content, kind, exif=exif, **options)
+        files[f"{i}.{'jpg' if kind == 'JPEG' else 'png'}"] = content.getvalue()
+    return files
+
+
+def _pixels(place: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """The images in the evaluation view, in the order of their names: (n, S, S, 3)."""
+    index, _ = build(place)
+    rows = np.arange(len(index), dtype=np.int64)
+    geometry = Geometry.for_size(preprocessing.size)
+    batches = evaluation_batches(index, rows, geometry, batch_size=len(rows), threads=1)
+    return np.concatenate([batch.pixels for batch in batches])

@@ -1,0 +1,139 @@
+"""What a bundle is made from: a checkpoint of a run, its beginning, or the weights of others."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from btpipe import artifact
+from btpipe.data.index import Index, open_index
+from btpipe.data.views import Geometry
+from btpipe.errors import UsageError
+from btpipe.events import Note, Report
+from btpipe.export import samples, weights
+from btpipe.export.contract import Preprocessing
+from btpipe.pretrain import checkpoint, initial, network, outside
+from btpipe.recipe import Network, Recipe, load
+
+STATISTICS_IMAGES = 1024
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An encoder in evaluation mode, and where it is from.
+
+    `origin` is what the manifest says of that, `made` the same in half a sentence. `index`: the
+    training images, and `recipe_toml` the recipe, where they are known.
+    """
+
+    described: Network
+    preprocessing: Preprocessing
+    encoder: nn.Module
+    origin: dict[str, object]
+    made: str
+    index: Index | None = None
+    recipe_toml: str = ""
+
+
+def of_run(run: Path, report: Report, *, untrained: bool = False) -> Source:
+    """The newest checkpoint of a run; `untrained`: what it started from.
+
+    A network that starts from nothing gets batch norm's statistics from its training images.
+
+    Raises:
+        UsageError: no run there, or no checkpoint yet.
+        IntegrityError: its index or all of its checkpoints are damaged.
+    """
+    if not (run / "recipe.toml").is_file():
+        fix = "name a run folder, or train one: btpipe pretrain recipes/folder.toml"
+        raise UsageError("no run there", where=run, expected="a folder with recipe.toml", fix=fix)
+    recipe, index = load(run / "recipe.toml"), open_index(run / "index.parquet")
+    prepared = preprocessing_of(recipe.data.image_size)
+    step, digest = 0, ""
+    if untrained:
+        encoder = _first(run, recipe, index, prepared, report)
+        made = (
+            "as it was before training, with batch norm's statistics measured on training images:"
+            " a baseline to compare trained encoders with"
+        )
+    else:
+        newest = checkpoint.newest(run, report)
+        if newest is None:
+            fix = "let btpipe pretrain write one, or use --untrained"
+            raise UsageError("no checkpoint yet", where=run, fix=fix)
+        step = checkpoint.read_state(newest).step
+        digest = artifact.read(newest, checkpoint.KIND).digest
+        encoder = weights.from_state(checkpoint.encoder_state(newest), recipe.network)
+        made = f"trained by Barlow Twins for {step} steps on {len(index)} images"
+    origin: dict[str, object] = {
+        "run": run.name,
+        "step": step,
+        "trained": not untrained,
+        "recipe": recipe.digest,
+        "images": len(index),
+        "data": index.fingerprint,
+        "checkpoint": digest,
+    }
+    toml = _without_folders(recipe).to_toml()
+    return Source(recipe.network, prepared, encoder, origin, made, index, toml)
+
+
+def of_file(file: Path, size: int, report: Report) -> Source:
+    """The encoder in a file of others, of whatever network its tensors fit; nothing is executed.
+
+    Prepared as torchvision, timm and the published code do: ImageNet's mean and deviation, and
+    `size` pixels of the centre.
+
+    Raises:
+        UsageError: no such file.
+        RefusedError: a pickle with more than tensors in it, or the weights of no known network.
+        IntegrityError: a file is cut, changed or not finite.
+    """
+    described = outside.recognise(file)
+    adopted = outside.read_encoder(file, described)
+    kind = f"{described.backbone} with the {described.stem} stem"
+    report(Note(f"{adopted.source.name} is a {kind}: {adopted.matched}"))
+    origin: dict[str, object] = {
+        "source": adopted.source.name,
+        "sha256": adopted.sha256,
+        "trained": True,
+        "matched": len(adopted.state),
+        "left_out": dict(adopted.left_out),
+    }
+    made = f"adopted from {adopted.source.name} (sha256 {adopted.sha256})"
+    encoder = weights.from_state(adopted.state, described)
+    return Source(described, preprocessing_of(size), encoder, origin, made)
+
+
+def preprocessing_of(size: int) -> Preprocessing:
+    """The evaluation view at an image size, at the field of view of 256 to 224."""
+    geometry = Geometry.for_size(size)
+    return Preprocessing(
+        geometry.size, geometry.resize, geometry.interpolation, network.MEAN, network.STD
+    )
+
+
+def _first(
+    run: Path, recipe: Recipe, index: Index, prepared: Preprocessing, report: Report
+) -> nn.Module:
+    """The encoder that the run started from."""
+    if recipe.network.init_from:
+        return weights.from_state(initial.encoder_state(run), recipe.network)
+    first: dict[str, torch.Tensor] = network.initialise(recipe).encoder.state_dict()
+    rows = samples.spread(len(index), STATISTICS_IMAGES)
+    pixels = samples.read(index, rows, prepared, report).pixels
+    if not len(pixels):
+        fix = "bring the images back: batch norm's statistics are measured on them"
+        raise UsageError("none of its images can be read", where=index.root, fix=fix)
+    encoder = weights.from_state(first, recipe.network)
+    return weights.calibrate(encoder, prepared, pixels, BATCH)
+
+
+def _without_folders(recipe: Recipe) -> Recipe:
+    """The recipe with the last part of its inputs' names: a card is read on other machines."""
+    names = [Path(place).name for place in recipe.data.inputs]
+    train = names[0] if len(names) == 1 else tuple(names) or ""
+    data = recipe.data.model_copy(update={"train": train})
+    return recipe.model_copy(update={"data": data})
