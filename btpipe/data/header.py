@@ -25,7 +25,7 @@ _OPENED = tuple(name for name in SUPPORTED if name != "MPO")  # opened as JPEG, 
 MAX_PIXELS = 178_956_970
 """Two times 1024^3 / 4 / 3, where Pillow speaks of a decompression bomb."""
 MAX_SCANNED_PIXELS = 10 * MAX_PIXELS
-"""Pixels times scans of a JPEG: about a second on one core. Ten scans are what progressive JPEGs have."""
+"""Pixels times scans of a JPEG: about a second on one core. Progressive ones have ten scans."""
 _START_OF_SCAN = b"\xff\xda"
 EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .dib .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .j2c"
