@@ -1,49 +1,205 @@
-"""What a table of vectors is written as, by the ending of its name. Parts are always parquet."""
+"""What vectors are written as, by the ending of their name. Parts of a job are always parquet.
 
+X.parquet      one table
+X              a folder of tables, part-000000.parquet and so on
+X.npy          the matrix (n, D); everything else of the rows in X.npy.ids.parquet
+X.safetensors  the same, as a tensor `embedding` that carries the footer
+X.lance        a Lance data set, where the package is installed
+
+All are streamed: what is in memory does not grow with the number of rows.
+"""
+
+import itertools
+import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from btpipe.embed import table
-from btpipe.errors import UsageError
+from btpipe import artifact
+from btpipe.embed import arrays, lancing, table
+from btpipe.errors import IntegrityError, UsageError
+
+Kind = Literal["parquet", "folder", "array", "lance"]
+ENDINGS: Mapping[str, Kind] = {
+    ".parquet": "parquet",
+    "": "folder",
+    ".npy": "array",
+    ".safetensors": "array",
+    ".lance": "lance",
+}
+
+FILE_ROWS = 65_536
+"""Rows of a file in a folder: 512 MB at D 2048 in float32."""
+
+
+def kind_of(out: Path) -> Kind:
+    """What is written under this name.
+
+    Raises:
+        UsageError: an ending that is not known, or one whose package is not installed.
+    """
+    kind = ENDINGS.get(out.suffix)
+    if kind is None:
+        raise UsageError(
+            "not a name for a table",
+            where=out,
+            expected="X.parquet, X.npy, X.safetensors, X.lance, or a folder: X without an ending",
+        )
+    if kind == "lance":
+        lancing.require()
+    return kind
 
 
 def check(out: Path) -> None:
     """Passes a name that vectors can be written to.
 
     Raises:
-        UsageError: an ending that is not known, or a folder under a file's name.
+        UsageError: as `kind_of`, or a folder under a file's name, or a file under a folder's.
     """
-    if out.suffix != ".parquet" or out.is_dir():
-        raise UsageError("not a name for a table", where=out, expected="a file X.parquet")
+    is_folder = kind_of(out) in ("folder", "lance")
+    if out.is_file() if is_folder else out.is_dir():
+        raise UsageError(
+            "not a name for a table: a file of that name is there"
+            if is_folder
+            else "not a name for a table: a folder of that name is there",
+            where=out,
+            fix="choose another --out",
+        )
+
+
+def beside_of(out: Path) -> tuple[Path, ...]:
+    """What else is written with `out`: names that must not be inputs either."""
+    return (arrays.ids_path(out),) if kind_of(out) == "array" else ()
 
 
 def write(out: Path, beside: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:
     """Streams parts to `beside` in the format of the name `out`, and fsyncs it.
 
-    What is in memory does not grow with the number of rows. The caller gives it its name.
+    `take_place` gives it its name.
     """
-    check(out)
-    table.write(beside, table.schema(footer), parts)
+    match kind_of(out):
+        case "parquet":
+            table.write(beside, table.schema(footer), parts)
+        case "folder":
+            _write_folder(beside, footer, parts)
+        case "array":
+            arrays.write(out.suffix, beside, footer, parts)
+        case "lance":
+            lancing.write(beside, footer, parts)
+
+
+def take_place(out: Path, beside: Path) -> None:
+    """Gives what `write` wrote its final name; what stood there is gone.
+
+    One rename where it is a file. Elsewhere the name is missing for a moment: what it holds is
+    never half of one table and half of another.
+    """
+    if kind_of(out) == "array":
+        out.unlink(missing_ok=True)
+        artifact.fsync_path(out.parent)
+        table.take_place(arrays.ids_path(beside), arrays.ids_path(out))
+    if not out.is_dir():
+        table.take_place(beside, out)
+        return
+    old = beside.with_name(f"{beside.name}.old")
+    os.rename(out, old)
+    table.take_place(beside, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def footer_of(out: Path) -> Mapping[str, str] | None:
     """What the vectors under `out` say about themselves; None where nothing is there.
 
     Raises:
-        IntegrityError: something that btpipe did not write, or in a newer format.
+        IntegrityError: something that btpipe did not write, in a newer format, or incomplete.
     """
-    return table.footer_of(out)
+    match kind_of(out):
+        case "parquet":
+            return table.footer_of(out)
+        case "folder":
+            return _footer_of_folder(out)
+        case "array":
+            return arrays.footer_of(out)
+        case "lance":
+            return lancing.footer_of(out)
 
 
 def count(out: Path) -> int:
     """How many vectors are under `out`."""
-    return table.count(out)
+    match kind_of(out):
+        case "parquet":
+            return table.count(out)
+        case "folder":
+            return sum(table.count(file) for file in _files(out))
+        case "array":
+            return table.count(arrays.ids_path(out))
+        case "lance":
+            return lancing.count(out)
 
 
 def rows(out: Path) -> Iterator[pa.RecordBatch]:
-    """The rows under `out` with all their columns, in their order, some at a time."""
-    with pq.ParquetFile(out, page_checksum_verification=True) as file:
+    """The rows under `out` with all their columns, in their order, some at a time.
+
+    Pages of parquet are checked; matrices carry no checksum.
+    """
+    match kind_of(out):
+        case "parquet":
+            yield from _rows_of_file(out)
+        case "folder":
+            for file in _files(out):
+                yield from _rows_of_file(file)
+        case "array":
+            yield from arrays.rows(out)
+        case "lance":
+            yield from lancing.rows(out)
+
+
+def _rows_of_file(path: Path) -> Iterator[pa.RecordBatch]:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         yield from file.iter_batches(batch_size=table.ROW_GROUP_ROWS)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*.parquet"))
+
+
+def _footer_of_folder(folder: Path) -> Mapping[str, str] | None:
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    files = _files(folder)
+    if not files:
+        raise IntegrityError(
+            "holds other things than vectors",
+            where=folder,
+            expected="part-*.parquet, an empty folder, or none",
+            fix="choose another --out",
+        )
+    return table.footer_of(files[0])
+
+
+def _write_folder(folder: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:
+    columns = table.schema(footer)
+    folder.mkdir()
+    number = -1
+    for number, pieces in itertools.groupby(_cut(parts), key=lambda numbered: numbered[0]):
+        path = folder / f"part-{number:06d}.parquet"
+        table.write(path, columns, (piece for _, piece in pieces))
+    if number < 0:  # without a row it still has its columns
+        table.write(folder / "part-000000.parquet", columns, [])
+    artifact.fsync_path(folder)
+
+
+def _cut(parts: Iterable[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
+    """Each stretch of rows with the number of its file, however they are spread over parts."""
+    done = 0
+    for part in parts:
+        start = 0
+        while start < part.num_rows:
+            number, filled = divmod(done, FILE_ROWS)
+            piece = part.slice(start, FILE_ROWS - filled)
+            yield number, piece
+            start, done = start + piece.num_rows, done + piece.num_rows

@@ -175,15 +175,23 @@ def footer_of(path: Path) -> Mapping[str, str] | None:
     if not path.exists():
         return None
     try:
-        found = pq.read_schema(path).metadata or {}
-        texts = {key.decode(): value.decode() for key, value in found.items()}
+        found = pq.read_schema(path).metadata
+    except (pa.ArrowException, OSError) as error:
+        raise _foreign(path, error) from error
+    return parse_footer(found, path)
+
+
+def parse_footer(found: Mapping[bytes, bytes] | None, path: Path) -> Mapping[str, str]:
+    """The key-value metadata of a schema that btpipe wrote.
+
+    Raises:
+        IntegrityError: one of something else, or of a newer format.
+    """
+    try:
+        texts = {key.decode(): value.decode() for key, value in (found or {}).items()}
         version = int(texts[FORMAT])
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise IntegrityError(
-            f"is not a table that btpipe wrote ({error!r})",
-            where=path,
-            fix="choose another --out, or replace it with --overwrite",
-        ) from error
+    except (KeyError, ValueError) as error:
+        raise _foreign(path, error) from error
     if version > FORMAT_VERSION:
         raise IntegrityError(
             f"format_version {version}, written by btpipe {texts.get('btpipe.version')}",
@@ -192,6 +200,14 @@ def footer_of(path: Path) -> Mapping[str, str] | None:
             fix=f"install btpipe {texts.get('btpipe.version')} or newer",
         )
     return {**UNSAID, **texts}
+
+
+def _foreign(path: Path, error: Exception) -> IntegrityError:
+    return IntegrityError(
+        f"is not a table that btpipe wrote ({error!r})",
+        where=path,
+        fix="choose another --out, or replace it with --overwrite",
+    )
 
 
 def count(path: Path) -> int:
