@@ -138,3 +138,27 @@ def doctor(as_json: Json = False) -> None:
 
     with progress.show("json" if as_json else "auto") as report:
         examining.run(report, Path())
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    data: Annotated[str, typer.Option(help="Images; the recipe's data.train if empty.")] = "",
+    devices: Annotated[
+        str, typer.Option(help="auto, or how many GPUs (or CPU processes) the run will have.")
+    ] = "auto",
+    write: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what is advised as a recipe.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look for a minute what a run of a recipe will cost here: hours, memory, disk, what binds."""
+    from btpipe import progress, runtime
+    from btpipe import recipe as recipes
+    from btpipe.road import plan as planning
+
+    source = [f"data.train={json.dumps(data)}"] if data else []
+    wanted = recipes.load(recipe, [*(overrides or ()), *source])
+    with progress.show("json" if as_json else "auto") as report:
+        planning.run(wanted, recipe.stem, report, devices=runtime.devices(devices), write=write)

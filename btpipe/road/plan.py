@@ -1,0 +1,343 @@
+"""What a run of a recipe will cost here: a minute's probe on its own images, and the whole from it.
+
+The training loop runs at a small batch and at the recipe's own, or at one that takes seconds: time
+and memory are then taken as a constant and a share for each image. The loader alone and the step
+alone say which of them binds.
+"""
+
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from btpipe import artifact, progress, runtime
+from btpipe.data import index as indexes
+from btpipe.data.index import Index
+from btpipe.errors import UsageError
+from btpipe.events import Finished, Note, Report, Tabled
+from btpipe.pretrain import network
+from btpipe.recipe import Recipe
+from btpipe.road import probe
+from btpipe.road.seat import Prepared, Seat, Turn
+
+FIRST_IMAGES = 8
+"""Of a process's batch, in the first look."""
+STEP_SECONDS = 4.0
+"""What a step of the second look may take."""
+LOOK_SECONDS = 8.0
+"""How long one look lasts, about."""
+SAMPLE_IMAGES = 4096
+"""Of a folder of more than `MOST_IMAGES`, so many are looked at."""
+MOST_IMAGES = 50_000
+STATES = {"lars": 1, "sgd": 1, "adamw": 2}
+"""Tensors as large as the weights that a checkpoint holds beside them."""
+SPARE_MEMORY = 0.9
+LARGE = 1.5
+"""Shorter side of an image over a view's side, from which smaller shards pay."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """A step's time and memory for so many images of one process."""
+
+    images: int
+    turn: Turn
+    peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Of one process at the batch that was looked at: images/s, and CPU-seconds of an image."""
+
+    loader: float
+    loader_cpu: float
+    step: float
+    step_cpu: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run costs, and what of its recipe should change.
+
+    `step` is of one process and its share of the batch, `peak_bytes` its memory. `exact`: the
+    recipe's own batch was looked at.
+    """
+
+    images: int
+    steps: int
+    batch_size: int
+    world_size: int
+    step: Turn
+    peak_bytes: int
+    disk_bytes: int
+    exact: bool
+    rates: Rates
+    advice: dict[str, str]
+    hints: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run, by the clock."""
+        return self.steps * self.step.seconds
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of the whole run, over all processes."""
+        return self.steps * self.step.cpu_seconds * self.world_size
+
+
+def make(recipe: Recipe, report: Report, *, devices: int) -> Plan:
+    """Looks at this machine with the recipe's own images.
+
+    Raises:
+        UsageError: no images are named, or fewer than a batch.
+    """
+    if not recipe.data.inputs:
+        fix = "name the images: --data DIR, or --data synthetic:1281167x400 for drawn ones"
+        raise UsageError("no images are named", where="data.train", fix=fix)
+    device: probe.Device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory(prefix="btpipe-plan-") as scratch:
+        place = Path(scratch, "index.parquet")
+        total, sample = _listed(recipe, Path(scratch), report)
+        sample.save(place)
+        if total < recipe.data.batch_size:
+            found = f"{total} images do not fill a batch of {recipe.data.batch_size}"
+            raise UsageError(found, fix="add images, or set data.batch_size")
+        share = recipe.data.batch_size // devices
+        looks = _looks(recipe, place, device, min(share, len(sample)), report)
+        rates = _rates(recipe, place, device, looks[-1], report)
+    return _plan(recipe, total, devices, looks, rates, sample)
+
+
+def _listed(recipe: Recipe, scratch: Path, report: Report) -> tuple[int, Index]:
+    """How many images there are, and those to look at."""
+    listed, _ = indexes.build(recipe.data.inputs, report, depth="list")
+    files = all(not source.is_container for source in listed.sources)
+    if len(listed) > MOST_IMAGES and files:
+        rows = np.linspace(0, len(listed) - 1, SAMPLE_IMAGES).round().astype(np.int64)
+        names = [str(listed.file(int(row)).resolve()) for row in rows]
+        file = scratch / "sample.txt"
+        file.write_text("\n".join(names))
+        report(Note(f"{len(listed):,} images; {SAMPLE_IMAGES:,} of them are looked at"))
+        return len(listed), indexes.build(file, report)[0]
+    found, _ = indexes.build(recipe.data.inputs, report)
+    return len(found), found
+
+
+def _looks(
+    recipe: Recipe, index: Path, device: probe.Device, share: int, report: Report
+) -> list[Look]:
+    """The loop at a small batch and at one as large as time allows, at most `share`."""
+
+    def look(images: int, steps: int) -> Look:
+        report(Note(f"looking at {steps} steps of {images} images, loader and network"))
+        wanted = probe.at(recipe, images)
+        turn, peak_bytes = _measured(
+            functools.partial(probe.training, wanted, index, device, steps), steps
+        )
+        return Look(images, turn, peak_bytes)
+
+    first = look(min(FIRST_IMAGES, share), 2)
+    room = STEP_SECONDS / first.turn.seconds * first.images
+    largest = min(share, 2 ** int(np.log2(max(room, first.images * 2))))
+    # A small batch is dearer for each image: the second look says what the first one cannot.
+    steps = max(2, round(LOOK_SECONDS / (first.turn.seconds * largest / first.images)))
+    return [first, look(largest, min(steps, 50))] if largest > first.images else [first]
+
+
+def _rates(recipe: Recipe, index: Path, device: probe.Device, last: Look, report: Report) -> Rates:
+    report(Note(f"looking at loader and step apart, {last.images} images each"))
+    wanted, images = probe.at(recipe, last.images), last.images
+    batches = max(2, round(LOOK_SECONDS / 2 / last.turn.seconds))
+    load, _ = _measured(functools.partial(probe.loading, wanted, index, device, batches), batches)
+    update, _ = _measured(functools.partial(probe.stepping, wanted, index, device), 1)
+    return Rates(
+        loader=images / load.seconds,
+        loader_cpu=load.cpu_seconds / images,
+        step=images / update.seconds,
+        step_cpu=update.cpu_seconds / images,
+    )
+
+
+def _measured(prepare: Callable[[], Prepared], repeats: int) -> tuple[Turn, int]:
+    """Time of one of the action's `repeats`, and the peak of memory in bytes."""
+    seat = Seat("plan", prepare, runtime.cores())
+    try:
+        if not seat.prepare():
+            raise UsageError(
+                "too little GPU memory for the smallest look",
+                fix="free the GPU, or take a smaller network",
+            )
+        turn = seat.measure()
+        assert turn is not None
+        once = Turn(turn.seconds / repeats, turn.cpu_seconds / repeats)
+        return once, seat.peak_bytes()
+    finally:
+        seat.close()
+
+
+def _plan(
+    recipe: Recipe,
+    total: int,
+    devices: int,
+    looks: list[Look],
+    rates: Rates,
+    sample: Index,
+) -> Plan:
+    share = recipe.data.batch_size // devices
+    steps = recipe.optim.epochs * (total // recipe.data.batch_size)
+    seconds = _at(share, [(look.images, look.turn.seconds) for look in looks])
+    cpu_seconds = _at(share, [(look.images, look.turn.cpu_seconds) for look in looks])
+    peak_bytes = _at(share, [(look.images, look.peak_bytes) for look in looks])
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in network.BarlowTwins(recipe.network).parameters())
+    one_bytes = 4 * weights * (1 + STATES[recipe.optim.name])
+    disk_bytes = one_bytes * (recipe.run.keep_last + 1)
+    if recipe.run.keep_every:
+        disk_bytes += one_bytes * (steps // recipe.run.keep_every)
+    advice, hints = _advice(recipe, devices, looks, peak_bytes, rates, sample)
+    return Plan(
+        images=total,
+        steps=steps,
+        batch_size=recipe.data.batch_size,
+        world_size=devices,
+        step=Turn(seconds, cpu_seconds),
+        peak_bytes=int(peak_bytes),
+        disk_bytes=disk_bytes,
+        exact=looks[-1].images == share,
+        rates=rates,
+        advice=advice,
+        hints=hints,
+    )
+
+
+def _at(images: int, points: list[tuple[int, float]]) -> float:
+    """The value at so many images: of the last point, or on the line through the last two."""
+    last, value = points[-1]
+    if images == last or len(points) == 1:
+        return value * images / last
+    before, less = points[-2]
+    slope = (value - less) / (last - before)
+    return value + max(slope, 0.0) * (images - last)
+
+
+def _advice(
+    recipe: Recipe,
+    devices: int,
+    looks: list[Look],
+    peak_bytes: float,
+    rates: Rates,
+    sample: Index,
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Keys that should change, and what else would help."""
+    advice, hints = {}, []
+    free = _free_bytes(devices) * SPARE_MEMORY
+    points = [(look.images, float(look.peak_bytes)) for look in looks]
+    if peak_bytes > free and not recipe.run.micro_batch:
+        size = recipe.data.batch_size
+        fitting = [m for m in range(devices, size, devices) if size % m == 0]
+        fitting = [m for m in fitting if _at(m // devices, points) <= free]
+        if fitting:
+            advice["run.micro_batch"] = str(fitting[-1])
+            hints.append(
+                f"{peak_bytes / 2**30:.0f} GiB would be needed, {free / 2**30:.0f} are there:"
+                f" run.micro_batch = {fitting[-1]} fits, for one more forward pass"
+            )
+    shorter = float(np.minimum(sample.widths, sample.heights).mean())
+    large = shorter > LARGE * recipe.data.image_size
+    if rates.loader < rates.step and large:
+        smaller = round(recipe.data.image_size / 0.875 * LARGE)
+        hints.append(
+            f"the loader binds, on images of {shorter:.0f} pixels: btpipe shard INPUT --out small"
+            f" --size {smaller} makes them faster to decode"
+        )
+    elif rates.loader < rates.step:
+        hints.append("the loader binds: more CPU cores would help, a faster GPU would not")
+    return advice, tuple(hints)
+
+
+def _free_bytes(devices: int) -> float:
+    """Of one process: a GPU's memory, or its share of what is available."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info(0)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return free / devices
+
+
+def tables(plan: Plan, name: str) -> list[Tabled]:
+    """What was measured, and what it means for the run."""
+    rates = plan.rates
+    share = plan.batch_size / plan.world_size
+    both = plan.step
+    parts = Tabled(
+        "One process, images a second",
+        ("part", "images/s", "CPU ms an image"),
+        (
+            ("loader alone", f"{rates.loader:.1f}", f"{1000 * rates.loader_cpu:.2f}"),
+            ("step alone", f"{rates.step:.1f}", f"{1000 * rates.step_cpu:.2f}"),
+            (
+                "together, at the recipe's batch",
+                f"{share / both.seconds:.1f}",
+                f"{1000 * both.cpu_seconds / share:.2f}",
+            ),
+        ),
+    )
+    how = "the recipe's own batch" if plan.exact else "the line through two smaller batches"
+    run = Tabled(
+        f"A run of {name}",
+        ("", "expected"),
+        (
+            ("images", f"{plan.images:,}"),
+            ("steps", f"{plan.steps:,}"),
+            ("processes", str(plan.world_size)),
+            ("time", progress.duration(plan.seconds)),
+            ("CPU time", progress.duration(plan.cpu_seconds)),
+            ("memory of a process", f"{plan.peak_bytes / 2**30:.1f} GiB"),
+            ("disk for checkpoints", f"{plan.disk_bytes / 2**30:.1f} GiB"),
+        ),
+        f"From {how}. What several processes send each other is not in it.",
+    )
+    return [parts, run]
+
+
+def run(recipe: Recipe, name: str, report: Report, *, devices: int, write: Path | None) -> None:
+    """Plans, reports, and writes what it advises as a recipe that extends this one.
+
+    Raises:
+        UsageError: no images, or `write` stands there already.
+    """
+    started = time.monotonic()
+    if write is not None and write.exists():
+        raise UsageError("stands there already", where=write, fix="choose another --write")
+    plan = make(recipe, report, devices=devices)
+    for tabled in tables(plan, name):
+        report(tabled)
+    for hint in plan.hints:
+        report(Note(hint))
+    text = (
+        "nothing in the recipe needs to change"
+        if not plan.advice
+        else ", ".join(f"--set {key}={value}" for key, value in plan.advice.items())
+    )
+    if write is not None:
+        _write(recipe, plan, write)
+        text = f"{text}; {write} is written"
+    report(Finished("plan", text, time.monotonic() - started))
+
+
+def _write(recipe: Recipe, plan: Plan, path: Path) -> None:
+    """The resolved recipe with what the plan advises."""
+    tables = recipe.model_dump(mode="json")
+    for key, value in plan.advice.items():
+        table, leaf = key.split(".")
+        tables[table][leaf] = int(value)
+    advised = Recipe.model_validate_json(json.dumps(tables))
+    head = f"# Planned for {plan.images:,} images: {progress.duration(plan.seconds)} expected.\n"
+    artifact.write_file(path, (head + advised.to_toml() + "\n").encode())

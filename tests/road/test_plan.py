@@ -1,0 +1,101 @@
+"""The plan of a run against the run itself, and what it advises."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+from tiny_run import draw_images
+from typer.testing import CliRunner
+
+from btpipe import recipe
+from btpipe.cli import app
+from btpipe.pretrain import launch
+
+NEAR = 1.5  # CPU-seconds of 160 steps, on a machine that others use as well
+TINY = """
+[data]
+batch_size = 16
+image_size = 32
+[network]
+backbone = "resnet18"
+projector = [64, 64]
+[optim]
+epochs = 3
+warmup_epochs = 1
+"""
+
+
+def planned(*arguments: str) -> dict[str, dict[str, str]]:
+    """The tables of `btpipe plan --json`: title to (first column to second)."""
+    done = CliRunner().invoke(app, ["plan", *arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    tables = [event for event in events if event["event"] == "Tabled"]
+    return {table["title"]: {row[0]: row[1] for row in table["rows"]} for table in tables}
+
+
+def test_a_plan_says_what_a_run_takes_and_writes_its_recipe(tmp_path: Path) -> None:
+    images, file = tmp_path / "images", tmp_path / "tiny.toml"
+    draw_images(images, 64)
+    file.write_text(TINY)
+    written = tmp_path / "planned.toml"
+    tables = planned(str(file), "--data", str(images), "--devices", "1", "--write", str(written))
+    run, parts = tables["A run of tiny"], tables["One process, images a second"]
+    assert (run["images"], run["steps"], run["processes"]) == ("64", "12", "1")
+    assert all(float(rate) > 1 for rate in parts.values())
+    assert set(parts) == {"loader alone", "step alone", "together, at the recipe's batch"}
+    assert recipe.load(written) == recipe.load(file, [f"data.train={images}"])
+
+
+@pytest.mark.slow
+def test_a_plan_foretells_the_cpu_time_of_a_run(tmp_path: Path) -> None:
+    images, file = tmp_path / "images", tmp_path / "tiny.toml"
+    draw_images(images, 64)
+    file.write_text(TINY.replace("epochs = 3", "epochs = 40"))
+    expected = planned(str(file), "--data", str(images), "--devices", "1")["A run of tiny"]
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    wanted = recipe.load(file, [f"data.train={images}"])
+    launch.pretrain(tmp_path / "run", wanted, devices="1", mode="json")
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert spent / NEAR < seconds(expected["CPU time"]) < spent * NEAR
+
+
+def seconds(said: str) -> float:
+    """Of "8.1 s" or "3 min 20 s"."""
+    minutes, _, rest = said.rpartition(" min ")
+    return 60 * float(minutes or 0) + float(rest.removesuffix(" s"))
+
+
+def test_a_file_that_stands_is_not_written_over(tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", 20)
+    (tmp_path / "tiny.toml").write_text(TINY)
+    standing = tmp_path / "mine.toml"
+    standing.write_text("seed = 1\n")
+    done = CliRunner().invoke(
+        app,
+        ["plan", str(tmp_path / "tiny.toml"), "--data", str(tmp_path), "--write", str(standing)],
+    )
+    assert done.exit_code != 0
+    assert "stands there already" in str(done.exception)
+    assert standing.read_text() == "seed = 1\n"
+
+
+def test_images_must_be_named(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    done = CliRunner().invoke(app, ["plan", str(tmp_path / "tiny.toml")])
+    assert "no images are named" in str(done.exception)
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_shared_out_to_micro_batches(tmp_path: Path) -> None:
+    file, written = tmp_path / "large.toml", tmp_path / "planned.toml"
+    file.write_text(TINY.replace("16", "16384").replace("32", "512"))
+    tables = planned(
+        str(file), "--data", "synthetic:40000x600", "--devices", "1", "--write", str(written)
+    )
+    assert tables["A run of large"]["steps"] == "6"
+    micro = recipe.load(written).run.micro_batch
+    assert 0 < micro < 16384
+    assert 16384 % micro == 0
