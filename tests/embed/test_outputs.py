@@ -1,6 +1,5 @@
 """Every ending holds the same rows and the same footer, streamed; readers open the tables."""
 
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,56 +15,15 @@ import pytest
 import safetensors
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from tiny_table import DIMENSION, footer, part, write
 
 from btpipe.embed import arrays, outputs, table
 from btpipe.errors import IntegrityError, UsageError
 
-DIMENSION = 6
 ENDINGS = (".parquet", "", ".npy", ".safetensors")
-ROWS_OF_A_PART = 1000
 FEW_BYTES, MANY_BYTES = 96 * 2**20, 480 * 2**20
 KEPT_BYTES = 120 * 2**20
 """What writing `MANY_BYTES` rather than `FEW_BYTES` may add to a process: allocators' whims."""
-
-
-def footer(dtype: table.Dtype = "float32", dimension: int = DIMENSION) -> table.Footer:
-    return table.Footer(
-        bundle="b" * 64,
-        input="i" * 64,
-        preprocessing="{}",
-        precision="fp32",
-        root="images",
-        dimension=dimension,
-        dtype=dtype,
-    )
-
-
-def part(
-    start: int, count: int, dtype: table.Dtype = "float32", dimension: int = DIMENSION
-) -> pa.Table:
-    """Rows `start` to `start + count` of an endless table."""
-    numbers = range(start, start + count)
-    listed = pa.table(
-        {
-            "path": [f"{'ab'[i % 2]}/{i:06d}.jpg" for i in numbers],
-            "path_bytes": pa.array([None] * count, pa.binary()),
-            "width": pa.array([40] * count, pa.int32()),
-            "height": pa.array([30] * count, pa.int32()),
-            "label": pa.array(["ab"[i % 2] for i in numbers]),
-        }
-    )
-    vectors = np.sin(np.arange(start * dimension, (start + count) * dimension, dtype=np.float32))
-    digests = [f"{i:064x}" for i in numbers]
-    return table.rows(footer(dtype, dimension), listed, digests, vectors.reshape(count, dimension))
-
-
-def write(out: Path, rows: int, dtype: table.Dtype = "float32", piece: int = 700) -> pa.Table:
-    """Writes the first rows in parts of `piece`; returns them as one table."""
-    parts = [part(start, min(piece, rows - start), dtype) for start in range(0, rows, piece)]
-    beside = out.with_name("beside")
-    outputs.write(out, beside, footer(dtype), parts)
-    outputs.take_place(out, beside)
-    return pa.concat_tables([table.schema(footer(dtype)).empty_table(), *parts])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -229,10 +187,8 @@ def query(text: str) -> list[tuple[object, ...]]:
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, ending: str) -> None:
     def peak_bytes(written: int) -> int:
-        code = (
-            f"import test_outputs; test_outputs.stream({str(tmp_path / f'v{ending}')!r}, {written})"
-        )
-        place = Path(__file__).parent
+        code = f"import tiny_table; tiny_table.stream({str(tmp_path / f'v{ending}')!r}, {written})"
+        place = Path(__file__).parents[1]
         done = subprocess.run(
             [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=place
         )
@@ -243,20 +199,6 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, ending: str) -> None
     out = tmp_path / f"v{ending}"
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     assert peak_bytes(MANY_BYTES) - few < KEPT_BYTES
-
-
-def stream(out: str, written: int) -> None:
-    """Writes so many bytes of vectors in a process of its own, and prints its peak memory."""
-    dimension = 2048
-    count = written // (4 * dimension * ROWS_OF_A_PART)
-    parts = (part(i * ROWS_OF_A_PART, ROWS_OF_A_PART, dimension=dimension) for i in range(count))
-    outputs.write(Path(out), Path(out), footer(dimension=dimension), parts)
-    assert outputs.count(Path(out)) == count * ROWS_OF_A_PART
-    print(_peak_bytes())
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def test_rows_of_a_matrix_are_mapped_and_not_read(tmp_path: Path) -> None:
