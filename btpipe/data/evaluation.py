@@ -4,7 +4,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from btpipe.data.index import Index
 class EvaluationBatch:
     """Good rows, their pixels (n, S, S, 3) and their files' sha256; bad rows and why.
 
-    `sizes` (n, 2) are the upright [height, width] of the decoded images.
+    `sizes` (n, 2) are the upright [height, width] of the decoded images. `known`: rows of which the
+    digest was enough, and the digest.
     """
 
     rows: NDArray[np.int64]
@@ -26,6 +27,13 @@ class EvaluationBatch:
     digests: list[str]
     rejected: list[tuple[int, str]]
     sizes: NDArray[np.int64]
+    known: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+
+_KNOWN = "known"
+"""Stands for pixels that are not needed."""
+Decode = Callable[[int, NDArray[np.uint8]], reading.Content]
+"""(row, encoded bytes) -> pixels (H, W, 3), or for a GPU the bytes; or why there are none."""
 
 
 def evaluation_batches(
@@ -38,16 +46,47 @@ def evaluation_batches(
     gpu: int | None = None,
 ) -> Iterator[EvaluationBatch]:
     """The evaluation view of these rows, in order; a row's pixels depend on its file alone."""
+    starts = range(0, len(rows), batch_size)
+    return evaluation_stream(
+        index,
+        (rows[start : start + batch_size] for start in starts),
+        geometry,
+        batch_size=batch_size,
+        threads=threads,
+        gpu=gpu,
+    )
+
+
+def evaluation_stream(
+    index: Index,
+    tasks: Iterator[NDArray[np.int64]],
+    geometry: views.Geometry,
+    *,
+    batch_size: int,
+    threads: int,
+    gpu: int | None = None,
+    decode: Decode | None = None,
+    is_known: Callable[[int, str, int], bool] = lambda _row, _digest, _bytes: False,
+) -> Iterator[EvaluationBatch]:
+    """`evaluation_batches` of tasks of at most `batch_size` rows that may become known by and by.
+
+    `decode` stands in for DALI's decoder. `is_known` says of a row, its file's sha256 and length
+    whether its pixels are not needed.
+    """
     digests: dict[int, str] = {}
     rejected: dict[int, list[tuple[int, str]]] = collections.defaultdict(list)
+
+    def plain(_: int, content: NDArray[np.uint8]) -> reading.Content:
+        return content if gpu is not None else decoding.decode(content, None)
 
     def read(row: int) -> reading.Content:
         content = reading.read_file(index, row)
         if isinstance(content, str):
-            digests[row] = ""
             return content
         digests[row] = hashlib.sha256(content.data).hexdigest()
-        return content if gpu is not None else decoding.decode(content, None)
+        return (
+            _KNOWN if is_known(row, digests[row], len(content)) else (decode or plain)(row, content)
+        )
 
     def fit(load: runs.Load, sizes: NDArray[np.int64]) -> runs.Load:
         inputs = views.evaluation_inputs(geometry, sizes)
@@ -61,9 +100,7 @@ def evaluation_batches(
         return fit(kept, load.sizes[good])
 
     def loads() -> Iterator[runs.Load]:
-        starts = range(0, len(rows), batch_size)
-        tasks = ((i, rows[start : start + batch_size]) for i, start in enumerate(starts))
-        for number, part, contents in reading.read_ahead(tasks, read, pool):
+        for number, part, contents in reading.read_ahead(enumerate(tasks), read, pool):
             listed = np.stack([index.heights[part], index.widths[part]], axis=1).astype(np.int64)
             bad = {i: content for i, content in enumerate(contents) if isinstance(content, str)}
             files = [np.zeros(0, np.uint8) if isinstance(c, str) else c for c in contents]
@@ -78,5 +115,9 @@ def evaluation_batches(
             empty = np.zeros((0, geometry.size, geometry.size, 3), np.uint8)
             pixels = runs.copied(outputs[0]) if outputs else empty
             names = [digests.pop(int(row)) for row in load.rows]
-            bad = rejected.pop(load.number, [])
-            yield EvaluationBatch(load.rows, pixels, names, bad, load.sizes)
+            dropped = rejected.pop(load.number, [])
+            known = [(row, digests.pop(row)) for row, reason in dropped if reason == _KNOWN]
+            bad = [(row, reason) for row, reason in dropped if reason != _KNOWN]
+            for row, _ in bad:
+                digests.pop(row, None)
+            yield EvaluationBatch(load.rows, pixels, names, bad, load.sizes, known)

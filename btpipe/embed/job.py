@@ -1,30 +1,44 @@
 """Images to a table of vectors: planned, resumable, and the same table either way.
 
-Every input ends as a row of `X.parquet` or of `X.rejects.parquet`. Parts of the table are committed
-in `X.parquet.work/` while the job runs; the same command again goes on behind the last one.
+Every input ends as a row of `X.parquet` or of `X.rejects.parquet`. Parts of the table are made by
+workers and committed in `X.parquet.work/` while the job runs; the same command again goes on behind
+the last one. A table that is there gives its vectors to files whose content is as it was.
 """
 
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from btpipe import artifact
+from btpipe import artifact, runtime
 from btpipe.data.index import Index, build
-from btpipe.embed import table, work
-from btpipe.embed.encoder import Encoder, Settings
+from btpipe.data.limits import DECODE_SECONDS
+from btpipe.embed import known, outputs, precisions, table, work
+from btpipe.embed.crew import Crew
+from btpipe.embed.orders import Choice, Setup
+from btpipe.embed.shares import Share
 from btpipe.embed.writer import Writer
-from btpipe.errors import BudgetError, IntegrityError, RefusedError, UsageError
-from btpipe.events import FileRejected, Finished, Note, Report
-from btpipe.export.session import Device
+from btpipe.errors import BudgetError, IntegrityError, Stopped, UsageError
+from btpipe.events import Event, Finished, Note, Report, Warned
+from btpipe.export import contract
 
-PART_ROWS = 4096
+if TYPE_CHECKING:
+    from btpipe.embed.orders import Decode
+    from btpipe.export.session import Device  # which loads onnxruntime: the workers' business
+
+PART_ROWS = 1024
+"""Half a minute's work of two cores, and what a kill can cost."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What a job made. `images_per_second` is over what this process embedded itself."""
+    """What a job made. `images_per_second` is over what this process embedded itself.
+
+    `reused` of the rows were known from an earlier table; `dropped` rows of that are listed no more
+    (-1: there was none).
+    """
 
     out: Path
     rows: int
@@ -33,6 +47,8 @@ class Summary:
     seconds: float
     images_per_second: float
     nothing_to_do: bool
+    reused: int = 0
+    dropped: int = -1
 
 
 def embed(
@@ -41,19 +57,32 @@ def embed(
     bundle: Path,
     report: Report,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     threads: int = 0,
+    workers: int = 0,
     max_bad: float | None = None,
-    device: Device = "auto",
+    device: "Device" = "auto",
+    engine: precisions.Engine = "auto",
+    precision: precisions.Asked = "auto",
+    layer: precisions.Layer = "pooled",
+    normalize: bool = False,
+    dtype: table.Dtype = "float32",
+    shard: str = "",
     overwrite: bool = False,
+    repair: bool = False,
     part_rows: int = PART_ROWS,
+    limit_seconds: float = DECODE_SECONDS,
+    decode: "Decode | None" = None,
 ) -> Summary:
     """Embeds every image of `source` into `out` and its rejects file.
 
     `source`: folders, file lists, tar shards, parquet with image bytes, an index, URLs of these.
+    `workers`: processes; 0 is one for each GPU, or one. `threads` of each; 0 is one for each core.
     `max_bad`: how many inputs may be bad, an int for a count and a float for a share of them; None:
-    any number. `overwrite`: replace the table, or drop the unfinished work, of another bundle.
-    `part_rows`: rows in a part, the most that a kill can cost.
+    any number. `shard`: "i/n", the i-th (from 0) of n shares. `overwrite`: replace the table, or
+    drop the unfinished work, of another bundle. `repair`: read all of a finished table and compute
+    again what is damaged. `part_rows`: rows in a part, the most that a kill can cost.
+    `limit_seconds`: for one decode; `decode` stands in for DALI's decoder.
 
     Raises:
         UsageError: no such input, no image in it, `out` is one of them, or no such bundle.
@@ -63,42 +92,188 @@ def embed(
         Stopped: a signal; what is committed stays.
     """
     started = time.monotonic()
-    if out.suffix != ".parquet" or out.is_dir():
-        raise UsageError("not a name for a table", where=out, expected="a file X.parquet")
-    encoder = Encoder(Settings(bundle, device=device, threads=threads))
-    if not overwrite:
-        _refuse_another_bundle(out, encoder.digest)
-    index, refused = build(source, report)
-    _refuse_own_input(out, index)
-    footer = _footer(index, refused, encoder)
-    folder = work.folder_of(out)
-    finished = _is_finished(out, footer)
-    images = 0
-    if not finished or folder.exists():
-        with work.locked(folder), artifact.disk_errors(out):
-            if not finished:
-                writer = Writer(index, refused, encoder, footer, folder, report)
-                writer.follow(overwrite=overwrite, part_rows=part_rows)
-                images = writer.embed(batch_size, threads)
-                writer.finish(out)
-            work.remove(folder)
-    seconds = time.monotonic() - started
-    summary = _summary(out, encoder.dimension, images, seconds, nothing_to_do=finished)
+    outputs.check(out)
+    choice = Choice(bundle, device, engine, precision, layer, normalize)
+    setups = _setups(Setup(choice, threads, decode=decode), workers)
+    with runtime.StopSignals() as signals, Crew(limit_seconds, report, signals) as crew:
+        run = _Run(out, choice, Share.parse(shard), dtype, _Ear(report, signals))
+        run.look_at_table(overwrite=overwrite, repair=repair)
+        if run.before is None:
+            crew.hire(setups)  # a worker starts in seconds: while the inputs are listed
+        run.plan(source, part_rows)
+        images = 0
+        if run.is_due():
+            crew.hire(setups)
+            images = run.make(crew, batch_size, overwrite=overwrite)
+    summary = run.summary(images, time.monotonic() - started)
     _tell(summary, report)
     _keep_budget(summary, max_bad)
     return summary
 
 
-def _refuse_another_bundle(out: Path, digest: str) -> None:
-    """Raises RefusedError when `out` is a table of another bundle, or not one of btpipe's."""
-    found = table.footer_of(out)
-    if found is not None and found.get(table.BUNDLE) != digest:
-        raise RefusedError(
-            f"holds vectors of bundle {found.get(table.BUNDLE)}",
-            where=out,
-            expected=f"bundle {digest}",
-            fix="choose another --out, or replace the table with --overwrite",
+class _Ear:
+    """A report that ends the job when a signal asked for it."""
+
+    def __init__(self, report: Report, signals: runtime.StopSignals) -> None:
+        self.plain, self._signals = report, signals
+
+    def __call__(self, event: Event) -> None:
+        self.plain(event)
+        self.check()
+
+    def check(self) -> None:
+        """Raises Stopped when a signal asked to stop."""
+        if self._signals.asked:
+            raise Stopped(
+                f"stopped by {self._signals.asked}; finished parts are kept",
+                fix="run the same command again: it goes on",
+            )
+
+
+class _Run:
+    """One call of `embed`, from what is there already to the table."""
+
+    def __init__(
+        self, out: Path, choice: Choice, share: Share, dtype: table.Dtype, report: _Ear
+    ) -> None:
+        self._out, self._folder, self._report = out, work.folder_of(out), report
+        self._share = share
+        self._footer = _footer(choice, share, dtype, report)
+        self.before: Mapping[str, str] | None = None
+        self._is_finished, self._repair = False, False
+        self._reused, self._dropped = 0, -1
+
+    def look_at_table(self, *, overwrite: bool, repair: bool) -> None:
+        """Reads what a table that is there says about itself.
+
+        Raises:
+            RefusedError: it is of another bundle or other settings, or not one of btpipe's.
+        """
+        try:
+            self.before = outputs.footer_of(self._out)
+        except IntegrityError as error:
+            if not overwrite and not repair:
+                raise
+            self._report(Warned(f"{self._out}: replaced, because it {error.what}"))
+        self._repair = repair
+        if self.before is not None and not overwrite:
+            fix = "choose another --out, or replace the table with --overwrite"
+            wanted = self._footer.metadata()
+            work.refuse_other(self.before, wanted, "vectors", self._out, fix)
+
+    def plan(self, source: Path | str | Sequence[Path | str], part_rows: int) -> None:
+        """Lists the inputs, and sees whether the table is of them."""
+        self._index, refused = build(source, self._report)
+        _refuse_own_input(self._out, self._index)
+        self._footer = dataclasses.replace(
+            self._footer,
+            input=table.fingerprint(self._index.table, refused),
+            root=self._index.root.resolve().name,
         )
+        # What was refused while listing is told once, by the first share.
+        self._refused = refused if self._share.number == 0 else []
+        rows = self._share.rows(len(self._index))
+        settings, digest = self._footer.settings(), self._footer.input
+        self._fresh = work.Plan(settings, digest, rows.start, len(rows), part_rows)
+        self._is_finished = self._is_of(self.before) and self._is_of(self._rejects_footer())
+
+    def _rejects_footer(self) -> Mapping[str, str] | None:
+        try:
+            return table.footer_of(table.rejects_path(self._out))
+        except IntegrityError:
+            return None
+
+    def _is_of(self, found: Mapping[str, str] | None) -> bool:
+        """Whether a table's footer names this very input and these settings."""
+        return found is not None and self._footer.metadata().items() <= found.items()
+
+    def is_due(self) -> bool:
+        """Whether there is anything to make; a finished table's leftovers are removed."""
+        if self._is_finished and self._repair and not known.is_whole(self._out):
+            self._report(Warned(f"{self._out}: damaged; what is whole of it is kept"))
+            self._is_finished = False
+        if self._is_finished and self._folder.exists():
+            with work.locked(self._folder):
+                work.remove(self._folder)
+        return not self._is_finished
+
+    def make(self, crew: Crew, batch_size: int | None, *, overwrite: bool) -> int:
+        """Makes the table; returns how many images went through the workers."""
+        with work.locked(self._folder), artifact.disk_errors(self._out):
+            writer = Writer(
+                self._index,
+                self._refused,
+                self._footer,
+                self._folder,
+                self._report.plain,
+                self._report.check,
+            )
+            writer.follow(self._fresh, self._earlier(), overwrite=overwrite)
+            images = writer.embed(crew, batch_size)
+            writer.finish(self._out)
+            work.remove(self._folder)
+        self._reused = sum(commit.reused for commit in writer.done.values())
+        self._dropped = writer.plan.dropped
+        return images
+
+    def _earlier(self) -> Path | None:
+        """The table that is there, if its vectors are as these will be."""
+        settings = self._footer.settings().items()
+        return self._out if self.before is not None and settings <= self.before.items() else None
+
+    def summary(self, images: int, seconds: float) -> Summary:
+        """What was made."""
+        return Summary(
+            out=self._out,
+            rows=outputs.count(self._out),
+            rejects=table.count(table.rejects_path(self._out)),
+            dimension=self._footer.dimension,
+            seconds=seconds,
+            images_per_second=images / seconds,
+            nothing_to_do=self._is_finished,
+            reused=self._reused,
+            dropped=self._dropped,
+        )
+
+
+def _setups(setup: Setup, workers: int) -> list[Setup]:
+    """One for each worker, with the cores and the GPU that are its own.
+
+    Raises:
+        UsageError: more workers than cores.
+    """
+    gpus = runtime.gpu_count() if setup.choice.device != "cpu" else 0
+    groups = runtime.core_groups(workers or max(gpus, 1))
+    return [
+        dataclasses.replace(setup, cores=cores, gpu=i % gpus if gpus else None)
+        for i, cores in enumerate(groups)
+    ]
+
+
+def _footer(choice: Choice, share: Share, dtype: table.Dtype, report: Report) -> table.Footer:
+    """What the table says of its vectors; `input` and `root` are not known yet."""
+    if not choice.bundle.is_dir():
+        fix = "make one first: btpipe export --onnx"
+        raise UsageError("no bundle there", where=choice.bundle, fix=fix)
+    bundle = contract.open_bundle(choice.bundle)
+    engine = precisions.engine(choice.engine, choice.layer)
+    has_gpu = choice.device != "cpu" and runtime.gpu_count() > 0
+    device = "cuda" if has_gpu or choice.device == "cuda" else "cpu"
+    precision, why = precisions.choose(bundle, engine, choice.precision, device)
+    report(Note(why))
+    return table.Footer(
+        bundle=bundle.digest,
+        input="",
+        preprocessing=bundle.preprocessing.text(),
+        precision=precision,
+        root="",
+        dimension=precisions.dimension(bundle, choice.layer),
+        dtype=dtype,
+        normalize=choice.normalize,
+        layer=choice.layer,
+        engine=engine,
+        shard=share.text,
+    )
 
 
 def _refuse_own_input(out: Path, index: Index) -> None:
@@ -114,41 +289,6 @@ def _refuse_own_input(out: Path, index: Index) -> None:
             )
 
 
-def _is_finished(out: Path, footer: table.Footer) -> bool:
-    """Whether table and rejects stand there for this very input and bundle."""
-    wanted = footer.metadata().items()
-    try:
-        found = [table.footer_of(path) for path in (out, table.rejects_path(out))]
-    except IntegrityError:
-        return False
-    return all(metadata is not None and wanted <= metadata.items() for metadata in found)
-
-
-def _footer(index: Index, refused: Sequence[FileRejected], encoder: Encoder) -> table.Footer:
-    return table.Footer(
-        bundle=encoder.digest,
-        input=table.fingerprint(index.table, refused),
-        preprocessing=encoder.preprocessing.text(),
-        precision=encoder.precision,
-        root=index.root.resolve().name,
-        dimension=encoder.dimension,
-    )
-
-
-def _summary(
-    out: Path, dimension: int, images: int, seconds: float, *, nothing_to_do: bool
-) -> Summary:
-    return Summary(
-        out=out,
-        rows=table.count(out),
-        rejects=table.count(table.rejects_path(out)),
-        dimension=dimension,
-        seconds=seconds,
-        images_per_second=images / seconds,
-        nothing_to_do=nothing_to_do,
-    )
-
-
 def _tell(summary: Summary, report: Report) -> None:
     if summary.nothing_to_do:
         report(Note(f"{summary.out} is finished: nothing to do"))
@@ -157,6 +297,9 @@ def _tell(summary: Summary, report: Report) -> None:
         f"{summary.out}: {summary.rows} vectors of {summary.dimension}, {summary.rejects} rejects,"
         f" {summary.images_per_second:.1f} images/s"
     )
+    if summary.dropped >= 0:
+        new = summary.rows - summary.reused
+        text += f"; {new} embedded, {summary.reused} as they were, {summary.dropped} dropped"
     report(Finished("embed", text, summary.seconds))
 
 

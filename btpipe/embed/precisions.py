@@ -31,6 +31,12 @@ def engine(asked: Engine, layer: Layer) -> Literal["onnx", "torch"]:
     return asked
 
 
+def dimension(bundle: contract.Bundle, layer: Layer) -> int:
+    """Numbers in a vector: every stage of a ResNet has twice the channels of the one before."""
+    stages = len(LAYERS) - 1
+    return bundle.dimension >> (0 if layer == "pooled" else stages - LAYERS.index(layer))
+
+
 def choose(
     bundle: contract.Bundle, engine: Literal["onnx", "torch"], asked: Asked, device: str
 ) -> tuple[Precision, str]:

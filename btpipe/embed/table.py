@@ -32,6 +32,8 @@ ROW_GROUP_ROWS = 4096
 FORMAT = "btpipe.format_version"
 BUNDLE = "btpipe.bundle"
 INPUT = "btpipe.input"
+ROOT = "btpipe.root"
+SHARD = "btpipe.shard"
 
 Dtype = Literal["float32", "float16"]
 TYPES: Mapping[Dtype, pa.DataType] = {"float32": pa.float32(), "float16": pa.float16()}
@@ -42,7 +44,8 @@ class Footer:
     """What a table says about where its vectors are from. No time stamp: same job, same bytes.
 
     `bundle` is the bundle's digest, `input` the fingerprint of the files that were listed. Rows of
-    two tables may stand in one if all but `input` and `root` are equal.
+    two tables may stand in one if all but `input` and `root` are equal. `shard` is "i/n" in a table
+    of the i-th (from 0) of n shares of the input's rows, and empty in a whole one.
     """
 
     bundle: str
@@ -55,6 +58,7 @@ class Footer:
     normalize: bool = False
     layer: str = "pooled"
     engine: str = "onnx"
+    shard: str = ""
 
     def metadata(self) -> dict[str, str]:
         """Key-value metadata of the parquet file."""
@@ -65,13 +69,19 @@ class Footer:
             INPUT: self.input,
             "btpipe.preprocessing": self.preprocessing,
             "btpipe.precision": self.precision,
-            "btpipe.root": self.root,
+            ROOT: self.root,
             "btpipe.dimension": str(self.dimension),
             "btpipe.dtype": self.dtype,
             "btpipe.normalize": str(self.normalize).lower(),
             "btpipe.layer": self.layer,
             "btpipe.engine": self.engine,
+            **({SHARD: self.shard} if self.shard else {}),
         }
+
+    def settings(self) -> dict[str, str]:
+        """`metadata` without what is the input's: equal where rows may stand in one table."""
+        whole = self.metadata()
+        return {key: text for key, text in whole.items() if key not in (INPUT, ROOT)}
 
 
 UNSAID = {

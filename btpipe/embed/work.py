@@ -1,6 +1,6 @@
 """`X.parquet.work/`: the plan of a job, its finished parts, and the lock that one process holds.
 
-    lock  plan.json  commits.jsonl  part-000000.parquet ...
+    lock  plan.json  index.parquet  commits.jsonl  part-000000.parquet ...  known-* (see known.py)
 
 A part counts when its line stands in commits.jsonl; the line is written after the part has its
 name and is on the disk. A line that was torn by a kill is no line.
@@ -12,45 +12,78 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from btpipe import artifact
+from btpipe.embed import known, table
 from btpipe.errors import RefusedError
 from btpipe.events import FileRejected, Report, Warned
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOCK = "lock"
 PLAN = "plan.json"
+INDEX = "index.parquet"
 COMMITS = "commits.jsonl"
+MIXABLE = (
+    table.BUNDLE,
+    "btpipe.precision",
+    "btpipe.engine",
+    "btpipe.layer",
+    "btpipe.normalize",
+    "btpipe.dtype",
+    table.SHARD,
+)
+"""What must be the same of two tables for one to take the other's place unasked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a job computes: parts of `part_rows` rows of the listed input, with this bundle."""
+    """What a job computes: parts of `part_rows` rows of the listed input, with these settings.
 
-    bundle: str
+    `settings` is a table's footer without what is the input's. The rows are those from `first` on.
+    `dropped`: how many rows of an earlier table are not listed any more; -1 without one.
+    """
+
+    settings: Mapping[str, str]
     input: str
+    first: int
     rows: int
     part_rows: int
+    dropped: int = -1
     format_version: int = FORMAT_VERSION
 
     @property
     def parts(self) -> int:
         return -(-self.rows // self.part_rows)
 
-    def part_size(self, part: int) -> int:
-        """How many rows of the input the part answers for."""
-        return min(self.part_rows, self.rows - part * self.part_rows)
+    def part_range(self, part: int) -> range:
+        """The rows of the input that the part answers for."""
+        first = self.first + part * self.part_rows
+        return range(first, min(first + self.part_rows, self.first + self.rows))
+
+    @property
+    def digest(self) -> str:
+        """What the lines of its parts are marked with."""
+        return artifact.json_digest([*sorted(self.settings.items()), self.input, self.part_rows])
+
+    def is_of(self, other: "Plan") -> bool:
+        """Whether both compute the same rows; parts may differ."""
+        return (self.settings, self.input) == (other.settings, other.input)
 
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
-    """A part that is done: its file's sha256, its vectors, and the inputs that got none."""
+    """A part that is done: its file's sha256, its vectors, and the inputs that got none.
 
+    `reused` of the vectors were known and not computed.
+    """
+
+    plan: str
     part: int
     sha256: str
     rows: int
+    reused: int
     rejects: tuple[FileRejected, ...]
 
     def line(self) -> str:
@@ -102,42 +135,38 @@ def _is_still(path: Path, descriptor: int) -> bool:
         return False
 
 
-def open_plan(folder: Path, plan: Plan, report: Report, *, overwrite: bool) -> Plan:
-    """The plan to follow in a locked folder: the one begun there if it is this job, else `plan`.
-
-    Work for other inputs is dropped, with a warning.
-
-    Raises:
-        RefusedError: the work there is of another bundle, and `overwrite` was not asked for.
-    """
-    found = _read_plan(folder / PLAN)
-    if found is not None and (found.bundle, found.input) == (plan.bundle, plan.input):
-        return found
-    if found is not None and found.bundle != plan.bundle and not overwrite:
+def refuse_other(
+    found: Mapping[str, str], wanted: Mapping[str, str], what: str, where: Path, fix: str
+) -> None:
+    """Raises RefusedError where vectors were made with another bundle, or with other settings."""
+    differing = [key for key in MIXABLE if found.get(key, "") != wanted.get(key, "")]
+    if differing:
         raise RefusedError(
-            f"holds unfinished work of bundle {found.bundle}",
-            where=folder,
-            expected=f"bundle {plan.bundle}",
-            fix="choose another --out, finish with that bundle, or drop its work with --overwrite",
+            f"holds {what} of {_shown(found, differing)}",
+            where=where,
+            expected=_shown(wanted, differing),
+            fix=fix,
         )
-    if found is not None:
-        why = "images changed" if found.bundle == plan.bundle else "bundle is another one"
-        report(Warned(f"{folder}: the {why} since this job began; it starts afresh"))
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            path.unlink()
-    artifact.write_json(folder / PLAN, dataclasses.asdict(plan))
-    return plan
 
 
-def _read_plan(path: Path) -> Plan | None:
+def _shown(settings: Mapping[str, str], keys: Sequence[str]) -> str:
+    """`bundle 3f..., precision int8`."""
+    return ", ".join(f"{key.partition('.')[2]} {settings.get(key) or 'none'}" for key in keys)
+
+
+def read_plan(folder: Path) -> Plan | None:
     """The plan, or None where there is none that this version can follow."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads((folder / PLAN).read_text())
         plan = Plan(**{field.name: content[field.name] for field in dataclasses.fields(Plan)})
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return plan if plan.format_version == FORMAT_VERSION else None
+
+
+def write_plan(folder: Path, plan: Plan) -> None:
+    """Makes a plan the one that is followed: parts of any other are void from now on."""
+    artifact.write_json(folder / PLAN, dataclasses.asdict(plan))
 
 
 def part_path(folder: Path, part: int) -> Path:
@@ -164,7 +193,7 @@ def committed(folder: Path, plan: Plan, report: Report) -> dict[int, Commit]:
     done: dict[int, Commit] = {}
     for line in _lines(folder / COMMITS):
         found = _parse(line)
-        if found is None or not 0 <= found.part < plan.parts:
+        if found is None or found.plan != plan.digest:
             continue
         path = part_path(folder, found.part)
         if path.is_file() and artifact.file_digest(path) == found.sha256:
@@ -173,11 +202,16 @@ def committed(folder: Path, plan: Plan, report: Report) -> dict[int, Commit]:
             report(Warned(f"{path}: changed or gone since it was written; computed again"))
     lines = "".join(done[part].line() for part in sorted(done))
     artifact.write_file(folder / COMMITS, lines.encode())
-    keep = {LOCK, PLAN, COMMITS, *(part_path(folder, part).name for part in done)}
+    sweep(folder, {part_path(folder, part).name for part in done})
+    return done
+
+
+def sweep(folder: Path, parts: Set[str]) -> None:
+    """Removes parts but these, and what a kill left behind."""
+    keep = {LOCK, PLAN, COMMITS, INDEX, Path(INDEX).stem + ".arrow", *known.FILES, *parts}
     for path in folder.iterdir():
         if path.name not in keep:
             path.unlink()
-    return done
 
 
 def _lines(path: Path) -> list[str]:
@@ -191,7 +225,9 @@ def _parse(line: str) -> Commit | None:
     try:
         content = json.loads(line)
         rejects = tuple(FileRejected(*reject) for reject in content["rejects"])
-        return Commit(int(content["part"]), str(content["sha256"]), int(content["rows"]), rejects)
+        numbers = [int(content[name]) for name in ("part", "rows", "reused")]
+        part, rows, reused = numbers
+        return Commit(str(content["plan"]), part, str(content["sha256"]), rows, reused, rejects)
     except (ValueError, KeyError, TypeError):
         return None
 

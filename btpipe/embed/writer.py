@@ -1,184 +1,169 @@
-"""Images through the encoder into committed parts, and the parts into the table."""
+"""A job's own part of the work: the plan, the commits, the table. Workers do the rest."""
 
 import dataclasses
+import os
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
 
-from btpipe import artifact, runtime
 from btpipe.data.index import Index
-from btpipe.data.loader import EvaluationBatch, evaluation_batches
-from btpipe.embed import table, work
-from btpipe.embed.encoder import Encoder
-from btpipe.errors import Stopped
-from btpipe.events import FileRejected, Note, Progressed, Report
-from btpipe.runtime import StopSignals
+from btpipe.embed import known, outputs, table, work
+from btpipe.embed.crew import Crew
+from btpipe.embed.orders import Advanced, Begin, Order, Written
+from btpipe.events import FileRejected, Note, Progressed, Report, Warned
 
 REPORT_SECONDS = 0.5
 
 
-@dataclasses.dataclass
-class _Part:
-    """What is known of a part so far."""
-
-    number: int
-    rows: list[NDArray[np.int64]]
-    digests: list[str]
-    vectors: list[NDArray[np.float32]]
-    rejects: list[FileRejected]
-
-    @property
-    def seen(self) -> int:
-        """Inputs that ended in the part, as a row or as a reject."""
-        return sum(map(len, self.rows)) + len(self.rejects)
-
-    def append(self, piece: "_Part") -> None:
-        """Adds the next rows of the same part."""
-        self.rows += piece.rows
-        self.digests += piece.digests
-        self.vectors += piece.vectors
-        self.rejects += piece.rejects
-
-
 class Writer:
-    """One job in its work folder, which this process has locked."""
+    """One job in its work folder, which this process has locked.
+
+    `check` raises Stopped when the job was asked to stop.
+    """
 
     def __init__(
         self,
         index: Index,
         refused: Sequence[FileRejected],
-        encoder: Encoder,
         footer: table.Footer,
         folder: Path,
         report: Report,
+        check: Callable[[], None],
     ) -> None:
-        self.index, self.refused, self.encoder = index, refused, encoder
-        self.footer, self.folder, self.report = footer, folder, report
+        self.index, self.refused, self.footer = index, refused, footer
+        self.folder, self.report, self._check = folder, report, check
 
-    def follow(self, *, overwrite: bool, part_rows: int) -> None:
-        """Takes up the plan that was begun, or begins one."""
-        fresh = work.Plan(self.footer.bundle, self.footer.input, len(self.index), part_rows)
-        self.plan = work.open_plan(self.folder, fresh, self.report, overwrite=overwrite)
+    def follow(self, fresh: work.Plan, earlier: Path | None, *, overwrite: bool) -> None:
+        """Takes up the plan that was begun, or begins `fresh`.
+
+        Vectors of `earlier`, a table with these settings, and of parts of an older plan are kept
+        for files of the same content.
+
+        Raises:
+            RefusedError: the work there is of another bundle, and `overwrite` was not asked for.
+        """
+        found = work.read_plan(self.folder)
+        if found is not None and found.is_of(fresh):
+            self.plan = found
+        else:
+            self.plan = self._replace(found, fresh, earlier, overwrite=overwrite)
         self.done = work.committed(self.folder, self.plan, self.report)
         if self.done:
-            kept = sum(self.plan.part_size(part) for part in self.done)
+            kept = sum(len(self.plan.part_range(part)) for part in self.done)
             self.report(Note(f"goes on: {kept} of {self.plan.rows} images are done"))
 
-    def embed(self, batch_size: int, threads: int) -> int:
-        """Embeds and commits what is missing; returns how many images that was."""
+    def _replace(
+        self, found: work.Plan | None, fresh: work.Plan, earlier: Path | None, *, overwrite: bool
+    ) -> work.Plan:
+        """Makes `fresh` the plan; nothing of the one before is lost until it is."""
+        tables = [earlier] if earlier else []
+        if found is not None:
+            if not overwrite:
+                fix = "choose another --out, finish that job, or drop its work with --overwrite"
+                work.refuse_other(
+                    found.settings, fresh.settings, "unfinished work", self.folder, fix
+                )
+            what = "the images or the settings changed since this job began; it starts afresh"
+            self.report(Warned(f"{self.folder}: {what}"))
+            if found.settings == fresh.settings:
+                done = work.committed(self.folder, found, self.report)
+                tables += [work.part_path(self.folder, part) for part in sorted(done)]
+        if tables:
+            paths = self.index.table["path"]
+            gathered = known.gather(self.folder, tables, self.footer, paths, self.report)
+            fresh = dataclasses.replace(fresh, dropped=gathered.dropped)
+        else:
+            known.forget(self.folder)
+        self.index.save(self.folder / work.INDEX)
+        work.write_plan(self.folder, fresh)
+        return fresh
+
+    def embed(self, crew: Crew, batch_size: int | None) -> int:
+        """Has the missing parts made and commits them; returns how many images that was."""
         missing = [part for part in range(self.plan.parts) if part not in self.done]
-        rows = [
-            np.arange(
-                part * self.plan.part_rows, part * self.plan.part_rows + self.plan.part_size(part)
-            )
-            for part in missing
-        ]
         if not missing:
             return 0
-        gpu = 0 if self.encoder.device == "cuda" else None
-        batches = evaluation_batches(
-            self.index,
-            np.concatenate(rows),
-            self.encoder.geometry,
-            batch_size=batch_size,
-            threads=threads or runtime.cores(),
-            gpu=gpu,
-        )
-        meter = _Meter(sum(map(len, rows)), self.plan.rows, self.report)
-        pending: dict[int, _Part] = {}
-        with StopSignals() as stop:
-            for batch in meter.watch(batches):
-                for piece in self._pieces(batch, batch_size):
-                    part = pending.setdefault(piece.number, piece)
-                    if part is not piece:
-                        part.append(piece)
-                    if part.seen == self.plan.part_size(part.number):
-                        self._commit(pending.pop(part.number))
-                if stop.asked:
-                    raise Stopped(
-                        f"stopped by {stop.asked}; finished parts are kept",
-                        where=self.folder,
-                        fix="run the same command again: it goes on",
-                    )
-        assert not pending, "every row of a batch is embedded or rejected"
+        ranges = [self.plan.part_range(part) for part in missing]
+        orders = [
+            Order(part, rows.start, rows.stop, {})
+            for part, rows in zip(missing, ranges, strict=True)
+        ]
+        meter = _Meter(sum(map(len, ranges)), self.plan.rows, self.report)
+        begin = Begin(self.folder, self.footer, batch_size)
+        for message in crew.work(begin, self.index, orders):
+            if isinstance(message, Advanced):
+                meter.add(message)
+            else:
+                self._commit(message)
+        self._check()
         return meter.done
 
-    def _pieces(self, batch: EvaluationBatch, batch_size: int) -> Iterator[_Part]:
-        """The batch's rows and rejects, split at the borders of parts."""
-        vectors = self._vectors(batch.pixels, batch_size)
-        parts = batch.rows // self.plan.part_rows
-        rejected = [(row // self.plan.part_rows, row, reason) for row, reason in batch.rejected]
-        for number in sorted({*parts.tolist(), *(number for number, _, _ in rejected)}):
-            chosen = np.flatnonzero(parts == number)
-            paths = self.index.table["path"]
-            yield _Part(
-                number,
-                [batch.rows[chosen]],
-                [batch.digests[i] for i in chosen],
-                [vectors[chosen]],
-                [
-                    FileRejected(str(paths[row].as_py()), "decode", reason)
-                    for part, row, reason in rejected
-                    if part == number
-                ],
-            )
-
-    def _vectors(self, pixels: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
-        """(n, S, S, 3) -> (n, D). A GPU gets batches of one shape: another has other algorithms."""
-        short = batch_size - len(pixels) if self.encoder.device == "cuda" else 0
-        if short == 0 or len(pixels) == 0:
-            return self.encoder.embed(pixels)
-        padding = np.zeros((short, *pixels.shape[1:]), np.uint8)
-        return self.encoder.embed(np.concatenate([pixels, padding]))[: len(pixels)]
-
-    def _commit(self, part: _Part) -> None:
-        for reject in part.rejects:
+    def _commit(self, written: Written) -> None:
+        for path in written.changed:
+            what = "changed since it was listed; the vector is of what was read"
+            self.report(Warned(f"{path}: {what}"))
+        for reject in written.rejects:
             self.report(reject)
-        rows = np.concatenate(part.rows)
-        columns = table.rows(
-            self.footer, self.index.table.take(rows), part.digests, np.concatenate(part.vectors)
+        done = work.Commit(
+            self.plan.digest,
+            written.part,
+            written.sha256,
+            written.rows,
+            written.reused,
+            written.rejects,
         )
-        beside = self.folder / f"part-{part.number:06d}.tmp"
-        table.write(beside, table.schema(self.footer), [columns])
-        digest = artifact.file_digest(beside)
-        done = work.Commit(part.number, digest, len(rows), tuple(part.rejects))
-        work.commit(self.folder, done, beside)
-        self.done[part.number] = done
+        work.commit(self.folder, done, self.folder / written.beside)
+        self.done[written.part] = done
 
     def finish(self, out: Path) -> None:
         """Streams the parts into the table, writes the rejects, and gives both their names."""
-        parts = [work.part_path(self.folder, part) for part in range(self.plan.parts)]
-        vectors, rejects = self.folder / "vectors.tmp", self.folder / "rejects.tmp"
-        table.write(vectors, table.schema(self.footer), map(table.read, parts))
+        vectors, rejects = self.folder / f"vectors{out.suffix}", self.folder / "rejects.tmp"
+        outputs.write(out, vectors, self.footer, self._parts())
         every = [*self.refused, *(r for commit in self.done.values() for r in commit.rejects)]
         table.write_rejects(rejects, self.footer, every)
         # The vectors last: a table that is there has its rejects beside it.
         table.take_place(rejects, table.rejects_path(out))
-        table.take_place(vectors, out)
+        take_place(vectors, out)
+
+    def _parts(self) -> Iterator[pa.Table]:
+        for part in range(self.plan.parts):
+            self._check()
+            yield table.read(work.part_path(self.folder, part))
+
+
+def take_place(beside: Path, out: Path) -> None:
+    """Gives a finished file or folder its final name; a folder there before is removed last."""
+    if not out.is_dir():
+        table.take_place(beside, out)
+        return
+    old = beside.with_name(f"{out.name}.old")
+    os.rename(out, old)
+    table.take_place(beside, out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class _Meter:
-    """Counts images through a job and reports progress, twice a second at most."""
+    """Counts images through a job and reports progress, twice a second at most.
+
+    The time that workers wait for data is a share of all workers' time.
+    """
 
     def __init__(self, missing: int, total: int, report: Report) -> None:
-        self.done = 0
+        self.done, self._waited = 0, 0.0
         self._before, self._total, self._report = total - missing, total, report
+        self._started = time.monotonic()
+        self._reported = 0.0
 
-    def watch(self, batches: Iterator[EvaluationBatch]) -> Iterator[EvaluationBatch]:
-        """The same batches; the time they are waited for is measured."""
-        started = reported = asked = time.monotonic()
-        waited = 0.0
-        for batch in batches:
-            waited += time.monotonic() - asked
-            yield batch
-            self.done += len(batch.rows) + len(batch.rejected)
-            asked = time.monotonic()
-            done = self._before + self.done
-            if asked - reported >= REPORT_SECONDS or done == self._total:
-                seconds = max(asked - started, 1e-9)
-                rate, wait = self.done / seconds, waited / seconds
-                self._report(Progressed("embed", done, self._total, rate, wait))
-                reported = asked
+    def add(self, step: Advanced) -> None:
+        """Some more inputs are done; a part that is made again does not count twice."""
+        self.done = min(self.done + step.images, self._total - self._before)
+        self._waited += step.waited_seconds
+        now, done = time.monotonic(), self._before + self.done
+        if now - self._reported >= REPORT_SECONDS or done == self._total:
+            seconds = max(now - self._started, 1e-9)
+            wait = min(self._waited / seconds, 1.0)
+            self._report(Progressed("embed", done, self._total, self.done / seconds, wait))
+            self._reported = now

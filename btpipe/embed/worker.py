@@ -1,0 +1,247 @@
+"""A worker: a part's rows through reading, decoding, the network and onto the disk, at once."""
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from btpipe import artifact, runtime
+from btpipe.data import decoding, reading
+from btpipe.data.evaluation import EvaluationBatch, evaluation_stream
+from btpipe.data.index import open_index
+from btpipe.embed import table, work
+from btpipe.embed.encoder import Encoder, Settings
+from btpipe.embed.known import Known
+from btpipe.embed.orders import (
+    Advanced,
+    Begin,
+    Flush,
+    InFlight,
+    Order,
+    Ready,
+    Setup,
+    Wanted,
+    Written,
+)
+from btpipe.events import FileRejected
+
+
+def work_for(connection: Connection, setup: Setup, flying: InFlight) -> None:
+    """Opens the bundle, says so, and makes parts until nobody asks for any.
+
+    Raises:
+        EOFError: the supervisor is gone.
+        BtpipeError: whatever the job cannot go on with.
+    """
+    chosen = setup.choice
+    encoder = Encoder(
+        Settings(
+            bundle=chosen.bundle,
+            device=chosen.device,
+            threads=setup.threads,
+            engine=chosen.engine,
+            precision=chosen.precision,
+            layer=chosen.layer,
+            normalize=chosen.normalize,
+        )
+    )
+    connection.send(Ready(encoder.engine, encoder.precision, encoder.dimension))
+    begin = connection.recv()
+    worker = _Worker(connection, setup, encoder, begin, flying)
+    while True:
+        worker.make(connection.recv())
+
+
+@dataclasses.dataclass
+class _Part:
+    """What is known of a part so far."""
+
+    order: Order
+    rows: list[NDArray[np.int64]] = dataclasses.field(default_factory=list)
+    sizes: list[NDArray[np.int64]] = dataclasses.field(default_factory=list)
+    digests: list[str] = dataclasses.field(default_factory=list)
+    vectors: list[NDArray[np.float32]] = dataclasses.field(default_factory=list)
+    rejects: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    reused: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every input of the part is a row or a reject."""
+        seen = sum(map(len, self.rows)) + len(self.rejects)
+        return seen == self.order.end - self.order.first
+
+
+class _Worker:
+    """One process's share of a job whose plan is frozen."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        setup: Setup,
+        encoder: Encoder,
+        begin: Begin,
+        flying: InFlight,
+    ) -> None:
+        self._connection, self._setup, self._encoder = connection, setup, encoder
+        self._folder, self._footer = begin.folder, begin.footer
+        self._index = open_index(begin.folder / work.INDEX)
+        self._known = Known(begin.folder, begin.footer)
+        self._bytes = self._index.table["bytes"]
+        self._batch_size = begin.batch_size or encoder.batch_size
+        self._flying, self._slots = flying, dict[int, int]()
+        self._gpu = 0 if encoder.device == "cuda" else None
+        self._decode = setup.decode or decoding.decode
+        self._parts: collections.deque[_Part] = collections.deque()
+        self._saying = threading.Lock()
+
+    def make(self, first: Order | Flush) -> None:
+        """Makes parts until a `Flush`; reading runs ahead into the next part, writing lags."""
+        if isinstance(first, Flush):
+            return
+        batches = evaluation_stream(
+            self._index,
+            self._tasks(first),
+            self._encoder.geometry,
+            batch_size=self._batch_size,
+            threads=self._setup.threads or runtime.cores(),
+            gpu=self._gpu,
+            decode=self._mark_and_decode,
+            is_known=self._is_known,
+        )
+        writing: Future[None] | None = None
+        clock = _Clock()
+        with ThreadPoolExecutor(1, "btpipe-write") as pool:
+            watched = clock.watch(batches, self._slots, self._flying)
+            for batch, vectors in self._encoder.stream(watched):
+                self._add(batch, vectors)
+                self._say(Advanced(_count(batch), clock.taken()))
+                while self._parts and self._parts[0].is_complete:
+                    if writing is not None:
+                        writing.result()
+                    writing = pool.submit(self._write, self._parts.popleft())
+            if writing is not None:
+                writing.result()
+        assert not self._parts, "every row of a part is embedded or rejected"
+
+    def _tasks(self, first: Order) -> Iterator[NDArray[np.int64]]:
+        """The rows of the parts that are ordered, batch by batch, until a `Flush`."""
+        order: Order | Flush = first
+        while isinstance(order, Order):
+            self._parts.append(_Part(order, rejects=list(order.excluded.items())))
+            wanted = (row for row in range(order.first, order.end) if row not in order.excluded)
+            rows = np.fromiter(wanted, np.int64)
+            for start in range(0, max(len(rows), 1), self._batch_size):
+                yield rows[start : start + self._batch_size]  # an empty one has the part written
+            self._say(Wanted())
+            order = self._connection.recv()
+
+    def _mark_and_decode(self, row: int, content: NDArray[np.uint8]) -> reading.Content:
+        if self._gpu is not None:
+            self._slots[row] = self._flying.enter(row, timed=False)
+            return content
+        slot = self._flying.enter(row, timed=True)
+        try:
+            return self._decode(content, None)
+        finally:
+            self._flying.leave(slot)
+
+    def _is_known(self, row: int, digest: str, count: int) -> bool:
+        """Whether the vector is known; a file that is not as listed is decoded for its size."""
+        return count == self._bytes[row].as_py() and self._known.find(digest) is not None
+
+    def _add(self, batch: EvaluationBatch, vectors: NDArray[np.float32]) -> None:
+        """Puts the rows of a batch, which are one part's, where they belong."""
+        known = [self._known.find(digest) for _, digest in batch.known]
+        rows = np.array([row for row, _ in batch.known], np.int64)
+        seen = [*batch.rows.tolist(), *rows.tolist(), *(row for row, _ in batch.rejected)]
+        if not seen:
+            return
+        part = next(p for p in self._parts if p.order.first <= seen[0] < p.order.end)
+        part.rows += [batch.rows, rows]
+        listed = np.stack([self._index.heights[rows], self._index.widths[rows]], axis=1)
+        part.sizes += [batch.sizes, listed.astype(np.int64)]
+        part.digests += [*batch.digests, *(digest for _, digest in batch.known)]
+        part.vectors += [vectors, *(v[None] for v in known if v is not None)]
+        part.rejects += batch.rejected
+        part.reused += len(known)
+
+    def _write(self, part: _Part) -> None:
+        """Writes a part and says so."""
+        number, folder = part.order.part, self._folder
+        rows = np.concatenate([np.zeros(0, np.int64), *part.rows])
+        order = np.argsort(rows)
+        rows, vectors = rows[order], np.concatenate([self._no_vectors(), *part.vectors])[order]
+        sizes = np.concatenate([np.zeros((0, 2), np.int64), *part.sizes])[order]
+        listed = self._index.table.take(rows)
+        changed = np.flatnonzero(
+            (sizes[:, 0] != np.array(listed["height"])) | (sizes[:, 1] != np.array(listed["width"]))
+        )
+        columns = table.rows(self._footer, listed, [part.digests[i] for i in order], vectors)
+        columns = _with_sizes(columns, sizes)
+        beside = folder / f"part-{number:06d}.tmp"
+        with artifact.disk_errors(folder):
+            table.write(beside, table.schema(self._footer), [columns])
+            digest = artifact.file_digest(beside)
+        paths = self._index.table["path"]
+        rejects = [
+            FileRejected(str(paths[row].as_py()), "decode", why)
+            for row, why in sorted(part.rejects)
+        ]
+        names = tuple(str(paths[int(rows[i])].as_py()) for i in changed)
+        self._say(
+            Written(number, beside.name, digest, len(rows), part.reused, tuple(rejects), names)
+        )
+
+    def _no_vectors(self) -> NDArray[np.float32]:
+        return np.zeros((0, self._encoder.dimension), np.float32)
+
+    def _say(self, message: Wanted | Advanced | Written) -> None:
+        with self._saying:
+            self._connection.send(message)
+
+
+class _Clock:
+    """Measures how long batches are waited for."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+
+    def watch(
+        self, batches: Iterator[EvaluationBatch], slots: dict[int, int], flying: InFlight
+    ) -> Iterator[EvaluationBatch]:
+        """The same batches; what was marked as being decoded in the graph no longer is."""
+        asked = time.monotonic()
+        for batch in batches:
+            self._waited += time.monotonic() - asked
+            for row in (*batch.rows.tolist(), *(row for row, _ in batch.rejected)):
+                if row in slots:
+                    flying.leave(slots.pop(row))
+            yield batch
+            asked = time.monotonic()
+
+    def taken(self) -> float:
+        """Seconds waited since it was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+
+def _count(batch: EvaluationBatch) -> int:
+    """Inputs that a batch decides."""
+    return len(batch.rows) + len(batch.known) + len(batch.rejected)
+
+
+def _with_sizes(columns: pa.Table, sizes: NDArray[np.int64]) -> pa.Table:
+    """The table with the sizes (n, 2) that were decoded."""
+    for name, values in (("width", sizes[:, 1]), ("height", sizes[:, 0])):
+        at = columns.schema.get_field_index(name)
+        columns = columns.set_column(
+            at, columns.schema.field(name), pa.array(values.astype(np.int32))
+        )
+    return columns
