@@ -6,7 +6,8 @@ or nobody is listening.
 
 import dataclasses
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,3 +186,39 @@ class Tabled(Event):
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What an artifact was made from: its digest there, and what of it is found near by."""
+
+    what: str
+    digest: str
+    where: str
+    found: str
+
+
+_DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspected(Event):
+    """What an artifact is, what it says about itself, and the chain of what it was made from."""
+
+    path: str
+    kind: str
+    facts: Mapping[str, str]
+    chain: tuple[Link, ...]
+
+    def tables(self) -> list[Tabled]:
+        """The same for people, with the first 12 digits of each digest."""
+        facts = tuple((name, _DIGEST.sub(r"\1", text)) for name, text in self.facts.items())
+        tables = [Tabled(f"{self.path}: {self.kind}", ("", ""), facts)]
+        if self.chain:
+            rows = tuple(
+                (link.what, _DIGEST.sub(r"\1", link.digest), link.where, link.found)
+                for link in self.chain
+            )
+            columns = ("made from", "digest", "where", "found")
+            tables.append(Tabled("Where it is from, the nearest first", columns, rows))
+        return tables

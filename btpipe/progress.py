@@ -124,6 +124,9 @@ class _Display:
                 self._results.print(_table(event))
                 if event.note:
                     self._results.print(Text(event.note))
+            case events.Inspected():
+                for table in event.tables():
+                    self._results.print(_table(table))
             case events.Finished():
                 self._finish(event)
 

@@ -1,4 +1,4 @@
-"""The commands that concern the whole road: demo, bench, selftest, views, recipe."""
+"""The commands that concern the whole road: demo, bench, views, inspect, verify and others."""
 
 import json
 from pathlib import Path
@@ -87,6 +87,32 @@ def selftest(as_json: Json = False) -> None:
 
     with progress.show("json" if as_json else "auto") as report:
         testing.run(report)
+
+
+@app.command("inspect")
+def inspect_artifact(
+    path: Annotated[Path, typer.Argument(help="A run, bundle, index, table, ... or a file of it.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a thing is, what made it, and the chain back to its recipe and data."""
+    from btpipe import progress
+    from btpipe.road import inspect
+
+    with progress.show("json" if as_json else "auto") as report:
+        report(inspect.inspect(path))
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A run, bundle, index, table, ... or a file of it.")],
+    as_json: Json = False,
+) -> None:
+    """Check every sha256, page and account of a thing; exit code 4 names what changed."""
+    from btpipe import progress
+    from btpipe.road import verify as verifying
+
+    with progress.show("json" if as_json else "auto") as report:
+        verifying.verify(path, report)
 
 
 @app.command()

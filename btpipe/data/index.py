@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.data import mapping, patience, rejects
+from btpipe.data import mapping, patience, rejects, seal
 from btpipe.data.sources import (
     Source,
     collecting,
@@ -138,14 +138,16 @@ class Index:
             "root": os.fsencode(self.root),
             "format_version": str(FORMAT_VERSION),
             "sources": source.to_json(self.sources),
+            **seal.of(self.table, self.root, self.sources),
         }
         mapped = path.with_suffix(".arrow")
         if len(self) >= MAPPED_ROWS:
-            metadata["content"] = mapping.write(mapped, self.table)
+            mapping.write(mapped, self.table)
         else:
             mapped.unlink(missing_ok=True)
         content = io.BytesIO()
-        pq.write_table(self.table.replace_schema_metadata(metadata), content)
+        described = self.table.replace_schema_metadata(metadata)
+        pq.write_table(described, content, write_page_checksum=True)
         artifact.write_file(path, content.getvalue())
 
 

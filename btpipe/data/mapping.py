@@ -13,23 +13,32 @@ import pyarrow as pa
 from btpipe import artifact
 
 
-def write(path: Path, table: pa.Table) -> str:
-    """Writes the table, whole or not at all; what comes back tells whose it is.
+def write(path: Path, table: pa.Table) -> None:
+    """Writes the table, whole or not at all, with its digest.
 
     Raises:
         MachineError: no space, or no permission.
     """
-    content = io.BytesIO()
     plain = table.combine_chunks().replace_schema_metadata(None)
-    for batch in plain.to_batches():
-        content.write(batch.serialize())
-    name = hashlib.sha256(content.getbuffer()).hexdigest()
-    named = plain.replace_schema_metadata({"content": name})
+    named = plain.replace_schema_metadata({"content": digest(plain)})
     content = io.BytesIO()
     with pa.ipc.new_file(content, named.schema) as writer:
         writer.write_table(named)
     artifact.write_file(path, content.getvalue())
-    return name
+
+
+def digest(table: pa.Table) -> str:
+    """sha256 of the table's values."""
+    found = hashlib.sha256()
+    for batch in table.combine_chunks().replace_schema_metadata(None).to_batches():
+        found.update(batch.serialize())
+    return found.hexdigest()
+
+
+def is_whole(path: Path, content: str) -> bool:
+    """Whether the mapped table has the content of this digest."""
+    table = read(path, content)
+    return table is not None and digest(table) == content
 
 
 def read(path: Path, content: str) -> pa.Table | None:

@@ -207,5 +207,21 @@ def read(work: Path, number: int) -> Shard | None:
     return Shard(content["start"], content["stop"], members, rejected)
 
 
+def changed(work: Path, number: int, found: Shard) -> list[str]:
+    """Keys of the images in a finished shard whose bytes are not those that were written.
+
+    Raises:
+        OSError: the shard is gone.
+    """
+    keys = []
+    with (work / name_of(number)).open("rb") as file:
+        for member in found.members:
+            file.seek(member.offset)
+            content = file.read(member.bytes)
+            if hashlib.sha256(content).hexdigest() != member.digest:
+                keys.append(member.key)
+    return keys
+
+
 def _record(path: Path) -> Path:
     return path.with_suffix(".json")
