@@ -3,6 +3,7 @@
 #   make demo       sample images, pretraining on the CPU, export, vectors, one table
 #   make test       lint, format, types, and the tests that take seconds
 #   make test-slow  the tests that take minutes
+#   make test-readers  bundles in torchvision, timm, fastembed, transformers; tables in LanceDB, datasets
 #   make peers      an environment with lightly beside ours, in build/peers (see tests/peers)
 #   make format     put the code into the form that `make test` wants
 #   make lock       resolve requirements.lock anew (uses uv)
@@ -19,10 +20,10 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow peers format lock clean
+.PHONY: help demo test test-slow test-readers peers format lock clean
 
 help:
-	@sed -n '3,9s/^#   //p' Makefile
+	@sed -n '3,10s/^#   //p' Makefile
 
 demo: $(STAMP)
 	@$(BIN)/btpipe demo
@@ -43,6 +44,16 @@ peers: $(STAMP)
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		> "$$(build/peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	@build/peers/bin/pip install --quiet --no-deps lightly==1.6.0 lightly-utils==0.0.2
+
+# Shares likewise. fastembed brings the onnxruntime for CPUs, which must not touch .venv's.
+test-readers: $(STAMP)
+	@$(PYTHON) -m venv build/readers
+	@printf '%s\n%s\n' "$(CURDIR)" \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		> "$$(build/readers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@build/readers/bin/pip install --quiet timm==1.0.31 transformers==5.24.0 fastembed==0.9.1 \
+		datasets==5.2.0 lancedb==0.40.0 pylance==14.0.2
+	HF_HUB_OFFLINE=1 build/readers/bin/python -m pytest tests/readers
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

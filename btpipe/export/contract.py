@@ -5,6 +5,7 @@ Nothing here needs torch: an embedding job opens a bundle on a machine that has 
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -177,7 +178,7 @@ def config(
             "tag": "btpipe",
             "input_size": [3, size, size],
             "interpolation": preprocessing.interpolation,
-            "crop_pct": size / preprocessing.resize,
+            "crop_pct": _crop_share(size, preprocessing.resize),
             "crop_mode": "center",
             "mean": list(preprocessing.mean),
             "std": list(preprocessing.std),
@@ -189,10 +190,17 @@ def config(
     }
 
 
+def _crop_share(size: int, resize: int) -> float:
+    """`size / resize`, such that timm's floor(size / share) is `resize` again."""
+    share = size / resize
+    return share if math.floor(size / share) == resize else math.nextafter(share, 0)
+
+
 def preprocessor(preprocessing: Preprocessing) -> dict[str, object]:
-    """`preprocessor_config.json`: what Hugging Face's image processors read."""
+    """`preprocessor_config.json`: what Hugging Face's image processors and fastembed read."""
     return {
-        "image_processor_type": "BitImageProcessor",
+        # Of the processors that do just this, the one that fastembed knows as well.
+        "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": preprocessing.resize},

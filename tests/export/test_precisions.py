@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -292,6 +293,12 @@ def test_images_of_another_size_are_prepared_at_the_field_of_view_of_256_to_224(
 ) -> None:
     for size, resize in ((224, 256), (160, 183), (64, 73), (32, 37), (288, 329)):
         assert sources.preprocessing_of(size).resize == resize
+    for size in (*range(32, 513), 846):  # timm computes its resize from the share that is kept
+        prepared = sources.preprocessing_of(size)
+        config = contract.config("resnet18", "imagenet", 512, prepared, ["fp32"])
+        share = config["pretrained_cfg"]
+        assert isinstance(share, dict)
+        assert math.floor(size / share["crop_pct"]) == prepared.resize, size
     draw_images(tmp_path / "images", 4)
     run = make_run(tmp_path / "runs" / "tiny", tmp_path / "images")
     made = bundle.export_run(run, tmp_path / "out", ignore)
