@@ -79,6 +79,30 @@ def bench_loader(
         benchmark.run(options, data, report)
 
 
+@bench_app.command("embed")
+def bench_embed(
+    data: Annotated[Path | None, typer.Option(help="Images; drawn ones if none.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Bundle; a random network if none.")] = None,
+    images: Annotated[int, typer.Option(min=2, help="Images in a turn.")] = 64,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 3,
+    workers: Annotated[int, typer.Option(min=0, help="Processes of the DataLoader.")] = 2,
+    backbone: Annotated[str, typer.Option(help="Of the random network.")] = "resnet50",
+    size: Annotated[int, typer.Option(min=16, help="Its pixels of a side.")] = 224,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure embedding against torchvision behind a DataLoader, and against its own limit."""
+    from btpipe import progress
+    from btpipe.road import bench_embed as bench
+    from btpipe.road.benchmark import parse_backbone
+
+    asked = bench.Options(images, turns, workers, parse_backbone(backbone), size)
+    with progress.show("json" if as_json else "auto") as report:
+        bench.run(bench.QUICK if quick else asked, data, model, report)
+
+
 @app.command()
 def selftest(as_json: Json = False) -> None:
     """Check on this machine that loss, LARS, schedule, precisions and ranks are right."""
