@@ -183,7 +183,8 @@ def _vectors(path: Path, account: Account) -> None:
             strange += _strange(batch, int(footer["btpipe.dimension"]))
         paths = pa.chunked_array(names, pa.string())
         account.rows += len(paths)
-        account.files += len(list(path.rglob("*.*"))) if path.is_dir() else 1
+        account.files += _parts(path, footer, account, again) if path.is_dir() else 1
+        account.files += sum(file.is_file() for file in outputs.beside_of(path))
         if strange:
             what = f"{strange} rows have a vector that is not finite, or no digest"
             account.wrong(path, what, again)
@@ -198,6 +199,20 @@ def _vectors(path: Path, account: Account) -> None:
             return
         bad = _rejects(beside, account, footer)
         _disjoint(paths, bad.combine_chunks(), path, account, "embed")
+
+
+def _parts(path: Path, footer: Mapping[str, str], account: Account, again: str) -> int:
+    """How many files a folder of vectors has; its tables follow each other, and are of one job."""
+    parts = sorted(path.glob("part-*.parquet"))
+    for number, part in enumerate(parts):
+        if part.name != f"part-{number:06d}.parquet":
+            account.wrong(path / f"part-{number:06d}.parquet", "is missing", again)
+            break
+        if table.footer_of(part) != footer:
+            account.wrong(part, "is of another job than the first part", again)
+        if part != parts[-1] and table.count(part) != outputs.FILE_ROWS:
+            account.wrong(part, f"{table.count(part)} rows before the last part", again)
+    return len([file for file in path.rglob("*") if file.is_file()])
 
 
 def _strange(batch: pa.RecordBatch, dimension: int) -> int:

@@ -1,6 +1,7 @@
 """`btpipe verify` on real things, and on the same with bytes flipped, cut and deleted."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,9 +17,10 @@ from typer.testing import CliRunner
 from btpipe import artifact, cli
 from btpipe.data import index, rejects, shard, shards
 from btpipe.data.rejects import Reject
-from btpipe.embed import table
+from btpipe.embed import outputs, table
 from btpipe.errors import IntegrityError, NewerError, UsageError
 from btpipe.events import Event, Finished, Tabled, ignore
+from btpipe.road.inspect import inspect
 from btpipe.road.verify import verify
 
 IMAGES = 24
@@ -165,6 +167,60 @@ def test_a_table_whose_rows_do_not_add_up_is_an_error(copied: Path) -> None:
     rewritten(beside, bad.replace_schema_metadata(other))
     with pytest.raises(IntegrityError, match=r"is of another job .*btpipe\.input differ"):
         verify(path, ignore)
+
+
+def written(home: Path, name: str) -> Path:
+    """The vectors of the table under another name, in the format that its ending says."""
+    told = table.footer_of(home / "v.parquet")
+    assert told is not None
+    footer = table.Footer(
+        bundle=told["btpipe.bundle"],
+        input=told["btpipe.input"],
+        preprocessing=told["btpipe.preprocessing"],
+        precision=told["btpipe.precision"],
+        root=told["btpipe.root"],
+        dimension=int(told["btpipe.dimension"]),
+    )
+    out = home / name
+    outputs.write(out, home / f"beside{out.suffix}", footer, [table.read(home / "v.parquet")])
+    outputs.take_place(out, home / f"beside{out.suffix}")
+    shutil.copy(home / "v.rejects.parquet", table.rejects_path(out))
+    return out
+
+
+@pytest.mark.parametrize(("name", "files"), [("w", 2), ("w.npy", 3), ("w.safetensors", 3)])
+def test_vectors_of_any_format_are_known_and_checked(copied: Path, name: str, files: int) -> None:
+    out = written(copied, name)
+    account = verify(out, ignore)
+    assert (account.files, account.rows) == (files, IMAGES)
+    found = inspect(out)
+    assert (found.kind, found.facts["vectors"]) == ("vectors", str(IMAGES))
+    assert [link.found for link in found.chain if link.what == "bundle"] == ["here, the same"]
+    cut(out / "part-000000.parquet" if out.is_dir() else out)
+    with pytest.raises(IntegrityError):
+        verify(out, ignore)
+
+
+def wrong(path: Path) -> set[tuple[str, str]]:
+    """(file, what is wrong) of all that the check lists."""
+    events: list[Event] = []
+    with pytest.raises(IntegrityError):
+        verify(path, events.append)
+    (listed,) = [event for event in events if isinstance(event, Tabled)]
+    return {(Path(row[0]).name, row[1]) for row in listed.rows}
+
+
+def test_a_folder_of_tables_with_a_gap_or_anothers_part_is_an_error(copied: Path) -> None:
+    out = written(copied, "w")
+    first = out / "part-000000.parquet"
+    shutil.copy(first, out / "part-000002.parquet")
+    short = (first.name, f"{IMAGES} rows before the last part")
+    assert {short, ("part-000001.parquet", "is missing")} <= wrong(out)
+    (out / "part-000002.parquet").unlink()
+    content = pq.read_table(first)
+    other = {**content.schema.metadata, table.BUNDLE.encode(): b"another"}
+    pq.write_table(content.replace_schema_metadata(other), out / "part-000001.parquet")
+    assert ("part-000001.parquet", "is of another job than the first part") in wrong(out)
 
 
 def test_an_index_with_an_image_that_is_a_reject_is_an_error(copied: Path) -> None:
