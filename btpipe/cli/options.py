@@ -62,3 +62,14 @@ def budget(text: str, *, strict: bool) -> float | None:
     if not 0 <= share <= 1:
         raise UsageError(f"--max-bad {text}", expected="a count (10) or a share (0.01, or 1%)")
     return share
+
+
+def batch_images(text: str) -> int | None:
+    """`--batch-size`: None for "auto"."""
+    from btpipe.errors import UsageError
+
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch-size {text}", expected="auto, or a number from 1")
+    return int(text)

@@ -15,6 +15,7 @@ from btpipe.cli.options import (
     RecipePath,
     Strict,
     app,
+    batch_images,
     budget,
 )
 from btpipe.data import limits
@@ -193,17 +194,64 @@ def export(
 @app.command()
 def embed(
     source: Inputs,
-    out: Annotated[Path, typer.Option(help="Table to write: NAME.parquet.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="NAME.parquet, .npy, .safetensors, .lance, or a folder without ending."),
+    ],
     model: Annotated[Path | None, typer.Option(help="Bundle; the newest export if none.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in one call of the network.")] = 32,
+    engine: Annotated[
+        Literal["auto", "onnx", "torch"],
+        typer.Option(help="auto: onnx, and torch for an earlier layer."),
+    ] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16", "int8"],
+        typer.Option(
+            help="auto: onnx takes a bundle's int8 model on a CPU, else fp32; torch takes bf16 if"
+            " the hardware has it."
+        ),
+    ] = "auto",
+    layer: Annotated[
+        Literal["pooled", "layer1", "layer2", "layer3", "layer4"],
+        typer.Option(help="An earlier stage's mean over its positions: with torch."),
+    ] = "pooled",
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Vectors of length 1 (L2).")
+    ] = False,
+    dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Numbers in the table.")
+    ] = "float32",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto: a GPU where there is one.")
+    ] = "auto",
+    batch_size: Annotated[
+        str, typer.Option(help="Images in one call of the network: auto, or a number.")
+    ] = "auto",
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Processes, each with its share of the cores; 0: one for each GPU, or one."
+        ),
+    ] = 0,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only the I-th of N shares, from 0; see merge.")
+    ] = "",
+    limit: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Longest time to decode one file.")
+    ] = limits.DECODE_SECONDS,
     max_bad: MaxBad = "",
     strict: Strict = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace vectors of another bundle.")
     ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Check all of a finished table; mend what is damaged.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Embed every image of the inputs into a parquet table; run again, it goes on where it was."""
+    """Embed every image of the inputs into a parquet table; run again, it goes on where it was.
+
+    A changed input costs only what is new or changed. The input - is a list on standard input.
+    """
     from btpipe import progress
     from btpipe.embed import job
     from btpipe.export import contract
@@ -216,7 +264,36 @@ def embed(
             out,
             model,
             report,
-            batch_size=batch_size,
+            batch_size=batch_images(batch_size),
+            workers=workers,
+            shard=shard,
+            limit_seconds=limit,
+            engine=engine,
+            precision=precision,
+            layer=layer,
+            normalize=normalize,
+            dtype=dtype,
+            device=device,
             max_bad=allowed,
             overwrite=overwrite,
+            repair=repair,
         )
+
+
+@app.command()
+def merge(
+    shards: Annotated[
+        list[Path], typer.Argument(metavar="TABLE...", help="What embed --shard wrote.")
+    ],
+    out: Annotated[Path, typer.Option(help="Table to write: NAME.parquet.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace vectors of another bundle.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Join the tables of all shards into the table that one job would have made."""
+    from btpipe import progress
+    from btpipe.embed import merging
+
+    with progress.show("json" if as_json else "auto") as report:
+        merging.merge(shards, out, report, overwrite=overwrite)

@@ -278,7 +278,8 @@ def _footer(choice: Choice, share: Share, dtype: table.Dtype, report: Report) ->
 
 def _refuse_own_input(out: Path, index: Index) -> None:
     """Raises UsageError where the table would take the place of what it is made from."""
-    written = {os.path.realpath(path) for path in (out, table.rejects_path(out))}
+    names = (out, table.rejects_path(out), *outputs.beside_of(out))
+    written = {os.path.realpath(path) for path in names}
     for origin in index.sources:
         if os.path.realpath(origin.place) in written:
             raise UsageError(

@@ -78,6 +78,31 @@ class Footer:
             **({SHARD: self.shard} if self.shard else {}),
         }
 
+    @classmethod
+    def of(cls, found: Mapping[str, str]) -> "Footer":
+        """The footer that `metadata` wrote.
+
+        Raises:
+            IntegrityError: something is missing.
+        """
+        texts = {field.name: found.get(f"btpipe.{field.name}") for field in dataclasses.fields(cls)}
+        try:
+            return cls(
+                bundle=str(texts["bundle"]),
+                input=str(texts["input"]),
+                preprocessing=str(texts["preprocessing"]),
+                precision=str(texts["precision"]),
+                root=str(texts["root"]),
+                dimension=int(texts["dimension"] or ""),
+                dtype="float16" if texts["dtype"] == "float16" else "float32",
+                normalize=texts["normalize"] == "true",
+                layer=str(texts["layer"]),
+                engine=str(texts["engine"]),
+                shard=texts["shard"] or "",
+            )
+        except ValueError as error:
+            raise IntegrityError(f"says nothing usable about its vectors ({found})") from error
+
     def settings(self) -> dict[str, str]:
         """`metadata` without what is the input's: equal where rows may stand in one table."""
         whole = self.metadata()

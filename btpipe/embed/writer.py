@@ -1,8 +1,6 @@
 """A job's own part of the work: the plan, the commits, the table. Workers do the rest."""
 
 import dataclasses
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -126,23 +124,12 @@ class Writer:
         table.write_rejects(rejects, self.footer, every)
         # The vectors last: a table that is there has its rejects beside it.
         table.take_place(rejects, table.rejects_path(out))
-        take_place(vectors, out)
+        outputs.take_place(out, vectors)
 
     def _parts(self) -> Iterator[pa.Table]:
         for part in range(self.plan.parts):
             self._check()
             yield table.read(work.part_path(self.folder, part))
-
-
-def take_place(beside: Path, out: Path) -> None:
-    """Gives a finished file or folder its final name; a folder there before is removed last."""
-    if not out.is_dir():
-        table.take_place(beside, out)
-        return
-    old = beside.with_name(f"{out.name}.old")
-    os.rename(out, old)
-    table.take_place(beside, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 class _Meter:

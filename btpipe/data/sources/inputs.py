@@ -17,7 +17,7 @@ from btpipe.errors import UsageError
 KINDS = (
     "folders of images, file lists (.txt, .csv, .parquet with a column `path`), tar shards (.tar),"
     " parquet with image bytes, an index.parquet, image files; globs and braces"
-    " (shard-{000..009}.tar); URLs of these (s3://, gs://, https://)"
+    " (shard-{000..009}.tar); - for a list on standard input; URLs of these (s3://, gs://, https://)"
 )
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -38,7 +38,7 @@ def expand(inputs: Sequence[Path | str]) -> list[str]:
 
 
 def _expand(given: str) -> list[str]:
-    if not places.is_url(given) and os.path.lexists(given):
+    if given == "-" or (not places.is_url(given) and os.path.lexists(given)):
         return [os.path.abspath(given)]  # noqa: PTH100 - keeps links as they are, and bytes
     found: list[str] = []
     for pattern in _braces(given):
@@ -178,6 +178,8 @@ def _describe_url(url: str) -> Source:
 
 def _describe_file(place: str, name: str) -> Source:
     """A file's source; its size and time are kept where it is a container or a list."""
+    if places.is_standard_input(place):
+        return Source("list", place, name.removesuffix("-"))
     kind = _kind_by_name(place)
     try:
         size, mtime_ns = places.measure(place)

@@ -6,6 +6,7 @@ Relative paths are relative to the list's folder. A column `label` is taken wher
 import csv
 import io
 import os
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,7 +31,10 @@ def look(
         UsageError: the list cannot be read, or has no column `path`.
     """
     try:
-        content = patience.read_patiently(lambda: places.read(source.place))
+        if places.is_standard_input(source.place):
+            content = sys.stdin.buffer.read()
+        else:
+            content = patience.read_patiently(lambda: places.read(source.place))
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=source.place) from error
     names, labels = _read(source.place, content)
@@ -48,7 +52,10 @@ def _read(place: str, content: bytes) -> Entries:
         return _read_csv(place, content)
     if kind == "parquet":
         return _read_parquet(place, content)
-    lines = [line.removesuffix(b"\r") for line in content.split(b"\n")]
+    if b"\0" in content:  # as `find -print0` writes: names may hold newlines
+        lines = content.split(b"\0")
+    else:
+        lines = [line.removesuffix(b"\r") for line in content.split(b"\n")]
     names = [line for line in lines if line.strip()]
     return names, [None] * len(names)
 

@@ -39,6 +39,11 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None or is_synthetic(text)
 
 
+def is_standard_input(place: str) -> bool:
+    """Whether a place is the list on standard input: `-` in the folder that its names are from."""
+    return place.rpartition("/")[2] == "-" and not os.path.lexists(place)
+
+
 def is_synthetic(text: str) -> bool:
     """Whether the text names images that are made in memory: `synthetic:COUNTxSIZE`."""
     return text.startswith("synthetic:")

@@ -1,0 +1,121 @@
+"""The tables of all shares of a job, as the one table that a single job would have made."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from btpipe import artifact
+from btpipe.embed import outputs, table, work
+from btpipe.embed.shares import Share
+from btpipe.errors import RefusedError, UsageError
+from btpipe.events import FileRejected, Finished, Note, Report
+
+
+def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool = False) -> None:
+    """Streams the tables that `embed(..., shard="i/n")` made into `out`, in the plan's order.
+
+    Raises:
+        UsageError: a table that is not there.
+        RefusedError: tables of different inputs, bundles or settings; one missing or named twice.
+        IntegrityError: one that is damaged, or not btpipe's.
+        MachineError: no space, or no permission.
+    """
+    started = time.monotonic()
+    outputs.check(out)
+    ordered, footer = _in_order(shards)
+    wanted = footer.metadata()
+    if not overwrite:
+        found = outputs.footer_of(out)
+        if found is not None and wanted.items() <= found.items() and not found.get(table.SHARD):
+            report(Note(f"{out} is finished: nothing to do"))
+            return
+        if found is not None:
+            fix = "choose another --out, or replace the table with --overwrite"
+            work.refuse_other(found, wanted, "vectors", out, fix)
+    folder = work.folder_of(out)
+    with work.locked(folder), artifact.disk_errors(out):
+        work.sweep(folder, set())
+        vectors, rejects = folder / f"vectors{out.suffix}", folder / "rejects.tmp"
+        outputs.write(out, vectors, footer, _rows(ordered))
+        table.write_rejects(rejects, footer, _rejects(ordered))
+        table.take_place(rejects, table.rejects_path(out))
+        outputs.take_place(out, vectors)
+        work.remove(folder)
+    rows, bad = outputs.count(out), table.count(table.rejects_path(out))
+    text = f"{out}: {rows} vectors, {bad} rejects of {len(ordered)} shards"
+    report(Finished("merge", text, time.monotonic() - started))
+
+
+def _in_order(shards: Sequence[Path]) -> tuple[list[Path], table.Footer]:
+    """The tables in the order of their rows, and the footer of all of them together."""
+    found: dict[int, Path] = {}
+    first: Mapping[str, str] = {}
+    count = 0
+    for path in shards:
+        footer = _footer(path)
+        share = Share.parse(footer[table.SHARD])
+        if not found:
+            first, count = footer, share.count
+        _refuse_differing(path, footer, shards[0], first, count)
+        if share.number in found:
+            what = f"is shard {share.text}, as {found[share.number]} is"
+            raise RefusedError(what, where=path, expected="each shard once")
+        found[share.number] = path
+    missing = [f"{number}/{count}" for number in range(count) if number not in found]
+    if missing:
+        raise RefusedError(
+            f"{len(missing)} of {count} shards are missing: {', '.join(missing[:8])}",
+            expected="the tables of all of them",
+            fix=f"run embed --shard {missing[0]}, and name its table here",
+        )
+    return [found[number] for number in range(count)], _whole(first)
+
+
+def _footer(path: Path) -> Mapping[str, str]:
+    footer = outputs.footer_of(path)
+    if footer is None:
+        raise UsageError("no such table", where=path, fix="run embed --shard for it first")
+    if not footer.get(table.SHARD):
+        raise RefusedError(
+            "a whole table, no shard of one", where=path, expected="--shard's output"
+        )
+    return footer
+
+
+def _refuse_differing(
+    path: Path, footer: Mapping[str, str], other: Path, first: Mapping[str, str], count: int
+) -> None:
+    """Raises RefusedError where two tables are not shards of one."""
+    keys = sorted(key for key in {*footer, *first} if key.startswith("btpipe."))
+    differing = [k for k in keys if k != table.SHARD and footer.get(k) != first.get(k)]
+    if Share.parse(footer[table.SHARD]).count != count:
+        differing.append(table.SHARD)
+    if differing:
+        key = differing[0]
+        raise RefusedError(
+            f"{key} is {footer.get(key)}",
+            where=path,
+            expected=f"{first.get(key)}, as in {other}",
+            fix="merge shards of one input, bundle and settings",
+        )
+
+
+def _whole(first: Mapping[str, str]) -> table.Footer:
+    """The footer of a shard as that of the whole table."""
+    made = table.Footer.of(first)
+    return dataclasses.replace(made, shard="")
+
+
+def _rows(shards: Sequence[Path]) -> Iterator[pa.Table]:
+    for path in shards:
+        for batch in outputs.rows(path):
+            yield pa.Table.from_batches([batch])
+
+
+def _rejects(shards: Sequence[Path]) -> Iterator[FileRejected]:
+    for path in shards:
+        for entry in table.read(table.rejects_path(path)).to_pylist():
+            yield FileRejected(entry["path"], entry["stage"], entry["reason"])

@@ -1,0 +1,206 @@
+"""A job run again costs what changed; shards make the table of one job; a list may be piped in."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from tiny_run import draw_images, shared_home
+
+from btpipe.embed.job import Summary, embed
+from btpipe.embed.merging import merge
+from btpipe.errors import RefusedError, UsageError
+from btpipe.events import Event, Finished, Warned, ignore
+
+IMAGES = 24
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_home(tmp_path_factory) / "exports" / "tiny"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    draw_images(tmp_path / "images", IMAGES)
+    return tmp_path / "images"
+
+
+def run(
+    images: Path,
+    out: Path,
+    bundle: Path,
+    events: list[Event] | None = None,
+    *,
+    shard: str = "",
+    repair: bool = False,
+) -> Summary:
+    report = ignore if events is None else events.append
+    return embed(images, out, bundle, report, device="cpu", part_rows=8, shard=shard, repair=repair)
+
+
+def bytes_of(out: Path) -> tuple[bytes, bytes]:
+    return out.read_bytes(), out.with_name(f"{out.stem}.rejects.parquet").read_bytes()
+
+
+def fresh(images: Path, out: Path, bundle: Path) -> tuple[bytes, bytes]:
+    """What a job makes that knows nothing from before."""
+    run(images, out, bundle)
+    return bytes_of(out)
+
+
+def test_only_new_and_changed_content_is_embedded_and_the_table_is_that_of_a_fresh_job(
+    images: Path, bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "v.parquet"
+    run(images, out, bundle)
+    (images / "a" / "000.jpg").unlink()
+    (images / "a" / "002.jpg").rename(images / "b" / "renamed.jpg")
+    os.utime(images / "a" / "004.jpg", ns=(1, 1))
+    donors = draw_images(tmp_path / "donors", IMAGES + 2)
+    (images / "a" / "006.jpg").write_bytes(donors[-1].read_bytes())
+    (images / "b" / "new.jpg").write_bytes(donors[-2].read_bytes())
+    events: list[Event] = []
+    made = run(images, out, bundle, events)
+    # Dropped are paths: the one that was removed, and the old name of the one that moved.
+    assert (made.rows, made.reused, made.dropped) == (IMAGES, IMAGES - 2, 2)
+    told = [event.text for event in events if isinstance(event, Finished)]
+    assert "2 embedded, 22 as they were, 2 dropped" in told[-1]
+    assert bytes_of(out) == fresh(images, tmp_path / "fresh.parquet", bundle)
+
+
+def test_unchanged_content_is_not_decoded(images: Path, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "v.parquet"
+    run(images, out, bundle)
+    before = pq.read_table(out)["embedding"]
+    # The vectors are not those of the images: whoever decodes them shows it.
+    swapped = pq.read_table(out)
+    column = before.take(list(reversed(range(IMAGES))))
+    place = swapped.schema.get_field_index("embedding")
+    schema = swapped.schema
+    pq.write_table(swapped.set_column(place, schema.field(place), column).cast(schema), out)
+    (images / "a" / "000.jpg").unlink()
+    run(images, out, bundle)
+    assert pq.read_table(out)["embedding"].to_pylist() == column.to_pylist()[1:]
+
+
+def test_finished_parts_of_a_job_whose_images_changed_are_kept(
+    images: Path, bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "v.parquet"
+    stop = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from btpipe.embed.job import embed\n"
+        "from btpipe.events import FileRejected\n"
+        "def report(event):\n"
+        "    if isinstance(event, FileRejected):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "source, out, bundle = map(Path, sys.argv[1:])\n"
+        "embed(source, out, bundle, report, device='cpu', part_rows=8)\n"
+    )
+    bad = images / "b" / "021.jpg"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:-30])
+    command = [sys.executable, "-c", stop, str(images), str(out), str(bundle)]
+    assert subprocess.run(command, check=False).returncode < 0
+    bad.write_bytes(whole)
+    events: list[Event] = []
+    made = run(images, out, bundle, events)
+    assert (made.rows, made.reused) == (IMAGES, 16)
+    assert any(isinstance(event, Warned) and "afresh" in event.text for event in events)
+    assert bytes_of(out) == fresh(images, tmp_path / "fresh.parquet", bundle)
+
+
+@pytest.mark.parametrize("deed", ["flip", "cut"])
+def test_a_damaged_table_is_mended_when_asked(
+    images: Path, bundle: Path, tmp_path: Path, deed: str
+) -> None:
+    out = tmp_path / "v.parquet"
+    run(images, out, bundle)
+    before = bytes_of(out)
+    damaged = bytearray(before[0])
+    if deed == "flip":
+        damaged[len(damaged) // 2] ^= 1
+    out.write_bytes(damaged if deed == "flip" else damaged[: len(damaged) // 2])
+    events: list[Event] = []
+    run(images, out, bundle, events, repair=True)
+    assert bytes_of(out) == before
+    assert any(isinstance(event, Warned) for event in events)
+    stamp = out.stat().st_mtime_ns
+    assert run(images, out, bundle, repair=True).nothing_to_do
+    assert out.stat().st_mtime_ns == stamp
+
+
+@pytest.fixture
+def shards(images: Path, bundle: Path, tmp_path: Path) -> list[Path]:
+    """The tables of three shards; one image is damaged, one file is none."""
+    whole = (images / "a" / "004.jpg").read_bytes()
+    (images / "a" / "004.jpg").write_bytes(whole[:-30])
+    (images / "b" / "letter.png").write_text("Dear reader,")
+    tables = [tmp_path / f"shard-{i}.parquet" for i in range(3)]
+    for i, out in enumerate(tables):
+        run(images, out, bundle, shard=f"{i}/3")
+    return tables
+
+
+def test_merged_shards_are_the_table_of_one_job(
+    images: Path, bundle: Path, tmp_path: Path, shards: list[Path]
+) -> None:
+    out = tmp_path / "v.parquet"
+    merge([shards[i] for i in (2, 0, 1)], out, ignore)
+    assert bytes_of(out) == fresh(images, tmp_path / "fresh.parquet", bundle)
+    assert not list(tmp_path.glob("*.work"))
+    stamp = out.stat().st_mtime_ns
+    merge(shards, out, ignore)
+    assert out.stat().st_mtime_ns == stamp
+
+
+def test_shards_that_are_missing_double_or_of_another_job_are_refused(
+    images: Path, bundle: Path, tmp_path: Path, shards: list[Path]
+) -> None:
+    out = tmp_path / "v.parquet"
+    with pytest.raises(RefusedError, match=r"1 of 3 shards are missing: 1/3"):
+        merge([shards[0], shards[2]], out, ignore)
+    with pytest.raises(RefusedError, match="each shard once"):
+        merge([*shards, shards[1]], out, ignore)
+    with pytest.raises(UsageError, match="no such table"):
+        merge([*shards[:2], tmp_path / "none.parquet"], out, ignore)
+    with pytest.raises(RefusedError, match=r"shard 0/3\nexpected: shard 1/3"):
+        run(images, shards[0], bundle, shard="1/3")
+    (images / "a" / "000.jpg").unlink()
+    run(images, tmp_path / "other.parquet", bundle, shard="2/3")
+    with pytest.raises(RefusedError, match=r"btpipe\.input"):
+        merge([*shards[:2], tmp_path / "other.parquet"], out, ignore)
+    run(images, tmp_path / "whole.parquet", bundle)
+    with pytest.raises(RefusedError, match="a whole table"):
+        merge([*shards, tmp_path / "whole.parquet"], out, ignore)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/3"])
+def test_a_shard_that_is_none_is_a_mistake(
+    images: Path, bundle: Path, tmp_path: Path, text: str
+) -> None:
+    with pytest.raises(UsageError, match="--shard"):
+        run(images, tmp_path / "v.parquet", bundle, shard=text)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\0"])
+def test_a_list_on_standard_input_is_an_input(
+    images: Path, bundle: Path, tmp_path: Path, end: bytes
+) -> None:
+    names = [b"images/b/001.jpg", b"images/a/000.jpg", os.fsencode(images / "a" / "002.jpg")]
+    command = [sys.executable, "-m", "btpipe", "embed", "-", "--out", "v.parquet"]
+    made = subprocess.run(
+        [*command, "--model", str(bundle)],
+        input=end.join(names) + end,
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    rows = pq.read_table(tmp_path / "v.parquet")["path"].to_pylist()
+    assert rows == [os.fsdecode(name) for name in names]
