@@ -23,6 +23,58 @@ def eval_knn(
         report(knn.evaluate(vectors, test, k).table())
 
 
+@eval_app.command("linear")
+def eval_linear(
+    bundle: Annotated[Path, typer.Argument(help="A bundle; its encoder stays frozen.")],
+    train: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Labelled images.")],
+    test: Annotated[list[str], typer.Option(help="Labelled images to judge on.")],
+    out: Annotated[Path | None, typer.Option(help="Score to write; BUNDLE.linear.json.")] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="0: the published 100.")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="For 256 images; 0: the published 0.3.")] = 0,
+    devices: Annotated[str, typer.Option(help="auto, or how many processes.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train a linear classifier on the frozen encoder, as published; run again, it goes on."""
+    from btpipe.explore import judging
+    from btpipe.recipe import protocols
+
+    asked = {"epochs": epochs, "lr": lr}
+    protocol = protocols.LINEAR.model_copy(update={k: v for k, v in asked.items() if v})
+    place = out or bundle.with_name(f"{bundle.name}.linear.json")
+    job = judging.Asked("linear", bundle, tuple(train), tuple(test), place, protocol)
+    judging.judge(job, devices=devices, mode="json" if as_json else "auto")
+
+
+@eval_app.command("semisup")
+def eval_semisup(
+    bundle: Annotated[Path, typer.Argument(help="A bundle; its encoder is tuned.")],
+    train: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Labelled images.")],
+    test: Annotated[list[str], typer.Option(help="Labelled images to judge on.")],
+    percent: Annotated[
+        float, typer.Option(min=0.001, max=100, help="Of each class's images.")
+    ] = 10.0,
+    split: Annotated[
+        Path | None, typer.Option(help="Names of the images to take, one a line.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Score to write; BUNDLE.semisup.json.")] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="0: the published 20.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice and of the crops.")] = 0,
+    devices: Annotated[str, typer.Option(help="auto, or how many processes.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Tune encoder and classifier on a share of the labels, as published; run again, it goes on."""
+    from btpipe.explore import judging
+    from btpipe.recipe import protocols
+
+    asked = {"epochs": epochs, "seed": seed}
+    protocol = protocols.SEMISUP.model_copy(update={k: v for k, v in asked.items() if v})
+    place = out or bundle.with_name(f"{bundle.name}.semisup.json")
+    job = judging.Asked(
+        "semisup", bundle, tuple(train), tuple(test), place, protocol, percent, split
+    )
+    judging.judge(job, devices=devices, mode="json" if as_json else "auto")
+
+
 @app.command()
 def compare(
     test: Annotated[Path, typer.Option(help="Labelled images that the run has not seen.")],

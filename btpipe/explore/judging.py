@@ -1,0 +1,191 @@
+"""`eval linear` and `eval semisup`: a classifier on a bundle's encoder, and the score it leaves."""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from btpipe import artifact, events, progress, runtime
+from btpipe.data import index as indexes
+from btpipe.data.index import Index
+from btpipe.errors import RefusedError, UsageError
+from btpipe.events import Finished, Report, Tabled
+from btpipe.explore import classifier, knn
+from btpipe.export import contract
+from btpipe.recipe.protocols import Protocol
+
+Kind = Literal["linear", "semisup"]
+SCORE = "score.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is to be judged: a bundle, by training on `train` and judging on `test`.
+
+    `percent`: of each class's training images, chosen by the protocol's seed; 100 takes all.
+    `split`: a file that names the training images to take instead, one a line, as published.
+    """
+
+    kind: Kind
+    bundle: Path
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    out: Path
+    protocol: Protocol
+    percent: float = 100.0
+    split: Path | None = None
+
+
+def judge(asked: Asked, *, devices: str, mode: progress.Mode) -> None:
+    """Trains, judges and writes `asked.out`; run again, it goes on, or says what stands there.
+
+    Raises:
+        UsageError: inputs without labels, test classes that no training image has.
+        RefusedError: `out` holds another evaluation.
+        BtpipeError: whatever `classifier.fit` raises.
+    """
+    started = time.monotonic()
+    with progress.show(mode) as report:
+        opened = contract.open_bundle(asked.bundle)
+        work = asked.out.with_name(f"{asked.out.name}.work")
+        job = prepare(asked, work, report)
+        images = len(indexes.open_index(job.train))
+        wanted = {"kind": asked.kind, "train images": images, **job.identity}
+        if _stands(asked.out, wanted):
+            report(events.Note(f"{asked.out} holds this evaluation already: nothing to do"))
+            return
+    runtime.launch(runtime.devices(devices), train_on_rank, (job, mode))
+    with progress.show(mode) as report:
+        score = classifier.Score(**json.loads((work / SCORE).read_text()))
+        artifact.write_json(asked.out, {**wanted, **_record(score)})
+        shutil.rmtree(work)
+        report(_table(asked, opened, score))
+        report(Finished("eval", str(asked.out), time.monotonic() - started))
+
+
+def train_on_rank(job: classifier.Job, mode: progress.Mode) -> None:
+    """Runs on every rank; the first one shows progress and writes the score."""
+    with runtime.start() as here:
+        if not here.is_first:
+            classifier.fit(job, here, events.ignore)
+            return
+        with progress.show(mode) as report:
+            score = classifier.fit(job, here, report)
+        artifact.write_json(job.work / SCORE, dataclasses.asdict(score))
+
+
+def prepare(asked: Asked, work: Path, report: Report) -> classifier.Job:
+    """The job, with the lists of its images in the work folder; raises as `judge`."""
+    train, _ = indexes.build(asked.train, report)
+    test, _ = indexes.build(asked.test, report)
+    _require_labels(train, "the training images")
+    _require_labels(test, "the test images")
+    classes = tuple(sorted({str(label) for label in train.labels}))
+    unknown = sorted({str(label) for label in test.labels} - set(classes))
+    if unknown:
+        raise UsageError(
+            f"classes that no training image has: {', '.join(unknown[:5])}",
+            expected=f"some of {', '.join(classes[:5])}{' ...' if len(classes) > 5 else ''}",
+            fix="give both folders the same class folders",
+        )
+    chosen = _chosen(train, asked)
+    work.mkdir(parents=True, exist_ok=True)
+    files = work / "train.parquet", work / "test.parquet"
+    for index, file in zip((chosen, test), files, strict=True):
+        index.save(file)
+    return classifier.Job(asked.bundle, *files, classes, asked.protocol, work)
+
+
+def _require_labels(index: Index, what: str) -> None:
+    without = sum(label is None for label in index.labels)
+    if without:
+        raise UsageError(
+            f"{without} of {len(index)} have no label: {what}",
+            where=index.root,
+            expected="a folder for each class, or an input with labels",
+        )
+
+
+def _chosen(train: Index, asked: Asked) -> Index:
+    """The training images that the split or the percentage leaves.
+
+    Raises:
+        UsageError: a split file that names none of them.
+    """
+    if asked.split is not None:
+        names = {line.strip() for line in asked.split.read_text().splitlines() if line.strip()}
+        paths = train.table["path"].to_pylist()
+        rows = [i for i, path in enumerate(paths) if path in names or Path(path).name in names]
+        if len(rows) < len(names):
+            raise UsageError(
+                f"{len(names) - len(rows)} of its {len(names)} names are not among the images",
+                where=asked.split,
+                expected="paths as in the index, or file names",
+            )
+    elif asked.percent < 100:
+        rows = _share(train.labels, asked.percent, asked.protocol.seed)
+    else:
+        return train
+    return dataclasses.replace(train, table=train.table.take(rows))
+
+
+def _share(labels: list[str | None], percent: float, seed: int) -> list[int]:
+    """Rows of so many per cent of each class, one at least, in the order of the table."""
+    random = np.random.Generator(np.random.Philox(seed))
+    shuffled = random.permutation(len(labels))
+    left = {label: max(1, round(count * percent / 100)) for label, count in Counter(labels).items()}
+    rows = []
+    for row in shuffled.tolist():
+        if left[labels[row]]:
+            left[labels[row]] -= 1
+            rows.append(row)
+    return sorted(rows)
+
+
+def _stands(out: Path, wanted: dict[str, object]) -> bool:
+    """Whether `out` is this very evaluation.
+
+    Raises:
+        RefusedError: it is another one, or no evaluation.
+    """
+    if not out.exists():
+        return False
+    try:
+        found = json.loads(out.read_text())
+    except (OSError, ValueError):
+        found = None
+    plain = json.loads(json.dumps(wanted))
+    if isinstance(found, dict) and all(found.get(key) == value for key, value in plain.items()):
+        return True
+    raise RefusedError(
+        "holds something else", where=out, expected="this evaluation", fix="choose another --out"
+    )
+
+
+def _record(score: classifier.Score) -> dict[str, object]:
+    low, high = knn.wilson(score.top1, score.images)
+    return {
+        "test images": score.images,
+        "rejected": score.rejected,
+        "top1": score.top1 / score.images,
+        "top1 95 %": [low, high],
+        "top5": score.top5 / score.images,
+    }
+
+
+def _table(asked: Asked, bundle: contract.Bundle, score: classifier.Score) -> Tabled:
+    low, high = knn.wilson(score.top1, score.images)
+    name = {"linear": "Linear classifier", "semisup": "Fine-tuned"}[asked.kind]
+    row = (
+        f"{100 * score.top1 / score.images:.1f}",
+        f"{100 * low:.1f} to {100 * high:.1f}",
+        f"{100 * score.top5 / score.images:.1f}",
+    )
+    note = f"{score.images:,} test images, {asked.protocol.epochs} epochs, the last one's result"
+    columns = ("top-1 %", "95 % interval", "top-5 %")
+    return Tabled(f"{name} on {bundle.folder}", columns, (row,), note)

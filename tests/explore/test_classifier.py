@@ -1,0 +1,151 @@
+"""A classifier on an encoder: what it learns, on any number of ranks, stopped and resumed."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_run import shared_home
+
+from btpipe import artifact, runtime
+from btpipe.data.index import open_index
+from btpipe.errors import RefusedError, UsageError
+from btpipe.events import ignore
+from btpipe.explore import classifier, judging
+from btpipe.export import contract
+from btpipe.recipe.protocols import LINEAR, SEMISUP, Protocol
+
+COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
+CLOSE = 1e-3  # float32 over three steps, relative to a tensor's largest: sums in another order
+NOTHING = 1e-4  # momenta below it are noise: the encoder's first gradients are 1e-7
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_home(tmp_path_factory) / "exports" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ (36) and test/ (18): a class for each colour, which any encoder can tell."""
+    root = tmp_path_factory.mktemp("colours")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 6)):
+        for name, color in COLORS.items():
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = random.normal(0, 12, (40, 48, 3))
+                pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+def asked(
+    kind: judging.Kind, bundle: Path, images: Path, out: Path, protocol: Protocol, **more: object
+) -> judging.Asked:
+    train, test = (str(images / "train"),), (str(images / "test"),)
+    return judging.Asked(kind, bundle, train, test, out, protocol, **more)  # type: ignore[arg-type]
+
+
+def short(protocol: Protocol, **values: object) -> Protocol:
+    return protocol.model_copy(update={"batch_size": 12, "epochs": 6, **values})
+
+
+def test_a_linear_classifier_learns_and_leaves_the_bundle_alone(
+    tmp_path: Path, bundle: Path, images: Path
+) -> None:
+    before = artifact.verify(bundle, contract.KIND).digest
+    out = tmp_path / "score.json"
+    job = asked("linear", bundle, images, out, short(LINEAR, lr=5.0))
+    judging.judge(job, devices="1", mode="json")
+    score = json.loads(out.read_text())
+    assert score["top1"] > 0.9
+    assert score["top5"] == 1.0
+    assert (score["train images"], score["test images"], score["bundle"]) == (36, 18, before)
+    assert artifact.verify(bundle, contract.KIND).digest == before
+    assert not out.with_name("score.json.work").exists()
+    written = out.stat().st_mtime_ns
+    judging.judge(job, devices="1", mode="json")
+    assert out.stat().st_mtime_ns == written
+    other = asked("linear", bundle, images, out, short(LINEAR, lr=1.0))
+    with pytest.raises(RefusedError, match="something else"):
+        judging.judge(other, devices="1", mode="json")
+
+
+@pytest.mark.parametrize("protocol", [LINEAR, SEMISUP])
+def test_the_number_of_ranks_does_not_change_what_is_learnt(
+    tmp_path: Path, bundle: Path, images: Path, protocol: Protocol
+) -> None:
+    """Each stopped after one epoch, so that the state is there to be compared."""
+    states = []
+    for ranks in (1, 2):
+        work = tmp_path / str(ranks)
+        job = asked("linear", bundle, images, work / "s.json", short(protocol, epochs=1))
+        made = judging.prepare(job, work, ignore)
+        runtime.launch(ranks, judging.train_on_rank, (made, "json"))
+        states.append(load_file(work / classifier.STATE / classifier.TENSORS))
+    one, two = states
+    assert one.keys() == two.keys()
+    assert ("model.encoder.conv1.weight" in one) == (protocol is SEMISUP)
+    for name, tensor in one.items():
+        largest = max(float(tensor.abs().max()), NOTHING)
+        assert float((two[name] - tensor).abs().max()) < CLOSE * largest, name
+
+
+@pytest.mark.slow
+def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_weights(
+    tmp_path: Path, bundle: Path, images: Path
+) -> None:
+    command = [sys.executable, "-m", "btpipe", "eval", "linear", str(bundle), "--json"]
+    command += [str(images / "train"), "--test", str(images / "test"), "--epochs", "40"]
+    out, whole = tmp_path / "stopped.json", tmp_path / "whole.json"
+    with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if b"Progressed" in line)
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+    assert process.returncode == os.EX_TEMPFAIL
+    work = out.with_name("stopped.json.work")
+    assert (work / classifier.STATE / artifact.MANIFEST).is_file()
+    for place in (out, whole):
+        assert subprocess.run([*command, "--out", str(place)], check=False).returncode == 0
+    assert json.loads(out.read_text()) == json.loads(whole.read_text())
+
+
+def test_a_share_of_the_labels_is_of_each_class_and_by_the_seed(
+    tmp_path: Path, bundle: Path, images: Path
+) -> None:
+    chosen = []
+    for seed in (0, 0, 1):
+        job = asked("semisup", bundle, images, tmp_path / "s.json", short(SEMISUP, seed=seed))
+        job = dataclasses.replace(job, percent=25.0)
+        index = open_index(judging.prepare(job, tmp_path / "work", ignore).train)
+        chosen.append(index.table["path"].to_pylist())
+        assert sorted(map(str, index.labels)) == ["blue"] * 3 + ["green"] * 3 + ["red"] * 3
+    assert chosen[0] == chosen[1] != chosen[2]
+    named = tmp_path / "split.txt"
+    named.write_text("\n".join(chosen[2]))
+    job = dataclasses.replace(job, split=named, percent=100.0)
+    index = open_index(judging.prepare(job, tmp_path / "work", ignore).train)
+    assert index.table["path"].to_pylist() == chosen[2]
+    named.write_text("nobody.png\n")
+    with pytest.raises(UsageError, match="not among the images"):
+        judging.prepare(job, tmp_path / "work", ignore)
+
+
+def test_images_without_labels_are_refused(tmp_path: Path, bundle: Path, images: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (40, 40)).save(flat / "a.png")
+    job = asked("linear", bundle, images, tmp_path / "s.json", LINEAR)
+    job = dataclasses.replace(job, train=(str(flat),))
+    with pytest.raises(UsageError, match="have no label"):
+        judging.judge(job, devices="1", mode="json")
