@@ -33,12 +33,15 @@ def nearest(
     for start in range(0, len(queries), rows):
         block = slice(start, start + rows)
         found = unit_queries[block] @ unit_base.T
-        indices[block], similarities[block] = _largest(found, k)
+        indices[block], similarities[block] = largest(found, k)
     return indices, similarities
 
 
-def _largest(values: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Indices and values of the k largest of each row, as `nearest` sorts: (m, n) -> (m, k)."""
+def largest(values: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Indices and values of the k largest of each row, falling, ties by the lower index.
+
+    (m, n) -> (m, k) twice; k is at most n.
+    """
     if k == 0:
         return np.empty((len(values), 0), np.int64), np.empty((len(values), 0), np.float32)
     threshold = np.partition(values, -k, axis=1)[:, -k, None]

@@ -1,0 +1,113 @@
+"""Rows that are far from everything else: the mean cosine distance to the k nearest other rows."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from btpipe.events import Finished, Report, Tabled
+from btpipe.explore import blocks, page, tables
+from btpipe.explore.pictures import Pictures
+from btpipe.explore.search import named
+from btpipe.explore.tables import Vectors
+
+MEANING = (
+    "Far from its nearest neighbours means unlike the rest to this encoder: rare subjects, other"
+    " sources, damaged, empty or rotated pictures. It does not mean wrong, and a wrong picture that"
+    " has many like it is not found."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strange:
+    """Every row, the strangest first, with its mean distance (n,) and its nearest other row."""
+
+    rows: NDArray[np.int64]
+    distance: NDArray[np.float32]
+    nearest: NDArray[np.int64]
+
+
+def run(
+    path: Path,
+    report: Report,
+    *,
+    k: int = 10,
+    top: int = 20,
+    out: Path | None = None,
+    html: Path | None = None,
+    images: Path | None = None,
+) -> Strange:
+    """Writes all rows by strangeness as a list, reports the first `top`, and a page if asked.
+
+    Raises:
+        UsageError: no such table, or `out` with another ending.
+        IntegrityError: not a table of vectors.
+        MachineError: no space, or no permission.
+    """
+    started = time.monotonic()
+    out = out or tables.list_path(path, "outliers")
+    tables.check_list(out)
+    vectors = tables.open_vectors(path, report)
+    found = rank(vectors, k)
+    tables.write_list(out, _list(vectors, found))
+    report(_table(vectors, found, top, k))
+    made = str(out)
+    if html:
+        _page(html, vectors, found, top, k, images)
+        made = f"{out} and {html}"
+    text = f"{made}: {len(vectors):,} pictures, the strangest first"
+    report(Finished("outliers", text, time.monotonic() - started))
+    return found
+
+
+def rank(vectors: Vectors, k: int) -> Strange:
+    """All rows by falling mean distance to their k nearest others; a lone row has none, 0."""
+    indices, cosines = blocks.nearest_others(vectors.unit, k)
+    away = tables.distances(cosines)
+    mean = away.mean(axis=1) if away.shape[1] else np.zeros(len(vectors), np.float32)
+    order = np.argsort(-mean, kind="stable")
+    nearest = indices[:, 0] if indices.shape[1] else np.full(len(vectors), -1)
+    return Strange(order, mean[order], nearest[order])
+
+
+def _list(vectors: Vectors, found: Strange) -> pa.Table:
+    paths, labels = vectors.column("path"), vectors.column("label")
+    nearest = [paths[row] if row >= 0 else None for row in found.nearest.tolist()]
+    rows = found.rows.tolist()
+    return pa.table(
+        {
+            "path": pa.array([paths[row] for row in rows], pa.string()),
+            "label": pa.array([labels[row] for row in rows], pa.string()),
+            "distance": found.distance,
+            "nearest": pa.array(nearest, pa.string()),
+        }
+    )
+
+
+def _table(vectors: Vectors, found: Strange, top: int, k: int) -> Tabled:
+    lines = [
+        (f"{distance:.4f}", vectors.text("path", row), vectors.text("label", row), str(row))
+        for row, distance in zip(found.rows[:top].tolist(), found.distance.tolist(), strict=False)
+    ]
+    title = f"Farthest from their {k} nearest, {vectors.path}"
+    return Tabled(title, ("distance", "path", "label", "row"), tuple(lines), MEANING)
+
+
+def _page(
+    out: Path, vectors: Vectors, found: Strange, top: int, k: int, images: Path | None
+) -> None:
+    pictures = Pictures(vectors, images)
+    figures = "".join(
+        pictures.figure(row, [f'<span class="number">{distance:.3f}</span>', *named(vectors, row)])
+        for row, distance in zip(found.rows[:top].tolist(), found.distance.tolist(), strict=False)
+    )
+    median = float(np.median(found.distance))
+    about = (
+        f"The {min(top, len(vectors)):,} of {len(vectors):,} pictures of {vectors.path} with the"
+        f" largest mean cosine distance to their {k} nearest (median {median:.3f}). {MEANING}"
+    )
+    note = f'<p class="muted">{page.text(pictures.note())}</p>'
+    page.write(out, "Strangest pictures", about, f'<div class="gallery">{figures}</div>{note}')

@@ -1,0 +1,137 @@
+"""The pictures behind the rows of a table, small, for pages: read from where they lay."""
+
+import contextlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import PIL.Image
+import PIL.ImageOps
+
+from btpipe.data import index, patience
+from btpipe.data.sources import places
+from btpipe.embed import table
+from btpipe.errors import BtpipeError
+from btpipe.events import ignore
+from btpipe.explore import page
+from btpipe.explore.tables import Vectors
+
+_DECODED_SIDE = 2 * page.THUMBNAIL_SIDE
+
+
+class Pictures:
+    """The originals of a table's rows, below `images`.
+
+    Without, below the folder that the table names, looked for beside the table and in the working
+    folder, or below these two themselves: wherever the first row's picture is.
+
+    All thumbnails together take `page.THUMBNAIL_BYTES` at most; then there are no more of them.
+    `shown` and `missing` count.
+    """
+
+    def __init__(self, vectors: Vectors, images: Path | None) -> None:
+        self._vectors = vectors
+        self._root = os.fspath(images) if images else ""
+        self._room = page.THUMBNAIL_BYTES
+        self._containers: dict[str, tuple[index.Index, dict[str, int]] | None] = {}
+        self.shown, self.missing = 0, 0
+        if not images:
+            self._look_around()
+
+    def _look_around(self) -> None:
+        name = self._vectors.footer.get(table.ROOT, "")
+        folders = [self._vectors.path.absolute().parent, Path.cwd()]
+        for folder in [*(folder / name for folder in folders), *folders]:
+            self._root = os.fspath(folder)
+            place = self.place(0) or _split(self._vectors.text("path", 0))[0]
+            if (folder / place).is_file():
+                return
+        self._root = name
+
+    def figure(self, row: int, lines: Sequence[str]) -> str:
+        """A picture with lines of HTML below it; it links to its file where that is one."""
+        source = self._source(row)
+        place = self.place(row)
+        if source is None:
+            inside = '<span class="muted">no picture</span>'
+        else:
+            alt = page.text(self._vectors.text("path", row))
+            inside = f'<img loading="lazy" alt="{alt}" src="{source}">'
+        frame = f'<div class="picture">{inside}</div>'
+        if place and not places.is_url(place) and Path(place).is_file():
+            frame = f'<a href="{page.text(Path(place).absolute().as_uri())}">{frame}</a>'
+        said = "".join(f"<div>{line}</div>" for line in lines)
+        return f"<figure>{frame}<figcaption>{said}</figcaption></figure>"
+
+    def note(self) -> str:
+        """What a reader should know about pictures that are not there; "" where all are."""
+        if not self.missing:
+            return ""
+        return (
+            f"{self.missing} pictures are not shown: not found below {self._root or 'no root'}"
+            f" (--images DIR), or more than {page.THUMBNAIL_BYTES // 1_000_000} MB in all"
+        )
+
+    def _source(self, row: int) -> str | None:
+        """The thumbnail as an address, while there is room."""
+        source = None
+        if self._room > 0:
+            with contextlib.suppress(
+                OSError, ValueError, BtpipeError, PIL.Image.DecompressionBombError
+            ):
+                source = page.embedded(self._thumbnail(row))
+        if source is None or len(source) > self._room:
+            self.missing += 1
+            return None
+        self._room -= len(source)
+        self.shown += 1
+        return source
+
+    def _thumbnail(self, row: int) -> bytes:
+        with PIL.Image.open(io.BytesIO(self.content(row))) as picture:
+            picture.draft("RGB", (_DECODED_SIDE, _DECODED_SIDE))
+            return page.thumbnail(PIL.ImageOps.exif_transpose(picture))
+
+    def content(self, row: int) -> bytes:
+        """The bytes of a row's picture; OSError or KeyError where there is none."""
+        place = self.place(row)
+        if place is not None:
+            return patience.read_patiently(lambda: places.read(place))
+        path = self._vectors.text("path", row)
+        container, _, _ = _split(path)
+        found = self._container(container)
+        if found is None:
+            raise FileNotFoundError(path)
+        listed, rows = found
+        return listed.read_bytes(rows[_split(path)[2]])
+
+    def place(self, row: int) -> str | None:
+        """The file of a row; None where it is a part of one."""
+        exact = None
+        if "path_bytes" in self._vectors.rows.column_names:
+            exact = self._vectors.rows["path_bytes"][row].as_py()
+        path = os.fsdecode(exact) if exact else self._vectors.text("path", row)
+        if _split(path)[1]:
+            return None
+        return places.join(self._root, path)
+
+    def _container(self, name: str) -> tuple[index.Index, dict[str, int]] | None:
+        """A tar or a table with pictures, and the rows of its members by name; kept open."""
+        if name not in self._containers:
+            self._containers[name] = None
+            with contextlib.suppress(BtpipeError, OSError):
+                listed, _ = index.build([places.join(self._root, name)], ignore)
+                paths = listed.table["path"].to_pylist()
+                rows = {_split(path)[2]: row for row, path in enumerate(paths)}
+                self._containers[name] = listed, rows
+        return self._containers[name]
+
+
+def _split(path: str) -> tuple[str, str, str]:
+    """`a.tar::b.jpg` -> a.tar, ::, b.jpg; `a.parquet#17` likewise; others have no second part."""
+    for mark in ("::", "#"):
+        before, found, after = path.rpartition(mark)
+        if found and before.endswith((".tar", ".parquet")):
+            return before, found, after
+    return path, "", ""

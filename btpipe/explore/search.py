@@ -1,0 +1,175 @@
+"""What in a table looks most like a picture, or like one of the table's own rows: exact."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from numpy.typing import NDArray
+
+from btpipe import artifact, neighbours
+from btpipe.embed import encoder, precisions
+from btpipe.errors import BtpipeError, RefusedError, UsageError
+from btpipe.events import Finished, Report, Tabled
+from btpipe.explore import blocks, page, tables
+from btpipe.explore.pictures import Pictures
+from btpipe.explore.tables import Vectors
+from btpipe.export import contract
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The rows most like the query, the nearest first, with their cosines; (k,) each.
+
+    `row` is the query's own row, which is not among them; None where it is a picture.
+    """
+
+    rows: NDArray[np.int64]
+    cosines: NDArray[np.float32]
+    row: int | None
+
+
+def run(
+    path: Path,
+    query: str,
+    report: Report,
+    *,
+    k: int = 20,
+    model: Path | None = None,
+    html: Path | None = None,
+    images: Path | None = None,
+) -> Found:
+    """Reports the k rows of a table that are most like `query`, and writes a page if asked.
+
+    `query`: a path as it stands in the table, the number of a row, or an image file, which is
+    embedded with `model`, by default the bundle in exports/ that made the table.
+
+    Raises:
+        UsageError: no such table, row or file; or no bundle with the digest that the table names.
+        RefusedError: `model` is another bundle.
+        IntegrityError: not a table of vectors, or a damaged bundle.
+    """
+    started = time.monotonic()
+    vectors = tables.open_vectors(path, report)
+    row = row_of(vectors, query)
+    asked = (
+        _embed(vectors, Path(query), model) if row is None else blocks.widen(vectors.unit[[row]])
+    )
+    rows, cosines = blocks.nearest(asked, vectors.unit, k if row is None else k + 1)
+    others = np.flatnonzero(rows[0] != (-1 if row is None else row))[:k]
+    found = Found(rows[0][others], cosines[0][others], row)
+    seconds = time.monotonic() - started
+    report(_table(vectors, query, found))
+    if html:
+        _page(html, vectors, query, found, images)
+        report(Finished("search", f"{html}: {len(others)} pictures", time.monotonic() - started))
+    else:
+        report(Finished("search", f"{len(vectors):,} vectors compared", seconds))
+    return found
+
+
+def row_of(vectors: Vectors, query: str) -> int | None:
+    """The row that the query names by its path or number; None where it is a file to be embedded.
+
+    Raises:
+        UsageError: no such row, and no such file.
+    """
+    if "path" in vectors.rows.column_names:
+        row = int(vectors.rows["path"].index(query).as_py())
+        if row >= 0:
+            return row
+    if Path(query).is_file():
+        return None
+    if query.isdecimal() and int(query) < len(vectors):
+        return int(query)
+    raise UsageError(
+        f"no row or image {query!r}",
+        where=vectors.path,
+        expected=f"a path in the table, a row from 0 to {len(vectors) - 1:,}, or an image file",
+    )
+
+
+def _embed(vectors: Vectors, image: Path, model: Path | None) -> NDArray[np.float32]:
+    """The picture's vector (1, D), made as the table's were."""
+    digest = tables.bundle_of(vectors)
+    bundle = model or _bundle(digest, vectors)
+    found = contract.open_bundle(bundle).digest if bundle.is_dir() else digest
+    if found != digest:
+        raise RefusedError(
+            f"bundle {found[:12]}",
+            where=bundle,
+            expected=f"{digest[:12]}, which made {vectors.path}",
+            fix="name that bundle with --model, or embed the table again",
+        )
+    footer = vectors.footer
+    settings = encoder.Settings(
+        bundle,
+        engine=cast(precisions.Engine, footer["btpipe.engine"]),
+        precision=cast(precisions.Asked, footer["btpipe.precision"]),
+        layer=cast(precisions.Layer, footer["btpipe.layer"]),
+    )
+    return neighbours.normalize(encoder.Encoder(settings).embed([image]))
+
+
+def _bundle(digest: str, vectors: Vectors) -> Path:
+    """The bundle of this digest in exports/ or beside the table."""
+    for folder in (Path("exports"), vectors.path.absolute().parent / "exports"):
+        for manifest in sorted(folder.glob(f"*/{artifact.MANIFEST}")):
+            try:
+                if artifact.read(manifest.parent, contract.KIND).digest == digest:
+                    return manifest.parent
+            except BtpipeError:
+                continue
+    raise UsageError(
+        f"no bundle {digest[:12]} in exports/",
+        where=vectors.path,
+        fix="name the bundle that made the table: --model BUNDLE",
+    )
+
+
+def _table(vectors: Vectors, query: str, found: Found) -> Tabled:
+    lines = [
+        (f"{cosine:.4f}", vectors.text("path", row), vectors.text("label", row), str(row))
+        for row, cosine in zip(found.rows.tolist(), found.cosines.tolist(), strict=True)
+    ]
+    return Tabled(f"Most like {query}", ("cosine", "path", "label", "row"), tuple(lines))
+
+
+def _page(out: Path, vectors: Vectors, query: str, found: Found, images: Path | None) -> None:
+    pictures = Pictures(vectors, images)
+    if found.row is None:
+        source = _own(Path(query))
+        first = (
+            f'<figure><div class="picture"><img alt="query" src="{source}"></div>'
+            f"<figcaption>{page.text(query)}</figcaption></figure>"
+        )
+    else:
+        first = pictures.figure(found.row, [page.text(query)])
+    figures = [
+        pictures.figure(row, [f'<span class="number">{cosine:.3f}</span>', *named(vectors, row)])
+        for row, cosine in zip(found.rows.tolist(), found.cosines.tolist(), strict=True)
+    ]
+    about = f"{len(vectors):,} vectors of {vectors.path}, by cosine, the nearest first."
+    body = (
+        f'<h2>Asked for</h2><div class="gallery asked">{first}</div>'
+        f'<h2>Found</h2><div class="gallery">{"".join(figures)}</div>'
+        f'<p class="muted">{page.text(pictures.note())}</p>'
+    )
+    style = "h2 { margin: 0 0 10px; } .asked { margin-bottom: 24px; }"
+    page.write(out, f"Most like {query}", about, body, style=style)
+
+
+def _own(image: Path) -> str:
+    """The picture that was asked for."""
+    with PIL.Image.open(image) as picture:
+        return page.embedded(page.thumbnail(PIL.ImageOps.exif_transpose(picture)))
+
+
+def named(vectors: Vectors, row: int) -> list[str]:
+    """Label and path of a row as lines of HTML."""
+    label = vectors.text("label", row)
+    lines = [page.text(label)] if label else []
+    return [*lines, f'<span class="muted">{page.text(vectors.text("path", row))}</span>']
