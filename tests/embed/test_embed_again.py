@@ -1,5 +1,6 @@
 """A job run again costs what changed; shards make the table of one job; a list may be piped in."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -7,12 +8,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from tiny_run import draw_images, shared_home
 
 from btpipe.embed.job import Summary, embed
 from btpipe.embed.merging import merge
 from btpipe.errors import RefusedError, UsageError
-from btpipe.events import Event, Finished, Warned, ignore
+from btpipe.events import Event, Finished, Progressed, Warned, ignore
 
 IMAGES = 24
 
@@ -204,3 +206,31 @@ def test_a_list_on_standard_input_is_an_input(
     assert made.returncode == 0, made.stderr
     rows = pq.read_table(tmp_path / "v.parquet")["path"].to_pylist()
     assert rows == [os.fsdecode(name) for name in names]
+
+
+def test_files_that_change_or_vanish_while_a_job_runs_are_told(
+    bundle: Path, tmp_path: Path
+) -> None:
+    paths = draw_images(tmp_path / "images", 120)
+    changed, gone = paths[-1], paths[-3]
+    donor = draw_images(tmp_path / "donors", 3)[-1].read_bytes()
+    events: list[Event] = []
+
+    def meddle(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Progressed) and event.job == "embed" and gone.exists():
+            gone.unlink()
+            changed.write_bytes(donor)
+
+    out = tmp_path / "v.parquet"
+    embed(tmp_path / "images", out, bundle, meddle, device="cpu", part_rows=8, batch_size=4)
+    told = [event.text for event in events if isinstance(event, Warned)]
+    assert [text.partition(":")[0] for text in told] == ["b/119.jpg"]
+    rejects = pq.read_table(tmp_path / "v.rejects.parquet").to_pylist()
+    assert [(entry["path"], entry["reason"]) for entry in rejects] == [
+        ("b/117.jpg", "cannot be read: No such file or directory")
+    ]
+    row = pq.read_table(out).to_pylist()[-1]
+    with Image.open(changed) as image:
+        assert (row["width"], row["height"]) == image.size
+    assert row["digest"] == hashlib.sha256(donor).hexdigest()
