@@ -73,7 +73,9 @@ def test_another_ending_holds_the_rows_of_the_table_and_is_rerun_like_one(
 @pytest.mark.parametrize(
     "options",
     [
-        {"engine": "torch", "precision": "fp32", "layer": "layer2"},
+        pytest.param(
+            {"engine": "torch", "precision": "fp32", "layer": "layer2"}, marks=pytest.mark.slow
+        ),
         {"engine": "torch", "precision": "bf16", "normalize": True},
         {"normalize": True},
     ],

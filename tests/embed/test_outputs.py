@@ -184,7 +184,10 @@ def query(text: str) -> list[tuple[object, ...]]:
     return found.fetchall()
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(
+    "ending",
+    [".npy", *(pytest.param(e, marks=pytest.mark.slow) for e in ENDINGS if e != ".npy")],
+)
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, ending: str) -> None:
     def peak_bytes(written: int) -> int:
         code = f"import tiny_table; tiny_table.stream({str(tmp_path / f'v{ending}')!r}, {written})"
