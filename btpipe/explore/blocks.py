@@ -53,9 +53,17 @@ def nearest(
     best = _Best(len(queries), min(k, len(base)))
     rows = max(1, min(SCAN_ROWS, neighbours.BLOCK_BYTES // (4 * max(1, len(queries)))))
     for start in range(0, len(base), rows):
-        found = queries @ widen(base[start : start + rows]).T
-        best.offer(0, found, start)
+        best.offer(0, _similarities(queries, widen(base[start : start + rows])), start)
     return best.indices, best.similarities
+
+
+def _similarities(queries: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(m, D), (n, D) -> (m, n). For one query BLAS's threads wait for each other longer than they
+    work: 1.2 s of CPU for a million rows of 512 on a busy machine, and 0.2 without them.
+    """
+    if len(queries) == 1:
+        return np.asarray(np.einsum("nd,d->n", rows, queries[0])[None])
+    return queries @ rows.T
 
 
 def nearest_others(

@@ -108,10 +108,8 @@ class Pictures:
 
     def place(self, row: int) -> str | None:
         """The file of a row; None where it is a part of one."""
-        exact = None
-        if "path_bytes" in self._vectors.rows.column_names:
-            exact = self._vectors.rows["path_bytes"][row].as_py()
-        path = os.fsdecode(exact) if exact else self._vectors.text("path", row)
+        exact = self._vectors.cell("path_bytes", row)
+        path = os.fsdecode(exact) if isinstance(exact, bytes) else self._vectors.text("path", row)
         if _split(path)[1]:
             return None
         return places.join(self._root, path)

@@ -11,7 +11,7 @@ import PIL.ImageOps
 from numpy.typing import NDArray
 
 from btpipe import artifact, neighbours
-from btpipe.embed import encoder, precisions
+from btpipe.embed import precisions
 from btpipe.errors import BtpipeError, RefusedError, UsageError
 from btpipe.events import Finished, Report, Tabled
 from btpipe.explore import blocks, page, tables
@@ -44,8 +44,8 @@ def run(
 ) -> Found:
     """Reports the k rows of a table that are most like `query`, and writes a page if asked.
 
-    `query`: a path as it stands in the table, the number of a row, or an image file, which is
-    embedded with `model`, by default the bundle in exports/ that made the table.
+    `query`: an image file, which is embedded with `model`, by default the bundle in exports/ that
+    made the table; the number of a row; or a path as it stands in the table.
 
     Raises:
         UsageError: no such table, row or file; or no bundle with the digest that the table names.
@@ -77,18 +77,17 @@ def row_of(vectors: Vectors, query: str) -> int | None:
     Raises:
         UsageError: no such row, and no such file.
     """
-    if "path" in vectors.rows.column_names:
-        row = int(vectors.rows["path"].index(query).as_py())
-        if row >= 0:
-            return row
     if Path(query).is_file():
         return None
     if query.isdecimal() and int(query) < len(vectors):
         return int(query)
+    row = int(vectors.rows["path"].index(query).as_py())
+    if row >= 0:
+        return row
     raise UsageError(
         f"no row or image {query!r}",
         where=vectors.path,
-        expected=f"a path in the table, a row from 0 to {len(vectors) - 1:,}, or an image file",
+        expected=f"an image file, a row from 0 to {len(vectors) - 1:,}, or a path in the table",
     )
 
 
@@ -104,6 +103,9 @@ def _embed(vectors: Vectors, image: Path, model: Path | None) -> NDArray[np.floa
             expected=f"{digest[:12]}, which made {vectors.path}",
             fix="name that bundle with --model, or embed the table again",
         )
+    # Here and not above: the network's engine takes a second that a search by row need not wait.
+    from btpipe.embed import encoder  # noqa: PLC0415
+
     footer = vectors.footer
     settings = encoder.Settings(
         bundle,

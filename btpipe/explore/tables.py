@@ -7,6 +7,7 @@ with the table's size, time of change, first and last bytes, and older files of 
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import io
@@ -35,15 +36,25 @@ _EMBEDDING = "embedding"
 
 @dataclasses.dataclass(frozen=True)
 class Vectors:
-    """A table: `unit` are its vectors at length 1 (n, D), `rows` its other columns."""
+    """A table: `unit` are its vectors at length 1 (n, D); its other columns are read when asked."""
 
     path: Path
     footer: Mapping[str, str]
-    rows: pa.Table
     unit: Half
+    loaded: pa.Table | None = None
 
     def __len__(self) -> int:
         return len(self.unit)
+
+    @functools.cached_property
+    def rows(self) -> pa.Table:
+        """Every column but the vectors."""
+        return _others(self.path) if self.loaded is None else self.loaded
+
+    def take(self, rows: NDArray[np.int64]) -> "Vectors":
+        """The table of these rows, in memory."""
+        kept = np.asarray(self.unit[rows])
+        return dataclasses.replace(self, unit=kept, loaded=self.rows.take(pa.array(rows)))
 
     def column(self, name: str) -> list[str | None]:
         """A column as text; Nones where the table has none of that name."""
@@ -51,10 +62,49 @@ class Vectors:
             return [None] * len(self)
         return list(self.rows[name].cast(pa.string()).to_pylist())
 
+    def cell(self, name: str, row: int) -> str | bytes | int | None:
+        """One cell; of a large table only what lies around it is read."""
+        near, place = (self.rows, row) if self._groups is None else self._groups.around(row)
+        found: str | bytes | int | None = None
+        if name in near.column_names:
+            found = near[name][place].as_py()
+        return found
+
     def text(self, name: str, row: int) -> str:
         """One cell as text, "" where there is none."""
-        value = self.rows[name][row].as_py() if name in self.rows.column_names else None
+        value = self.cell(name, row)
         return "" if value is None else str(value)
+
+    @functools.cached_property
+    def _groups(self) -> "_Groups | None":
+        kind = outputs.kind_of(self.path)
+        if (
+            self.loaded is not None
+            or kind not in ("parquet", "array")
+            or len(self) <= table.ROW_GROUP_ROWS
+        ):
+            return None
+        return _Groups(self.path if kind == "parquet" else arrays.ids_path(self.path))
+
+
+class _Groups:
+    """The row groups of a parquet file, each read when a row of it is asked for, and kept."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        found = pq.read_metadata(path)
+        counts = [found.row_group(i).num_rows for i in range(found.num_row_groups)]
+        self._stops = np.cumsum(counts)
+        self._names = [n for n in pq.read_schema(path).names if n != _EMBEDDING]
+        self._kept: dict[int, pa.Table] = {}
+
+    def around(self, row: int) -> tuple[pa.Table, int]:
+        """The group that holds a row, and the row's place in it."""
+        group = int(np.searchsorted(self._stops, row, side="right"))
+        if group not in self._kept:
+            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
+                self._kept[group] = file.read_row_group(group, columns=self._names)
+        return self._kept[group], row - (int(self._stops[group - 1]) if group else 0)
 
 
 def open_vectors(path: Path, report: Report) -> Vectors:
@@ -78,7 +128,7 @@ def open_vectors(path: Path, report: Report) -> Vectors:
             unit = np.concatenate(list(_unit(path, dimension)))
         else:
             unit = _mapped(path, shape, report)
-        return Vectors(path, footer, _others(path), unit)
+        return Vectors(path, footer, unit)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise IntegrityError(f"cannot be read: {error}", where=path) from error
 

@@ -9,6 +9,7 @@ import vector_table
 from numpy.typing import NDArray
 
 from btpipe import neighbours
+from btpipe.embed import table
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import Event, Note, ignore
 from btpipe.explore import tables
@@ -74,6 +75,18 @@ def test_beside_a_table_that_is_read_only_the_file_is_in_the_cache(
     folder.chmod(0o700)
     assert kept(folder) == []
     assert len(kept(tmp_path / "home" / ".cache" / "btpipe" / "vectors")) == 1
+
+
+@pytest.mark.parametrize("name", ["v.parquet", "v.npy", "folder"])
+def test_cells_of_a_large_table_are_those_of_its_columns(tmp_path: Path, name: str) -> None:
+    path = vector_table.write(tmp_path / name, drawn(table.ROW_GROUP_ROWS + 10, 2))
+    opened, rows = tables.open_vectors(path, ignore), [0, 4095, 4096, 4105]
+    assert [opened.text("path", row) for row in rows] == [f"{row}.jpg" for row in rows]
+    assert [opened.text("label", row) for row in rows] == [""] * 4
+    taken = opened.take(np.array([4096, 3]))
+    assert taken.column("path") == ["4096.jpg", "3.jpg"]
+    assert taken.text("path", 1) == "3.jpg"
+    assert np.array_equal(taken.unit, opened.unit[[4096, 3]])
 
 
 def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
