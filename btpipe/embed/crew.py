@@ -155,16 +155,20 @@ class Crew:
         """Decodes the files that the lost worker had in hand, each alone; refuses the guilty."""
         contents = ((row, reading.read_file(self._index, row)) for row in rows)
         tasks = ((row, found.tobytes()) for row, found in contents if not isinstance(found, str))
-        decode = self._members[0].setup.decode
-        for row, answer in supervisor.supervise(
-            functools.partial(try_alone, decode),
+        answers = supervisor.supervise(
+            functools.partial(try_alone, self._members[0].setup.decode),
             tasks,
             processes=1,
             limit_seconds=self._limit_seconds,
             should_stop=self._is_stopped,
-        ):
-            if isinstance(answer, supervisor.Lost):
-                self._guilty[row] = answer.reason
+        )
+        try:
+            for row, answer in answers:
+                if isinstance(answer, supervisor.Lost):
+                    self._guilty[row] = answer.reason
+        except MachineError:
+            if not self._is_stopped():  # what asks every process to stop ends one that starts
+                raise
         for row in rows:
             self._deaths[row] += "SIGKILL" not in how  # that is somebody's, or want of memory
             if self._deaths[row] >= DEATHS:

@@ -1,6 +1,5 @@
 """An ONNX encoder in onnxruntime, on the provider that was asked for and no other. No torch."""
 
-import ctypes
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto
 
+from btpipe import runtime
 from btpipe.errors import IntegrityError, MachineError, UsageError
 from btpipe.export.contract import INPUT, OUTPUT, Preprocessing
 
@@ -130,25 +130,13 @@ def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
     if device == "cpu":
         return "cpu"
     built = PROVIDERS["cuda"] in onnxruntime.get_available_providers()
-    usable = built and gpu_count() > 0
+    usable = built and runtime.gpu_count() > 0
     if device == "cuda" and not usable:
         missing = "the driver shows no GPU" if built else "this onnxruntime is built without CUDA"
         raise MachineError(
             missing, where="device cuda", fix="use the CPU, or install what is missing"
         )
     return "cuda" if usable else "cpu"
-
-
-def gpu_count() -> int:
-    """GPUs that the driver lets this process use; asked of the driver itself, for want of torch."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
 
 
 def _providers(device: Literal["cpu", "cuda"]) -> list[str | tuple[str, dict[str, str]]]:

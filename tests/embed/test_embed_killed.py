@@ -101,7 +101,7 @@ def test_a_few_random_kills_of_any_process_leave_no_trace(bundle: Path, tmp_path
 
 @pytest.mark.slow
 def test_fifty_random_kills_of_any_process_leave_no_trace(bundle: Path, tmp_path: Path) -> None:
-    images = spoiled(tmp_path / "images", 1600)
+    images = spoiled(tmp_path / "images", 400)
     kill_again_and_again(tmp_path, bundle, images, KILLS)
 
 
