@@ -11,16 +11,40 @@ from btpipe.cli.options import Json, app, eval_app
 @eval_app.command("knn")
 def eval_knn(
     vectors: Annotated[Path, typer.Argument(help="Table whose rows are the neighbours.")],
-    test: Annotated[Path, typer.Option(help="Table whose rows are judged.")],
-    k: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="Neighbours that vote.")] = 20,
+    test: Annotated[
+        Path | None, typer.Option(help="Table whose rows are judged; a share of VECTORS if none.")
+    ] = None,
+    split: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of VECTORS that is judged, without --test.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Which rows the share is.")] = 0,
+    k: Annotated[
+        list[int] | None,
+        typer.Option("-k", "--neighbours", min=1, help="Neighbours that vote; 10, 20, 100, 200."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.001, help="Of the votes' weights.")] = 0.07,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Labels by path: path,label.")
+    ] = None,
+    label_column: Annotated[str, typer.Option(help="Column of the tables.")] = "label",
     as_json: Json = False,
 ) -> None:
     """Judge vectors by how many test images their nearest neighbours name rightly."""
     from btpipe import progress
     from btpipe.explore import knn
+    from btpipe.explore.labelled import Labels
 
     with progress.show("json" if as_json else "auto") as report:
-        report(knn.evaluate(vectors, test, k).table())
+        judged = knn.judge(
+            vectors,
+            test,
+            k or knn.KS,
+            labels=Labels(label_column, labels),
+            split=split,
+            seed=seed,
+            temperature=temperature,
+        )
+        report(judged if as_json else judged.table())
 
 
 @eval_app.command("linear")

@@ -2,18 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import neighbours
-from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import Tabled
+from btpipe.events import Event, Tabled
+from btpipe.explore import labelled
+from btpipe.explore.labelled import Labels
 
-BUNDLE_KEY = b"btpipe.bundle"
+KS = (10, 20, 100, 200)
+"""As in the literature on self-supervised learning."""
+TEMPERATURE = 0.07
 Z95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
 
@@ -47,7 +49,7 @@ def accuracy(
     test_vectors: NDArray[np.floating],
     test_labels: NDArray[np.int64],
     k: int = 20,
-    temperature: float = 0.07,
+    temperature: float = TEMPERATURE,
 ) -> Accuracy:
     """Weighted nearest-neighbour accuracy: (n, D), (n,), (m, D), (m,); labels from 0."""
     classes = int(max(train_labels.max(), test_labels.max())) + 1
@@ -77,74 +79,115 @@ def evaluate(vectors: Path, test: Path, k: int = 20) -> Accuracy:
         RefusedError: the tables were made by two bundles, or their vectors differ in dimension.
         IntegrityError: not a table of vectors.
     """
-    known, asked = _read(vectors), _read(test)
-    if vectors.samefile(test):
-        raise UsageError(
-            "each image would be its own neighbour", where=test, expected="a table of other images"
-        )
-    if known.bundle != asked.bundle:
-        raise RefusedError(
-            f"vectors of bundle {asked.bundle or 'unknown'}",
-            where=test,
-            expected=f"those of {known.bundle or 'unknown'}, as in {vectors}",
-            fix="embed both with the same --model",
-        )
-    if known.embeddings.shape[1] != asked.embeddings.shape[1]:
-        raise RefusedError(
-            f"vectors of {asked.embeddings.shape[1]} numbers",
-            where=test,
-            expected=f"{known.embeddings.shape[1]}, as in {vectors}",
-        )
-    names = {name: i for i, name in enumerate(sorted(set(known.labels)))}
-    unknown = sorted(set(asked.labels) - set(names))
-    if unknown:
-        raise UsageError(
-            f"classes without one neighbour to name them: {', '.join(unknown[:5])}"
-            f"{' ...' if len(unknown) > 5 else ''}",
-            where=test,
-            expected=f"classes of {vectors}: {', '.join(list(names)[:5])}"
-            f"{' ...' if len(names) > 5 else ''}",
-            fix="give both folders the same class folders",
-        )
-    return accuracy(
-        known.embeddings, _numbers(known, names), asked.embeddings, _numbers(asked, names), k
-    )
+    known, asked = labelled.pair(vectors, test, Labels())
+    return accuracy(*known.numbered(known.names), *asked.numbered(known.names), k)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Table:
-    bundle: str
-    labels: list[str]
-    embeddings: NDArray[np.floating]
+class Judged(Event):
+    """Shares of `n` test images, 0 to 1, for each k: the class is the first, among the first five.
 
+    `intervals1` and `intervals5` are 95 %. `unnamed` images have a class without a neighbour.
+    """
 
-def _numbers(table: _Table, names: dict[str, int]) -> NDArray[np.int64]:
-    return np.array([names[label] for label in table.labels], dtype=np.int64)
+    k: tuple[int, ...]
+    top1: tuple[float, ...]
+    top5: tuple[float, ...]
+    intervals1: tuple[tuple[float, float], ...]
+    intervals5: tuple[tuple[float, float], ...]
+    n: int
+    known: int
+    classes: int
+    majority: float
+    unnamed: int
+    left_out: int
+    temperature: float
 
-
-def _read(path: Path) -> _Table:
-    """Labels and vectors of a table, and the digest of the bundle that made them."""
-    if not path.is_file():
-        raise UsageError("no such table of vectors", where=path, fix="make it: btpipe embed")
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            bundle = (file.schema_arrow.metadata or {}).get(BUNDLE_KEY, b"").decode()
-            table = file.read(columns=["label", "embedding"])
-    except (pa.ArrowException, OSError) as error:
-        raise IntegrityError(f"cannot be read: {error}", where=path) from error
-    if set(table.column_names) != {"label", "embedding"} or not pa.types.is_fixed_size_list(
-        table.schema.field("embedding").type
-    ):
-        raise IntegrityError(
-            "is not a table of vectors", where=path, expected="made by btpipe embed"
+    def table(self) -> Tabled:
+        """The shares for people, in per cent."""
+        rows = []
+        for i, k in enumerate(self.k):
+            ones, fives = self.intervals1[i], self.intervals5[i]
+            first = f"{100 * self.top1[i]:.1f}", f"{100 * ones[0]:.1f} to {100 * ones[1]:.1f}"
+            five = f"{100 * self.top5[i]:.1f}", f"{100 * fives[0]:.1f} to {100 * fives[1]:.1f}"
+            rows.append((str(k), *first, *five))
+        note = (
+            f"{self.n:,} test images by {self.known:,}, {self.classes} classes (the commonest"
+            f" {100 * self.majority:.1f} %), cosine, weighted by exp(s / {self.temperature:g})"
         )
-    if table.num_rows == 0:
-        raise UsageError("holds no vectors", where=path, fix="embed a folder with images")
-    if table["label"].null_count:
-        raise UsageError(
-            f"{table['label'].null_count} of {table.num_rows} rows have no label",
-            where=path,
-            fix="embed a folder with one folder of images for each class",
+        if self.unnamed:
+            note += (
+                f"; {self.unnamed:,} have a class that no neighbour can name, and count as missed"
+            )
+        if self.left_out:
+            note += f"; {self.left_out:,} rows without a label are left out"
+        columns = ("k", "top-1 %", "95 % interval", "top-5 %", "95 % interval")
+        return Tabled("nearest neighbours", columns, tuple(rows), note)
+
+
+def judge(
+    vectors: Path,
+    test: Path | None,
+    ks: Sequence[int],
+    *,
+    labels: Labels = Labels(),
+    split: float = 0.2,
+    seed: int = 0,
+    temperature: float = TEMPERATURE,
+) -> Judged:
+    """Top-1 and top-5 for several k: on the table `test`, or on a share `split` of `vectors`.
+
+    A class's score is the sum of exp(cosine / temperature) over its neighbours (Wu et al., arXiv
+    1805.01978). Neighbours of equal cosine come in the order of their rows, classes of equal score
+    in that of their names; a class without a neighbour is never among the five. Which rows are
+    judged depends on the seed and on each image's content alone: copies stay on one side.
+
+    Raises:
+        UsageError: as `evaluate`; or a split that leaves one side empty.
+        RefusedError, IntegrityError: as `evaluate`.
+    """
+    if test is None:
+        known, asked = labelled.read(vectors, labels).divided(vectors, split, seed)
+        left_out = known.left_out
+    else:
+        known, asked = labelled.pair(vectors, test, labels)
+        left_out = known.left_out + asked.left_out
+    names = {name: i for i, name in enumerate(sorted(set(known.labels) | set(asked.labels)))}
+    known_vectors, known_labels = known.numbered(names)
+    asked_vectors, right = asked.numbered(names)
+    wanted = sorted({min(k, len(known_labels)) for k in ks})
+    indices, cosines = neighbours.nearest(asked_vectors, known_vectors, wanted[-1])
+    counts1, counts5 = [], []
+    for k in wanted:
+        scores = neighbours.vote(
+            indices[:, :k], cosines[:, :k], known_labels, len(names), temperature
         )
-    flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return _Table(bundle, table["label"].to_pylist(), flat.reshape(table.num_rows, -1))
+        places = ranks(scores, right)
+        counts1.append(int(np.count_nonzero(places < 1)))
+        counts5.append(int(np.count_nonzero(places < 5)))
+    total = len(right)
+    return Judged(
+        k=tuple(wanted),
+        top1=tuple(count / total for count in counts1),
+        top5=tuple(count / total for count in counts5),
+        intervals1=tuple(wilson(count, total) for count in counts1),
+        intervals5=tuple(wilson(count, total) for count in counts5),
+        n=total,
+        known=len(known_labels),
+        classes=len(names),
+        majority=float(np.bincount(right).max() / total),
+        unnamed=int(np.count_nonzero(~np.isin(right, known_labels))),
+        left_out=left_out,
+        temperature=temperature,
+    )
+
+
+def ranks(scores: NDArray[np.float64], right: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many classes come before the right one; more than there are where it has no vote.
+
+    (m, classes), (m,) -> (m,)
+    """
+    own = scores[np.arange(len(right)), right][:, None]
+    earlier = np.arange(scores.shape[1])[None] < right[:, None]
+    before = np.count_nonzero((scores > own) | ((scores == own) & earlier), axis=1)
+    return np.asarray(np.where(own[:, 0] > 0, before, scores.shape[1] + 5), np.int64)
