@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from btpipe.cli import explore, look, road, stages
+from btpipe.cli import draw, explore, look, road, stages
 from btpipe.cli.options import app
 
-__all__ = ["app", "explore", "look", "road", "stages"]
+__all__ = ["app", "draw", "explore", "look", "road", "stages"]
 
 
 def _version(asked: bool) -> None:

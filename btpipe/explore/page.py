@@ -58,12 +58,20 @@ def write(
     artifact.write_file(path, frame(title, about, body, style=style, script=script).encode())
 
 
-def frame(title: str, about: str, body: str, *, style: str = "", script: str = "") -> str:
+def frame(
+    title: str,
+    about: str,
+    body: str,
+    *,
+    style: str = "",
+    script: str = "",
+    policy: str = POLICY,
+) -> str:
     """The page that `write` writes."""
     end = f"<script>{script}</script>\n" if script else ""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{text(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n"
         f'<h1>{text(title)}</h1>\n<p class="sub">{text(about)}</p>\n{body}\n{end}'

@@ -130,6 +130,16 @@ def load(folder: Path, core: Core) -> None:
         raise IntegrityError(f"does not fit the recipe's network: {error}", where=folder) from error
 
 
+def model_state(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the whole network, encoder and projector.
+
+    Raises:
+        IntegrityError: the checkpoint is damaged.
+    """
+    artifact.verify(folder, KIND)
+    return load_file(folder / "model.safetensors")
+
+
 def encoder_state(folder: Path) -> dict[str, torch.Tensor]:
     """The encoder's tensors of a checkpoint under torchvision's names."""
     state = load_file(folder / "model.safetensors")

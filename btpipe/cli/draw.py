@@ -1,0 +1,62 @@
+"""The commands that draw pages: plot and map."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from btpipe.cli.options import Json, app
+
+
+@app.command()
+def plot(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run folders; the newest if none.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="X.html, or X.png.")] = Path("run.html"),
+    by: Annotated[Literal["step", "epoch"], typer.Option(help="What is below.")] = "step",
+    correlation: Annotated[
+        str,
+        typer.Option(
+            metavar="STEPS",
+            help="Cross-correlation matrices of these checkpoints: first,last or 0,300,900.",
+        ),
+    ] = "",
+    live: Annotated[
+        bool, typer.Option("--live", help="Until the runs end: the page shows what is new.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw where runs went: loss and floor, rates, ranks, correlations, kNN, speed."""
+    from btpipe import progress
+    from btpipe.explore import plots
+    from btpipe.export import contract
+
+    with progress.show("json" if as_json else "auto") as report:
+        found = runs or [contract.newest_run()]
+        plots.make(found, out, report, by=by, correlation=correlation, live=live)
+
+
+@app.command("map")
+def draw_map(
+    vectors: Annotated[Path, typer.Argument(help="Vectors that btpipe embed wrote.")],
+    out: Annotated[Path, typer.Option(help="X.html.")] = Path("map.html"),
+    by: Annotated[
+        Literal["pca", "umap"], typer.Option(help="pca: at once. umap: minutes, needs btpipe[map].")
+    ] = "pca",
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Folder that the pictures are below, if not the table's root."),
+    ] = None,
+    most: Annotated[
+        int, typer.Option(min=1, help="Points; of more rows, evenly chosen.")
+    ] = 100_000,
+    clusters: Annotated[int, typer.Option(min=1, help="Groups that k-means finds.")] = 12,
+    as_json: Json = False,
+) -> None:
+    """Draw vectors as a map to look around in: one page, pictures and neighbours in it."""
+    from btpipe import progress
+    from btpipe.explore import map as mapping
+
+    with progress.show("json" if as_json else "auto") as report:
+        mapping.make(vectors, out, report, by=by, most=most, clusters=clusters, images=images)

@@ -1,0 +1,88 @@
+"""`btpipe map`: all vectors of a table as points of one page, to look around in."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from btpipe.embed import table
+from btpipe.errors import UsageError
+from btpipe.events import Finished, Note, Report, Warned
+from btpipe.explore import blocks, layout, map_page, tables, thumbnails
+from btpipe.explore.map_page import Points
+from btpipe.explore.pictures import Pictures
+from btpipe.explore.tables import Vectors
+
+By = Literal["pca", "umap"]
+NEIGHBOURS = 10
+MOST_POINTS = 100_000
+CLUSTERS = 12
+CLUSTER_DIMENSIONS = 32
+"""Principal components that clusters are found in: the others are mostly noise."""
+
+
+def make(
+    vectors: Path,
+    out: Path,
+    report: Report,
+    *,
+    by: By = "pca",
+    most: int = MOST_POINTS,
+    clusters: int = CLUSTERS,
+    images: Path | None = None,
+) -> None:
+    """Writes the page. `images` is the folder that the pictures are below, if not the table's root.
+
+    Raises:
+        UsageError: no table there, no vectors in it, a name that is not X.html; or UMAP is asked
+            for and not installed.
+        IntegrityError: the table is damaged.
+        MachineError: no space, or no permission.
+    """
+    started = time.monotonic()
+    if out.suffix.lower() != ".html":
+        raise UsageError(f"--out {out}", expected="a name that ends in .html")
+    opened = tables.open_vectors(vectors, report)
+    rows = len(opened)
+    chosen = np.unique(np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64))
+    found = opened.take(chosen) if len(chosen) < rows else opened
+    pictures = Pictures(found, images)
+    small = thumbnails.make(len(found), pictures.content, report)
+    root = images or found.footer.get(table.ROOT, "")
+    if not small:
+        report(Warned(f"no pictures: they are not below {root}; name their folder: --images DIR"))
+    points = _points(found, by, clusters, small, report)
+    map_page.write(out, vectors.name, dataclasses.replace(points, rows=rows, root=_address(root)))
+    said = f"{out}: {len(found):,} points"
+    if len(found) < rows:
+        said += f", evenly chosen of {rows:,}"
+    said += f", {len(small):,} pictures in it, {out.stat().st_size / 1e6:.1f} MB"
+    report(Finished("map", said, time.monotonic() - started))
+
+
+def _address(folder: str | Path) -> str:
+    """The address of the folder that the rows' files are below; "" where it is not here."""
+    return Path(folder).absolute().as_uri() if str(folder) and Path(folder).is_dir() else ""
+
+
+def _points(found: Vectors, by: By, clusters: int, small: dict[int, str], report: Report) -> Points:
+    reduced = layout.principal(found.unit, CLUSTER_DIMENSIONS)
+    places = {"pca": reduced[:, :2]}
+    if by == "umap":
+        report(Note("UMAP takes about a minute for 10,000 vectors; --by pca is there at once"))
+        places = {"umap": layout.umap(found.unit), **places}
+    report(Note(f"finding the {NEIGHBOURS} nearest of each of {len(found):,} vectors"))
+    nearest, cosines = blocks.nearest_others(found.unit, NEIGHBOURS)
+    return Points(
+        paths=[path or "" for path in found.column("path")],
+        labels=[label or "" for label in found.column("label")],
+        clusters=layout.clusters(reduced, clusters),
+        places=places,
+        nearest=nearest,
+        cosines=cosines,
+        root="",
+        thumbnails=small,
+        rows=len(found),
+    )

@@ -1,0 +1,87 @@
+"""`btpipe plot`: where runs went, in one picture; while they go on, again and again."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from btpipe import runtime
+from btpipe.errors import UsageError
+from btpipe.events import Finished, Note, Report
+from btpipe.explore import history, plots_page
+from btpipe.explore.correlation import Matrix
+from btpipe.explore.curves import By
+from btpipe.explore.history import History
+
+RELOAD_SECONDS = 5
+KINDS = (".html", ".png")
+Write = Callable[[Sequence[History], bool], None]
+
+
+def make(
+    runs: Sequence[Path],
+    out: Path,
+    report: Report,
+    *,
+    by: By = "step",
+    correlation: str = "",
+    live: bool = False,
+) -> None:
+    """Writes the picture of the runs; `live`: until they ended, or a signal comes.
+
+    Raises:
+        UsageError: no such run, a name that is neither X.html nor X.png, or a PNG that should live.
+        UsageError: `correlation` names a step without a checkpoint.
+        MachineError: no space, or no permission.
+    """
+    started = time.monotonic()
+    if out.suffix.lower() not in KINDS:
+        raise UsageError(f"--out {out}", expected="a name that ends in .html or .png")
+    if live and out.suffix.lower() != ".html":
+        raise UsageError(
+            f"--live with --out {out}",
+            expected="a page, which reads itself again",
+            fix="--out X.html",
+        )
+    found = [history.read(run) for run in runs]
+    matrices = [] if not correlation else _matrices(runs, correlation, report)
+    write = _writer(out, matrices, by)
+    if live:
+        report(Note(f"{out}: open it; it shows what is new every {RELOAD_SECONDS} seconds"))
+        found = _follow(runs, found, write)
+    write(found, False)
+    alarms = sum(len(run.alarms) for run in found)
+    said = f"{out}: {len(found)} run{'s' * (len(found) > 1)}, {alarms} alarm{'s' * (alarms != 1)}"
+    report(Finished("plot", said, time.monotonic() - started))
+
+
+def _writer(out: Path, matrices: Sequence[Matrix], by: By) -> Write:
+    """What writes `out`; matplotlib is loaded for a PNG alone."""
+    if out.suffix.lower() == ".png":
+        from btpipe.explore import plots_png  # noqa: PLC0415 - an extra
+
+        return lambda runs, _: plots_png.write(out, runs, matrices, by)
+    return lambda runs, live: plots_page.write(
+        out, runs, matrices, by, reload_seconds=RELOAD_SECONDS if live else 0
+    )
+
+
+def _follow(runs: Sequence[Path], found: list[History], write: Write) -> list[History]:
+    """Writes pages that read themselves again, until all runs ended or a signal came."""
+    with runtime.StopSignals() as signals:
+        write(found, True)
+        looked = time.monotonic()
+        while not signals.asked and not all(run.ended for run in found):
+            time.sleep(0.1)
+            if time.monotonic() - looked < RELOAD_SECONDS:
+                continue
+            looked, now = time.monotonic(), [history.read(run) for run in runs]
+            if now != found:
+                found = now
+                write(found, True)
+    return found
+
+
+def _matrices(runs: Sequence[Path], asked: str, report: Report) -> list[Matrix]:
+    from btpipe.explore import correlation  # noqa: PLC0415 - torch, for those who ask for it
+
+    return [matrix for run in runs for matrix in correlation.measure(run, asked, report)]

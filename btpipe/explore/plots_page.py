@@ -1,0 +1,130 @@
+"""The picture of runs as one page of HTML: plotly.js, the numbers and what happened."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from plotly.offline import get_plotlyjs
+
+from btpipe.explore import curves, history, page
+from btpipe.explore.correlation import Matrix
+from btpipe.explore.curves import By, Panel
+from btpipe.explore.history import History
+
+SCRIPT = Path(__file__).with_name("plots.js")
+STYLE = """
+body { max-width: 1320px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr));
+  gap: 26px 24px; margin-bottom: 28px; }
+.panel p { margin: 2px 0 0; color: var(--muted); font-size: 12.5px; }
+.plot { height: 300px; } .square .plot { height: 470px; }
+h2.part { margin: 8px 0 12px; }
+.marks td { padding: 2px 16px 2px 0; vertical-align: top; } .marks { margin: 0 0 24px; }
+.marks .alarm { color: var(--mark); white-space: nowrap; }
+"""
+
+
+def write(
+    path: Path,
+    runs: Sequence[History],
+    matrices: Sequence[Matrix],
+    by: By,
+    *,
+    reload_seconds: int = 0,
+) -> None:
+    """Writes the page; with `reload_seconds` it reads itself again after as many.
+
+    Raises:
+        MachineError: no space, or no permission.
+    """
+    panels, missing = curves.panels(runs, by)
+    names = history.names(runs)
+    content = {
+        "by": by,
+        "reload": reload_seconds,
+        "panels": [dataclasses.asdict(panel) for panel in panels],
+        "marks": _marks(runs, names, by),
+        "matrices": [_matrix(matrix) for matrix in matrices],
+    }
+    text = json.dumps(content, allow_nan=False).replace("</", "<\\/")
+    script = f"{get_plotlyjs()}\nconst CONTENT = {text};\n{SCRIPT.read_text()}"
+    title = "Runs: " + ", ".join(names) if len(runs) > 1 else f"Run {names[0]}"
+    body = _body(runs, panels, missing, matrices)
+    page.write(path, title, about(runs), body, style=STYLE, script=script)
+
+
+def about(runs: Sequence[History]) -> str:
+    """How far the runs are."""
+    said = []
+    for name, run in zip(history.names(runs), runs, strict=True):
+        epochs = run.step / run.steps_per_epoch
+        state = f"step {run.step:,} of {run.steps:,} (epoch {epochs:.1f})"
+        said.append(f"{name}: {state}" if len(runs) > 1 else state)
+    return "; ".join(said)
+
+
+def _body(
+    runs: Sequence[History],
+    panels: Sequence[Panel],
+    missing: Sequence[str],
+    matrices: Sequence[Matrix],
+) -> str:
+    drawn = "\n".join(
+        _panel(f"panel{i}", f"{panel.title}{f', {panel.unit}' if panel.unit else ''}", panel.about)
+        for i, panel in enumerate(panels)
+    )
+    parts = [f'<div class="panels">\n{drawn}\n</div>', _happened(runs)]
+    if missing:
+        parts.append(f'<p class="sub">Nothing was logged for: {page.text(", ".join(missing))}.</p>')
+    if matrices:
+        squares = "\n".join(
+            _panel(f"matrix{i}", f"{matrix.run}, step {matrix.step:,}", matrix.about, " square")
+            for i, matrix in enumerate(matrices)
+        )
+        parts.append(
+            '<h2 class="part">Cross-correlation of the two views</h2>\n'
+            f'<div class="panels">\n{squares}\n</div>'
+        )
+    return "\n".join(part for part in parts if part)
+
+
+def _panel(name: str, title: str, about: str, kind: str = "") -> str:
+    return (
+        f'<section class="panel{kind}"><h2>{page.text(title)}</h2><p>{page.text(about)}</p>'
+        f'<div class="plot" id="{name}"></div></section>'
+    )
+
+
+def _happened(runs: Sequence[History]) -> str:
+    """A table of alarms, restarts and what was unreadable."""
+    rows = []
+    for name, run in zip(history.names(runs), runs, strict=True):
+        for mark in sorted((*run.alarms, *run.starts), key=lambda mark: mark.step):
+            kind = "" if mark in run.starts else ' class="alarm"'
+            cells = (f"{name}, step {mark.step:,}", mark.about, mark.text)
+            first, about, text = (page.text(cell) for cell in cells)
+            rows.append(f"<tr><td>{first}</td><td{kind}>{about}</td><td>{text}</td></tr>")
+        if run.damaged_lines:
+            text = f"{run.damaged_lines} lines of events.jsonl could not be read"
+            rows.append(
+                f"<tr><td>{page.text(name)}</td><td>damaged</td><td>{page.text(text)}</td></tr>"
+            )
+    return f'<table class="marks">{"".join(rows)}</table>' if rows else ""
+
+
+def _marks(runs: Sequence[History], names: Sequence[str], by: By) -> list[dict[str, object]]:
+    return [
+        {
+            "x": curves.place(run, mark.step, by),
+            "text": f"{mark.about} ({name}, step {mark.step:,})",
+            "alarm": mark in run.alarms,
+        }
+        for name, run in zip(names, runs, strict=True)
+        for mark in (*run.alarms, *run.starts)
+    ]
+
+
+def _matrix(matrix: Matrix) -> dict[str, object]:
+    return {"cells": np.round(matrix.cells, 3).tolist(), "block": matrix.block}
