@@ -200,6 +200,7 @@ def test_nothing_in_a_file_is_executed(made: tuple[Path, set[bytes], set[bytes]]
     }
 
 
+@pytest.mark.slow
 def test_pixel_bombs_cost_no_memory(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -16,7 +16,7 @@ from btpipe.embed.job import embed
 from btpipe.errors import MachineError
 from btpipe.events import ignore
 
-KILLS, FEW_KILLS = 50, 4
+KILLS, FEW_KILLS = 50, 2
 DISKS = ("16k", "200k", "272k", "320k")
 """Too small for the index; for the parts; for the table beside the parts, twice."""
 
@@ -95,7 +95,7 @@ def kill_again_and_again(folder: Path, bundle: Path, images: Path, kills: int) -
 
 
 def test_a_few_random_kills_of_any_process_leave_no_trace(bundle: Path, tmp_path: Path) -> None:
-    images = spoiled(tmp_path / "images", 160)
+    images = spoiled(tmp_path / "images", 80)
     kill_again_and_again(tmp_path, bundle, images, FEW_KILLS)
 
 
