@@ -36,9 +36,10 @@ a { color: var(--link); }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr));
   gap: 16px 14px; }
 figure { margin: 0; min-width: 0; }
-.picture { aspect-ratio: 1; background: var(--frame); display: grid; place-items: center;
+.picture { position: relative; aspect-ratio: 1;
+  background: var(--frame); display: grid; place-items: center;
   border-radius: 4px; overflow: hidden; color: var(--muted); text-align: center; }
-.picture img { display: block; width: 100%; height: 100%; object-fit: contain; }
+.picture img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; }
 figcaption { margin-top: 6px; font-size: 12px; line-height: 1.35; overflow-wrap: anywhere; }
 figcaption .number { font-variant-numeric: tabular-nums; font-weight: 600; }
 figcaption .muted, .muted { color: var(--muted); }
