@@ -1,19 +1,15 @@
 """The weights of a bundle in torch: the reference in fp32, the fast float engine in bf16."""
 
-import copy
-import itertools
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import ResNet
 
-from btpipe import recipe
 from btpipe.embed.precisions import LAYERS, Layer, Precision
-from btpipe.errors import IntegrityError, MachineError
+from btpipe.errors import MachineError
 from btpipe.export import contract, weights
 from btpipe.export.session import Device
 
@@ -36,7 +32,7 @@ class TorchEngine:
     ) -> None:
         self.device: Literal["cpu", "cuda"] = resolve_device(device)
         self.layer, self._dtype = layer, DTYPES[precision]
-        network = weights.load(bundle.folder / contract.WEIGHTS, _described(bundle))
+        network = weights.load(bundle.folder / contract.WEIGHTS, weights.described(bundle))
         assert isinstance(network, ResNet)
         stages = [network.layer1, network.layer2, network.layer3, network.layer4]
         wanted = LAYERS.index(layer) if layer != "pooled" else len(stages)
@@ -45,7 +41,7 @@ class TorchEngine:
         stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
         whole: nn.Module = nn.Sequential(stem, *stages[:wanted])
         if precision != "fp32":
-            whole = folded(whole).to(self._dtype).to(memory_format=torch.channels_last)
+            whole = weights.folded(whole).to(self._dtype).to(memory_format=torch.channels_last)
         elif self.device == "cuda":
             torch.backends.cudnn.allow_tf32 = False
         self._network = whole.to(self.device)
@@ -81,31 +77,3 @@ def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
             "torch sees no GPU", where="device cuda", fix="use the CPU, or install what is missing"
         )
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def folded(network: nn.Module) -> nn.Module:
-    """A copy in which each batch norm that follows a convolution is part of it."""
-    made = copy.deepcopy(network)
-    for parent in list(made.modules()):
-        children = list(parent.named_children())
-        for (name, first), (next_name, second) in itertools.pairwise(children):
-            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
-                setattr(parent, name, fuse_conv_bn_eval(first, second))
-                setattr(parent, next_name, nn.Identity())
-    return made
-
-
-def _described(bundle: contract.Bundle) -> recipe.Network:
-    """The network that the bundle's weights are of.
-
-    Raises:
-        IntegrityError: one that this version does not know.
-    """
-    try:
-        return recipe.Network.model_validate({"backbone": bundle.architecture, "stem": bundle.stem})
-    except ValueError as error:
-        raise IntegrityError(
-            f"architecture {bundle.architecture!r}, stem {bundle.stem!r}",
-            where=bundle.folder / contract.CONFIG,
-            expected="a ResNet of torchvision, stem imagenet or small",
-        ) from error

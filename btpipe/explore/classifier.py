@@ -29,7 +29,7 @@ from btpipe.errors import IntegrityError, NumericsError, Stopped
 from btpipe.events import Progressed, Report, Warned
 from btpipe.export import contract, weights
 from btpipe.pretrain import network, norm
-from btpipe.recipe import Blur, Data, Jitter, Network, Optim, Recipe, Run, View
+from btpipe.recipe import Blur, Data, Jitter, Optim, Recipe, Run, View
 from btpipe.recipe.protocols import Protocol
 from btpipe.runtime import Runtime
 
@@ -87,9 +87,8 @@ class Classifier(nn.Module):
 
     def __init__(self, bundle: contract.Bundle, classes: int, *, tuned: bool, seed: int) -> None:
         super().__init__()
-        described = Network.model_validate({"backbone": bundle.architecture, "stem": bundle.stem})
         layer = norm.ViewBatchNorm if tuned else nn.BatchNorm2d
-        self.encoder = network.encoder(described, layer)
+        self.encoder = network.encoder(weights.described(bundle), layer)
         state = load_file(bundle.folder / contract.WEIGHTS)
         try:
             self.encoder.load_state_dict(state)

@@ -1,6 +1,5 @@
 """The encoder as ONNX files: uint8 pixels in, float32 embeddings out, normalisation inside."""
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -8,12 +7,11 @@ from typing import Literal
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import resnet
 
 from btpipe import __version__
 from btpipe.artifact import write_file
 from btpipe.errors import MachineError
+from btpipe.export import weights
 from btpipe.export.contract import INPUT, OUTPUT, Preprocessing
 
 OPSET = 20
@@ -115,20 +113,8 @@ def finished(model: onnx.ModelProto, preprocessing: Preprocessing, license_name:
 
 
 def _folded(encoder: nn.Module) -> nn.Module:
-    """A copy with batch norm inside the convolutions, which half precision would else round twice.
-
-    w' = w g / sqrt(v + e), b' = b - m g / sqrt(v + e), for batch norm's g, b, m, v and e.
-    """
-    folded = copy.deepcopy(encoder).eval()
-    for block in folded.modules():
-        for i in ("1", "2", "3"):
-            norm = getattr(block, f"bn{i}", None)
-            if isinstance(norm, nn.BatchNorm2d):
-                setattr(block, f"conv{i}", fuse_conv_bn_eval(getattr(block, f"conv{i}"), norm))
-                setattr(block, f"bn{i}", nn.Identity())
-        if isinstance(block, resnet.BasicBlock | resnet.Bottleneck) and block.downsample:
-            convolution, norm = block.downsample
-            block.downsample = nn.Sequential(fuse_conv_bn_eval(convolution, norm))
+    """A copy without batch norm, and with a pooling that leaves no shapes in the graph."""
+    folded = weights.folded(encoder)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     folded.avgpool = Pooled()
     return folded

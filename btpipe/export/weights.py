@@ -1,6 +1,8 @@
 """The encoder's weights as safetensors under torchvision's names, and an encoder from them."""
 
+import copy
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from btpipe import artifact, recipe
 from btpipe.errors import IntegrityError
+from btpipe.export import contract
 from btpipe.export.contract import Preprocessing
 from btpipe.pretrain import network
 
@@ -61,6 +65,37 @@ def from_state(state: Mapping[str, Tensor], described: recipe.Network) -> nn.Mod
     encoder: nn.Module = network.encoder(described)
     encoder.load_state_dict(dict(state))
     return encoder.float().eval()
+
+
+def described(bundle: contract.Bundle) -> recipe.Network:
+    """The network that a bundle's weights are of.
+
+    Raises:
+        IntegrityError: one that this version does not know.
+    """
+    try:
+        return recipe.Network.model_validate({"backbone": bundle.architecture, "stem": bundle.stem})
+    except ValueError as error:
+        raise IntegrityError(
+            f"architecture {bundle.architecture!r}, stem {bundle.stem!r}",
+            where=bundle.folder / contract.CONFIG,
+            expected="a ResNet of torchvision, stem imagenet or small",
+        ) from error
+
+
+def folded(encoder: nn.Module) -> nn.Module:
+    """A copy with batch norm inside the convolutions, which half precision would else round twice.
+
+    w' = w g / sqrt(v + e), b' = b - m g / sqrt(v + e), for batch norm's g, b, m, v and e.
+    """
+    made = copy.deepcopy(encoder).eval()
+    for parent in list(made.modules()):
+        children = list(parent.named_children())
+        for (name, first), (next_name, second) in itertools.pairwise(children):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(first, second))
+                setattr(parent, next_name, nn.Identity())
+    return made
 
 
 def calibrate(
