@@ -92,9 +92,9 @@ const size = () => (count > 30000 ? 3 : count > 5000 ? 4 : 6);
 function overlay(now) {
   const { x, y } = places[$("layout").value];
   const ring = (rows, color, across, width) => ({
-    type: "scatter", mode: "markers", x: rows.map((r) => x[r]), y: rows.map((r) => y[r]),
+    type: "scattergl", mode: "markers", x: rows.map((r) => x[r]), y: rows.map((r) => y[r]),
     hoverinfo: "skip", showlegend: false,
-    marker: { size: across, color: "rgba(0,0,0,0)", line: { color, width } },
+    marker: { size: across, color, symbol: "circle-open", line: { width } },
   });
   return [ring(rings.found, now.ink, 8, 1.2), ring(rings.near, now.ink, 12, 2),
           ring(rings.chosen, "#ff2d2d", 17, 3)];

@@ -159,12 +159,14 @@ def test_a_browser_draws_the_points_shows_pictures_and_neighbours(
         hovered = str(tab.ask("$('card').innerText"))
         tab.click(x, y)
         tab.wait_for("document.querySelectorAll('#side .row').length === 10")
+        ring = (np.abs(tab.pixels().astype(int) - (255, 45, 45)).max(axis=2) < 60).sum()
         near = tab.ask("[...document.querySelectorAll('#side .row')].map((r) => +r.dataset.row)")
         tab.ask("$('search').value = 'GREEN/07'; $('search').oninput()")
         tab.wait_for("$('found').textContent === '1 found'")
         tab.ask("$('color').value = 'cluster'; void $('color').onchange()")
-        tab.wait_for("$('map').data.filter((t) => t.type === 'scattergl').length === 3")
+        tab.wait_for("$('map').data.filter((t) => t.showlegend !== false).length === 3")
         assert (tab.problems, tab.requests) == ([], [])
+    assert ring > 30, "the chosen point is not marked"
     assert hovered.split("/", maxsplit=1)[0] in COLORS
     rows = grouped()
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
