@@ -75,7 +75,7 @@ def test_the_network_takes_two_views_and_keeps_torchvisions_names() -> None:
     settings = Network(backbone="resnet18", stem="small", projector=(32, 16))
     model = network.BarlowTwins(settings)
     views = torch.randint(0, 256, (2, 4, 32, 32, 3), dtype=torch.uint8)
-    z1, z2, _ = model(views[0], views[1])
+    (z1, z2), _ = model(views[0], views[1])
     assert z1.shape == z2.shape == (4, 16)
     plain = network.encoder(settings)
     state = {
