@@ -4,6 +4,7 @@
 #   make test       lint, format, types, and the tests that take seconds
 #   make test-slow  the tests that take minutes
 #   make test-readers  bundles in torchvision, timm, fastembed, transformers; tables in LanceDB, datasets
+#   make test-ray   `embed --cluster ray` with the real Ray, on this machine
 #   make peers      an environment with lightly beside ours, in build/peers (see tests/peers)
 #   make format     put the code into the form that `make test` wants
 #   make lock       resolve requirements.lock anew (uses uv)
@@ -20,10 +21,10 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3
 	&& echo $$python && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-readers peers format lock clean
+.PHONY: help demo test test-slow test-readers test-ray peers format lock clean
 
 help:
-	@sed -n '3,10s/^#   //p' Makefile
+	@sed -n '3,11s/^#   //p' Makefile
 
 demo: $(STAMP)
 	@$(BIN)/btpipe demo
@@ -54,6 +55,15 @@ test-readers: $(STAMP)
 	@build/readers/bin/pip install --quiet timm==1.0.31 transformers==5.24.0 fastembed==0.9.1 \
 		datasets==5.2.0 lancedb==0.40.0 pylance==14.0.2
 	HF_HUB_OFFLINE=1 build/readers/bin/python -m pytest tests/readers
+
+# Shares likewise.
+test-ray: $(STAMP)
+	@$(PYTHON) -m venv build/ray
+	@printf '%s\n%s\n' "$(CURDIR)" \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		> "$$(build/ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	@build/ray/bin/pip install --quiet 'ray[data]==2.60.0'
+	build/ray/bin/python -m pytest tests/cluster
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

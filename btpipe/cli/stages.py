@@ -232,6 +232,13 @@ def embed(
             min=0, help="Processes, each with its share of the cores; 0: one for each GPU, or one."
         ),
     ] = 0,
+    cluster: Annotated[
+        Literal["none", "ray"],
+        typer.Option(
+            help="ray: workers on all machines of the Ray cluster in RAY_ADDRESS, or of one started"
+            " here; one for each GPU, or machine. Needs btpipe[ray]."
+        ),
+    ] = "none",
     shard: Annotated[
         str, typer.Option(metavar="I/N", help="Only the I-th of N shares, from 0; see merge.")
     ] = "",
@@ -266,6 +273,7 @@ def embed(
             report,
             batch_size=batch_images(batch_size),
             workers=workers,
+            cluster=cluster,
             shard=shard,
             limit_seconds=limit,
             engine=engine,

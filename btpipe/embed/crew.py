@@ -46,11 +46,33 @@ Answer = Ready | Wanted | Advanced | Written | Failed
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy other threads' locks
 
 
+def setups(setup: Setup, workers: int) -> list[Setup]:
+    """One setup for each worker of this machine, with the cores and the GPU that are its own.
+
+    Raises:
+        UsageError: more workers than cores.
+    """
+    gpus = runtime.gpu_count() if setup.choice.device != "cpu" else 0
+    groups = runtime.core_groups(workers or max(gpus, 1))
+    return [
+        dataclasses.replace(setup, cores=cores, gpu=i % gpus if gpus else None)
+        for i, cores in enumerate(groups)
+    ]
+
+
 class Crew:
     """Processes that open the bundle at once and make parts when they are told which."""
 
-    def __init__(self, limit_seconds: float, report: Report, signals: runtime.StopSignals) -> None:
+    def __init__(
+        self,
+        setups: Sequence[Setup],
+        limit_seconds: float,
+        report: Report,
+        signals: runtime.StopSignals,
+    ) -> None:
+        self._setups = setups
         self._limit_seconds, self._report, self._signals = limit_seconds, report, signals
+        self._begin: Begin | None = None
         self._fruitless = 0
         self._deaths: collections.Counter[int] = collections.Counter()
         self._losses: collections.Counter[int] = collections.Counter()
@@ -65,10 +87,10 @@ class Crew:
         for member in self._members:
             member.end()
 
-    def hire(self, setups: Sequence[Setup]) -> None:
-        """Starts a process for each, if that was not done yet."""
+    def hire(self) -> None:
+        """Starts a process for each setup, if that was not done yet."""
         if not self._members:
-            self._members = [_Member(setup) for setup in setups]
+            self._members = [_Member(setup) for setup in self._setups]
 
     def _is_stopped(self) -> bool:
         return bool(self._signals.asked)
@@ -78,14 +100,17 @@ class Crew:
     ) -> Iterator[Written | Advanced]:
         """Has the parts made, and tells of each. When asked to stop, it ends within a second.
 
+        It may be asked for more parts of the same plan later.
+
         Raises:
             BtpipeError: whatever ended a worker that could say so.
             MachineError: workers die one after the other, and no file is to blame.
         """
-        self._begin, self._index = begin, index
         self._waiting = collections.deque(orders)
-        for member in self._members:
-            member.say(begin)
+        if self._begin is None:
+            self._begin, self._index = begin, index
+            for member in self._members:
+                member.say(begin)
         while not self._is_stopped() and (self._waiting or any(m.orders for m in self._members)):
             for member in self._members:
                 if self._waiting and member.is_idle:
@@ -126,6 +151,7 @@ class Crew:
 
     def _check(self, ready: Ready) -> None:
         """Raises MachineError where the worker computes otherwise than the plan says."""
+        assert self._begin is not None
         footer = self._begin.footer
         planned = Ready(footer.engine, footer.precision, footer.dimension)
         if ready != planned:
@@ -147,6 +173,7 @@ class Crew:
             raise MachineError(f"workers are lost one after the other; the last {how}", fix=fix)
         self._report(Warned(f"a worker {how}: it is replaced, and its work done again"))
         self._judge(rows, how)
+        assert self._begin is not None
         fresh = _Member(member.setup)
         fresh.say(self._begin)
         return fresh

@@ -5,18 +5,20 @@ workers and committed in `X.parquet.work/` while the job runs; the same command 
 the last one. A table that is there gives its vectors to files whose content is as it was.
 """
 
+import contextlib
 import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from btpipe import artifact, runtime
 from btpipe.data.index import Index, build
 from btpipe.data.limits import DECODE_SECONDS
 from btpipe.embed import known, outputs, precisions, table, work
-from btpipe.embed.crew import Crew
+from btpipe.embed.crew import Crew, setups
+from btpipe.embed.on_ray import RayCrew
 from btpipe.embed.orders import Choice, Setup
 from btpipe.embed.shares import Share
 from btpipe.embed.writer import Writer
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from btpipe.embed.orders import Decode
     from btpipe.export.session import Device  # which loads onnxruntime: the workers' business
 
+Cluster = Literal["none", "ray"]
 PART_ROWS = 1024
 """Half a minute's work of two cores, and what a kill can cost."""
 
@@ -60,6 +63,7 @@ def embed(
     batch_size: int | None = None,
     threads: int = 0,
     workers: int = 0,
+    cluster: Cluster = "none",
     max_bad: float | None = None,
     device: "Device" = "auto",
     engine: precisions.Engine = "auto",
@@ -78,6 +82,7 @@ def embed(
 
     `source`: folders, file lists, tar shards, parquet with image bytes, an index, URLs of these.
     `workers`: processes; 0 is one for each GPU, or one. `threads` of each; 0 is one for each core.
+    `cluster` "ray": they are on the machines of a Ray cluster, one for each GPU or machine.
     `max_bad`: how many inputs may be bad, an int for a count and a float for a share of them; None:
     any number. `shard`: "i/n", the i-th (from 0) of n shares. `overwrite`: replace the table, or
     drop the unfinished work, of another bundle. `repair`: read all of a finished table and compute
@@ -85,7 +90,7 @@ def embed(
     `limit_seconds`: for one decode; `decode` stands in for DALI's decoder.
 
     Raises:
-        UsageError: no such input, no image in it, `out` is one of them, or no such bundle.
+        UsageError: no such input, no image in it, `out` is one of them, no such bundle, or no Ray.
         RefusedError: `out` is of another bundle, or another process is at work on it.
         BudgetError: finished, with more bad inputs than `max_bad`.
         MachineError: no space, or no permission; what is committed stays.
@@ -94,16 +99,22 @@ def embed(
     started = time.monotonic()
     outputs.check(out)
     choice = Choice(bundle, device, engine, precision, layer, normalize)
-    setups = _setups(Setup(choice, threads, decode=decode), workers)
-    with runtime.StopSignals() as signals, Crew(limit_seconds, report, signals) as crew:
+    setup = Setup(choice, threads, decode=decode)
+    with runtime.StopSignals() as signals, contextlib.ExitStack() as stack:
+        hands = (limit_seconds, report, signals)
+        crew: Crew | RayCrew
+        if cluster == "ray":
+            crew = stack.enter_context(RayCrew(setup, workers, *hands))
+        else:
+            crew = stack.enter_context(Crew(setups(setup, workers), *hands))
         run = _Run(out, choice, Share.parse(shard), dtype, _Ear(report, signals))
         run.look_at_table(overwrite=overwrite, repair=repair)
         if run.before is None:
-            crew.hire(setups)  # a worker starts in seconds: while the inputs are listed
+            crew.hire()  # a worker starts in seconds: while the inputs are listed
         run.plan(source, part_rows)
         images = 0
         if run.is_due():
-            crew.hire(setups)
+            crew.hire()
             images = run.make(crew, batch_size, overwrite=overwrite)
     summary = run.summary(images, time.monotonic() - started)
     _tell(summary, report)
@@ -197,7 +208,7 @@ class _Run:
                 work.remove(self._folder)
         return not self._is_finished
 
-    def make(self, crew: Crew, batch_size: int | None, *, overwrite: bool) -> int:
+    def make(self, crew: Crew | RayCrew, batch_size: int | None, *, overwrite: bool) -> int:
         """Makes the table; returns how many images went through the workers."""
         with work.locked(self._folder), artifact.disk_errors(self._out):
             writer = Writer(
@@ -234,20 +245,6 @@ class _Run:
             reused=self._reused,
             dropped=self._dropped,
         )
-
-
-def _setups(setup: Setup, workers: int) -> list[Setup]:
-    """One for each worker, with the cores and the GPU that are its own.
-
-    Raises:
-        UsageError: more workers than cores.
-    """
-    gpus = runtime.gpu_count() if setup.choice.device != "cpu" else 0
-    groups = runtime.core_groups(workers or max(gpus, 1))
-    return [
-        dataclasses.replace(setup, cores=cores, gpu=i % gpus if gpus else None)
-        for i, cores in enumerate(groups)
-    ]
 
 
 def _footer(choice: Choice, share: Share, dtype: table.Dtype, report: Report) -> table.Footer:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from btpipe.data.index import Index
 from btpipe.embed import known, outputs, table, work
 from btpipe.embed.crew import Crew
+from btpipe.embed.on_ray import RayCrew
 from btpipe.embed.orders import Advanced, Begin, Order, Written
 from btpipe.events import FileRejected, Note, Progressed, Report, Warned
 
@@ -79,7 +80,7 @@ class Writer:
         work.write_plan(self.folder, fresh)
         return fresh
 
-    def embed(self, crew: Crew, batch_size: int | None) -> int:
+    def embed(self, crew: Crew | RayCrew, batch_size: int | None) -> int:
         """Has the missing parts made and commits them; returns how many images that was."""
         missing = [part for part in range(self.plan.parts) if part not in self.done]
         if not missing:

@@ -4,6 +4,7 @@ The only user of `torch.distributed` and of the environment. Model code is singl
 Torch is imported when something needs it, so that the command line starts without it.
 """
 
+from btpipe.runtime.cluster import Member, ray_cluster, require_ray
 from btpipe.runtime.collectives import (
     Agreement,
     all_reduce_sum,
@@ -40,6 +41,7 @@ __all__ = [
     "FIRST_PORT",
     "PORTS",
     "Agreement",
+    "Member",
     "Precision",
     "Runtime",
     "StopSignals",
@@ -62,6 +64,8 @@ __all__ = [
     "merge_moments",
     "precision",
     "rank",
+    "ray_cluster",
+    "require_ray",
     "start",
     "sum_gradients",
     "world_size",

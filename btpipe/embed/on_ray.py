@@ -1,0 +1,291 @@
+"""The workers of a job on the machines of a Ray cluster.
+
+Ray Data hands out the parts of the frozen plan; each of its actors is the supervisor of one worker,
+as a job on one machine is, so that a file that kills or hangs its decoder is found there too. Parts
+are written to the job's work folder, which all machines see under one path, and are committed by
+the job alone.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from btpipe import runtime
+from btpipe.data.index import Index, open_index
+from btpipe.embed import work
+from btpipe.embed.crew import Crew
+from btpipe.embed.orders import Advanced, Begin, Failed, Order, Setup, Written
+from btpipe.errors import BtpipeError, MachineError, UsageError
+from btpipe.events import Event, Report
+
+_TURN_SECONDS = 0.5
+_END_SECONDS = 5.0  # for Ray to take leave; then it is killed
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+_CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy other threads' locks
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answer:
+    """What became of a part, and what its supervisor reported meanwhile."""
+
+    outcome: Written | Failed
+    events: tuple[Event, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What the cluster is to do; `workers` 0: as many as it has GPUs, or machines."""
+
+    setup: Setup
+    workers: int
+    limit_seconds: float
+    begin: Begin
+    seen: "_Seen"
+    orders: Sequence[Order]
+
+
+class RayCrew:
+    """As `Crew`, on a cluster: one worker for each GPU, or for each machine without GPUs.
+
+    `workers`: how many in all; 0 for these. They share the cores of their machines. Ray's own part
+    is a process beside this one, in a session of its own: it installs signal handlers, writes to
+    standard error, and ends its process where it loses its cluster.
+
+    Raises:
+        UsageError: Ray is not installed.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        workers: int,
+        limit_seconds: float,
+        report: Report,
+        signals: runtime.StopSignals,
+    ) -> None:
+        runtime.require_ray()
+        self._setup, self._workers, self._limit_seconds = setup, workers, limit_seconds
+        self._report, self._signals = report, signals
+        self._connection, self._theirs = _CONTEXT.Pipe()
+        self._process = _CONTEXT.Process(target=_drive, args=(self._theirs, os.getpid()))
+
+    def __enter__(self) -> "RayCrew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the actors; parts that are not written are lost."""
+        self._connection.close()
+        if self._process.pid is None:
+            return
+        self._process.terminate()
+        self._process.join(_END_SECONDS)
+        self._process.kill()  # the actors see that it is gone
+        self._process.join()
+
+    def hire(self) -> None:
+        """Joins or starts the cluster, if that was not done yet; it takes seconds."""
+        if self._process.pid is not None:
+            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, runtime.StopSignals.SIGNALS)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, runtime.StopSignals.SIGNALS)
+        self._theirs.close()
+
+    def work(
+        self, begin: Begin, index: Index, orders: Sequence[Order]
+    ) -> Iterator[Written | Advanced]:
+        """Has the parts made, and tells of each. When asked to stop, it ends within a second.
+
+        Raises:
+            BtpipeError: whatever ended a worker that could say so.
+            MachineError: Ray gave up, or a machine does not see what this one sees.
+            UsageError: more workers than the cluster has GPUs or cores.
+        """
+        begin = dataclasses.replace(begin, folder=begin.folder.absolute())
+        seen = _Seen.here(begin, index)
+        job = _Job(self._setup, self._workers, self._limit_seconds, begin, seen, orders)
+        with contextlib.suppress(OSError):  # it is gone: `_hear` says so
+            self._connection.send(job)
+        images = {order.part: order.end - order.first for order in orders}
+        while images:
+            answer = self._hear()
+            if answer is None:
+                return
+            for event in answer.events:
+                self._report(event)
+            if isinstance(answer.outcome, Failed):
+                raise answer.outcome.raised()
+            yield Advanced(images.pop(answer.outcome.part), 0.0)
+            yield answer.outcome
+
+    def _hear(self) -> _Answer | None:
+        """The next answer; None when a signal asked to stop."""
+        while not self._signals.asked:
+            try:
+                if self._connection.poll(_TURN_SECONDS):
+                    answer: _Answer = pickle.loads(self._connection.recv_bytes())  # noqa: S301 - ours
+                    return answer
+            except (EOFError, OSError):
+                time.sleep(_TURN_SECONDS)  # what ended Ray may have asked this process to stop
+                if not self._signals.asked:
+                    fix = "see Ray's logs (ray status); run the same command again: it goes on"
+                    raise MachineError("Ray ended unasked", fix=fix) from None
+        return None
+
+
+def _drive(jobs: Connection, parent: int) -> None:
+    """The life of the process that Ray takes for its driver."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    os.setsid()  # so that a Ctrl-C reaches none of what Ray starts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, runtime.StopSignals.SIGNALS)
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the job needs no more
+        try:
+            with runtime.ray_cluster() as machines:
+                for answer in _run(jobs.recv(), machines):
+                    jobs.send_bytes(answer)
+        except BtpipeError as error:
+            jobs.send_bytes(pickle.dumps(_Answer(Failed.of(error), ())))
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception as error:
+            fix = "run the same command again: it goes on"
+            failed = Failed(MachineError, f"Ray gave up: {error}", "", "", fix)
+            jobs.send_bytes(pickle.dumps(_Answer(failed, ())))
+
+
+def _run(job: _Job, machines: Sequence[runtime.Member]) -> Iterator[bytes]:
+    """Runs the job as a data set of orders; an answer, pickled, for each as it is done."""
+    import ray.data  # noqa: PLC0415 - an optional package
+
+    setup, gpus = _on_one_device(job.setup)
+    workers, cores = _share_out(machines, job.workers, gpus)
+    setup = dataclasses.replace(setup, threads=setup.threads or cores)
+    rows = [{"part": o.part, "first": o.first, "end": o.end} for o in job.orders]
+    # A block for each: what Ray hands out, and does again when an actor is lost.
+    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _Station,
+        fn_constructor_args=(setup, job.begin, job.limit_seconds, job.seen),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(workers, len(rows)), max_tasks_in_flight_per_actor=1
+        ),
+        batch_size=1,
+        num_cpus=cores,
+        num_gpus=gpus,
+    )
+    for batch in made.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+        yield from batch["answer"]
+
+
+def _on_one_device(setup: Setup) -> tuple[Setup, int]:
+    """The setup with the device that "auto" means to the job, and the GPUs of each actor: 1 or 0.
+
+    "auto" precision stays: a machine that would choose another than the plan's is refused.
+    """
+    choice = setup.choice
+    cuda = choice.device == "cuda" or (choice.device == "auto" and runtime.gpu_count() > 0)
+    choice = dataclasses.replace(choice, device="cuda" if cuda else "cpu")
+    return dataclasses.replace(setup, choice=choice), int(cuda)
+
+
+def _share_out(machines: Sequence[runtime.Member], wanted: int, gpus: int) -> tuple[int, int]:
+    """How many workers there are, and the cores of each: as many as leave every worker room.
+
+    Raises:
+        UsageError: more workers than GPUs, where each needs one, or than cores.
+    """
+    workers = wanted or (sum(m.gpus for m in machines) if gpus else len(machines))
+    for cores in range(max(m.cores for m in machines), 0, -1):
+        room = [min(m.cores // cores, m.gpus if gpus else m.cores) for m in machines]
+        if sum(room) >= workers > 0:
+            return workers, cores
+    have = ", ".join(f"{m.cores} cores and {m.gpus} GPUs" for m in machines)
+    raise UsageError(f"{workers} workers", expected=f"a core (and GPU) for each of: {have}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What the job sees on its machine, and every other must see under the same path.
+
+    Relative paths are from `folder`.
+    """
+
+    folder: str
+    places: tuple[str, ...]
+
+    @classmethod
+    def here(cls, begin: Begin, index: Index) -> "_Seen":
+        """The work folder, and the inputs that are files or folders."""
+        places = [os.fspath(begin.folder / work.PLAN), os.fspath(index.root)]
+        places += [origin.place for origin in index.sources]
+        return cls(os.fspath(Path.cwd()), tuple(p for p in places if Path(p).exists()))
+
+    def require(self) -> None:
+        """Goes to the folder and looks.
+
+        Raises:
+            MachineError: something is not on this machine.
+        """
+        missing = [place for place in (self.folder, *self.places) if not Path(place).exists()]
+        if missing:
+            raise MachineError(
+                "not seen by this machine of the cluster",
+                where=f"{socket.gethostname()}: {missing[0]}",
+                expected="inputs, bundle and --out under the same path on every machine",
+                fix="put them on a file system that all machines share",
+            )
+        os.chdir(self.folder)
+
+
+class _Station:
+    """An actor: the supervisor of one worker, which opens the bundle once."""
+
+    def __init__(self, setup: Setup, begin: Begin, limit_seconds: float, seen: _Seen) -> None:
+        self._setup, self._begin, self._limit_seconds = setup, begin, limit_seconds
+        self._seen = seen
+        self._crew: Crew | None = None
+        self._events: list[Event] = []
+
+    def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[np.object_]]:
+        """One order -> one answer; what cannot be made again is an answer too."""
+        order = Order(int(rows["part"][0]), int(rows["first"][0]), int(rows["end"][0]), {})
+        try:
+            outcome: Written | Failed = self._make(order)
+        except BtpipeError as error:
+            outcome = Failed.of(error)
+        except Exception:
+            text = f"a bug, met by an actor:\n{traceback.format_exc()}"
+            outcome = Failed(BtpipeError, text, "", "", "")
+        answer = _Answer(outcome, tuple(self._events))
+        self._events.clear()
+        return {"answer": np.array([pickle.dumps(answer)], dtype=object)}
+
+    def _make(self, order: Order) -> Written:
+        if self._crew is None:
+            self._seen.require()
+            self._index = open_index(self._begin.folder / work.INDEX)
+            setup = dataclasses.replace(self._setup, cores=runtime.core_groups(1)[0])
+            self._crew = Crew(
+                [setup], self._limit_seconds, self._events.append, runtime.StopSignals()
+            )
+            self._crew.hire()
+        made = list(self._crew.work(self._begin, self._index, [order]))
+        return next(message for message in made if isinstance(message, Written))
