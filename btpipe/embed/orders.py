@@ -192,7 +192,7 @@ def serve(ours: Connection, setup: Setup, memory: Array[ctypes.c_longlong], pare
         from btpipe.embed import worker  # noqa: PLC0415 - DALI and the network are the worker's
 
         worker.work_for(ours, setup, InFlight(memory))
-    except (EOFError, BrokenPipeError):  # the supervisor is gone
+    except (EOFError, ConnectionError):  # the supervisor is gone
         return
     except BtpipeError as error:
         ours.send(Failed.of(error))

@@ -194,6 +194,7 @@ def test_a_worker_that_is_not_killed_sees_that_its_supervisor_is_gone(
     wait_for(lambda: not group_of(stuck.pid), END_SECONDS)
 
 
+@pytest.mark.slow
 def test_a_supervisor_killed_while_its_worker_starts_leaves_none(
     bundle: Path, tmp_path: Path
 ) -> None:

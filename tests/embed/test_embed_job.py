@@ -239,6 +239,7 @@ def committed(out: Path) -> int:
     return (out.parent / f"{out.name}.work" / "commits.jsonl").read_text().count("\n")
 
 
+@pytest.mark.slow
 def test_a_job_killed_twice_ends_with_the_table_of_one_that_was_not(
     images: Path, bundle: Path, tmp_path: Path
 ) -> None:

@@ -80,6 +80,7 @@ def test_a_linear_classifier_learns_and_leaves_the_bundle_alone(
         judging.judge(other, devices="1", mode="json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", [LINEAR, SEMISUP])
 def test_the_number_of_ranks_does_not_change_what_is_learnt(
     tmp_path: Path, bundle: Path, images: Path, protocol: Protocol

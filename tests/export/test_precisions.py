@@ -121,6 +121,7 @@ def test_manifest_and_card_have_a_gate_for_each_model_and_the_licence(everything
     assert str(origin["calibration"]) == str(origin["data"])
 
 
+@pytest.mark.slow
 def test_the_same_run_and_images_give_the_same_bytes_in_int8(
     home: Path, everything: Path, tmp_path: Path
 ) -> None:
@@ -268,6 +269,7 @@ def test_another_preprocessing_than_where_it_was_exported_is_found_by_the_golden
         turned.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_killed_while_exporting_nothing_is_published_and_the_rest_is_swept(
     home: Path, tmp_path: Path
 ) -> None:
