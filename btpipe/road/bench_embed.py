@@ -4,7 +4,6 @@ The rows take turns in processes of their own, with the same weights on the same
 table of vectors out. Beside it decoding alone and the networks alone, which together are the limit.
 """
 
-import contextlib
 import dataclasses
 import functools
 import statistics
@@ -32,7 +31,7 @@ from btpipe.road import benchmark
 from btpipe.road import embed_worker as worker
 from btpipe.road.benchmark import Prepare, Row, number
 from btpipe.road.embed_worker import Load
-from btpipe.road.seat import Seat, Turn
+from btpipe.road.seat import take_turns
 
 CALIBRATION_IMAGES = 32
 DRAWN_SHORTER_SIDE = 400
@@ -106,22 +105,10 @@ def _take_turns(load: Load, kinds: list[_Kind], options: Options) -> dict[str, R
         setting = (load, kind.engine, kind.precision)
         named[f"whole {kind.name}"] = functools.partial(worker.whole, *setting)
         named[f"forward {kind.name}"] = functools.partial(worker.forward_alone, *setting)
-    with contextlib.ExitStack() as open_seats:
-        seats = []
-        for name, prepare in named.items():
-            assert prepare is not None
-            seat = Seat(name, prepare, threads=runtime.cores(), has_children=name == "user")
-            open_seats.callback(seat.close)
-            seats.append(seat)
-        for seat in seats:
-            seat.prepare()
-        turns: dict[str, list[Turn]] = {seat.name: [] for seat in seats}
-        for _ in range(options.turns):
-            for seat in seats:
-                turn = seat.measure()
-                assert turn is not None
-                turns[seat.name].append(turn)
-    return {name: Row(name, tuple(taken)) for name, taken in turns.items()}
+    turns = take_turns(
+        named, options.turns, threads=runtime.cores(), has_children=lambda name: name == "user"
+    )
+    return {name: Row(name, taken) for name, taken in turns.items()}
 
 
 def _whole_table(rows: dict[str, Row], kinds: list[_Kind], options: Options, about: str) -> Tabled:

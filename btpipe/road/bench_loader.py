@@ -23,7 +23,7 @@ from btpipe.road import benchmark
 from btpipe.road import loader_worker as worker
 from btpipe.road.benchmark import Prepare, Row, number
 from btpipe.road.loader_worker import Load
-from btpipe.road.seat import Seat, Turn
+from btpipe.road.seat import Turn, take_turns
 
 DRAWN_SHORTER_SIDE = 400
 """Pixels of the images that are drawn where none are named; a set that `shard` made has that."""
@@ -144,23 +144,9 @@ def _gpu_table(load: Load, options: Options, source: str) -> Tabled:
 
 def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:
     """Every row in a process of its own, one after the other, `turns` times."""
-    with contextlib.ExitStack() as seats_open:
-        seats = []
-        for name, prepare in named.items():
-            assert prepare is not None
-            # One thread for torch: what it does here is small, and threads that wait burn CPU time.
-            seat = Seat(name, prepare, threads=1, has_children=True)
-            seats_open.callback(seat.close)
-            seats.append(seat)
-        for seat in seats:
-            seat.prepare()
-        turns: dict[str, list[Turn]] = {seat.name: [] for seat in seats}
-        for _ in range(options.turns):
-            for seat in seats:
-                turn = seat.measure()
-                assert turn is not None
-                turns[seat.name].append(turn)
-    return [Row(name, tuple(taken)) for name, taken in turns.items()]
+    # One thread for torch: what it does here is small, and threads that wait burn CPU time.
+    turns = take_turns(named, options.turns, threads=1, has_children=lambda _: True)
+    return [Row(name, taken) for name, taken in turns.items()]
 
 
 def _cells(row: Row, base: Row, count: int) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import multiprocessing
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -149,6 +149,32 @@ class Seat:
                 fix="-9: too little memory, take smaller sizes; else see its traceback above",
             ) from error
         return answer
+
+
+def take_turns(
+    named: Mapping[str, Callable[[], Prepared] | None],
+    turns: int,
+    *,
+    threads: int,
+    has_children: Callable[[str], bool],
+) -> dict[str, tuple[Turn, ...]]:
+    """Every row in a process of its own, one after the other, `turns` times: name to its turns."""
+    with contextlib.ExitStack() as open_seats:
+        seats = []
+        for name, prepare in named.items():
+            assert prepare is not None
+            seat = Seat(name, prepare, threads, has_children=has_children(name))
+            open_seats.callback(seat.close)
+            seats.append(seat)
+        for seat in seats:
+            seat.prepare()
+        taken: dict[str, list[Turn]] = {seat.name: [] for seat in seats}
+        for _ in range(turns):
+            for seat in seats:
+                turn = seat.measure()
+                assert turn is not None
+                taken[seat.name].append(turn)
+    return {name: tuple(some) for name, some in taken.items()}
 
 
 def _serve(pipe: Connection, prepare: Callable[[], Prepared], threads: int) -> None:
