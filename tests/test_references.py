@@ -1,0 +1,66 @@
+"""The format references in docs/ say what the code does: keys, defaults, columns, files."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from btpipe import recipe
+from btpipe.embed import table
+from btpipe.export import contract
+from btpipe.recipe import Recipe, View, tables
+
+DOCS = Path(__file__).parent.parent / "docs"
+ROW = re.compile(r"^\| `([^`]+)`(?: (\(\+\)))? \| (?:`([^`]*)` \|)?", re.MULTILINE)
+
+
+def test_the_recipe_reference_has_every_key_with_its_default() -> None:
+    listed = {key: default for key, _, default in rows("recipe.md") if default is not None}
+    assert listed == {key: json.dumps(value) for key, value in defaults(Recipe(), "")}
+
+
+def test_the_recipe_reference_marks_what_may_change() -> None:
+    marked = {key for key, mark, _ in rows("recipe.md") if mark}
+    assert marked == tables.BOOKKEEPING
+
+
+def test_the_second_default_view_differs_as_the_reference_says() -> None:
+    first, second = recipe.Recipe().views
+    blur = first.blur.model_copy(update={"probability": 0.1})
+    solarize = first.solarize.model_copy(update={"probability": 0.2})
+    assert second == first.model_copy(update={"blur": blur, "solarize": solarize})
+
+
+def test_the_vectors_reference_has_every_column_and_footer_key() -> None:
+    footer = table.Footer("b", "i", "{}", "fp32", "/", 8, shard="0/2")
+    wanted = {*table.schema(footer).names, *footer.metadata(), *table.rejects_schema(footer).names}
+    listed = {key for key, _, _ in rows("vectors.md")}
+    assert wanted <= listed
+    assert {key for key in listed if key.startswith("btpipe.")} == set(footer.metadata())
+
+
+def test_the_bundle_reference_has_every_file_and_key() -> None:
+    prepared = contract.Preprocessing(8, 8, "bilinear", (0, 0, 0), (1, 1, 1))
+    config = contract.config("resnet18", "imagenet", 512, prepared, ["fp32"])
+    files = {*contract.MODELS.values(), contract.FLOAT_MODEL, contract.WEIGHTS, contract.CONFIG}
+    files |= {contract.PREPROCESSOR, contract.CARD}
+    listed = {key for key, _, _ in rows("bundle.md")}
+    assert files | set(config) | set(prepared.record()) <= listed
+
+
+def rows(name: str) -> list[tuple[str, str, str | None]]:
+    """(key, mark, default) of each row of the tables."""
+    return [
+        (found[1], found[2] or "", found[3]) for found in ROW.finditer((DOCS / name).read_text())
+    ]
+
+
+def defaults(of: tables.Table, prefix: str) -> Iterator[tuple[str, object]]:
+    """(key path, default) of every leaf; of the views those of one."""
+    for name, value in of:
+        if name == "views":
+            yield from defaults(View(), "views.")
+        elif isinstance(value, tables.Table):
+            yield from defaults(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
