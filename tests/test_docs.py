@@ -1,10 +1,20 @@
-"""The README is true: every command and every Python block in it runs as shown, in its order."""
+"""The documents are true: every command, recipe and Python block runs, in the order it is read in.
 
+All of README.md and then docs/*.md is tried on one desk. Lines of a sh block that do not begin with
+`btpipe ` (pip, make, torchrun, ...) are not run, and neither is what ran before. The options in
+`smaller` stand behind those that are shown, so that a command takes seconds.
+
+A toml block whose first line is a comment with a name, `# recipes/mine.toml`, is written there and
+must load; any other one must be accepted as a part of a recipe.
+"""
+
+import itertools
 import re
-import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from pages import LINK, ROOT, Block, Command, anchors, blocks, commands, pages
 from tiny_run import draw_images
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -12,86 +22,130 @@ from typer.testing import CliRunner
 
 from btpipe import recipe
 from btpipe.cli import app
+from btpipe.errors import RecipeError
 
-README = Path(__file__).parent.parent / "README.md"
-SMALL = """
-[data]
-batch_size = 8
-image_size = 32
-[network]
-backbone = "resnet18"
-projector = [16, 16]
-[optim]
-epochs = {epochs}
-warmup_epochs = 1
-"""
+SIZE = 32
+NAMED = re.compile(r"# ([\w/-]+\.toml)\n")
+BASE = 'extends = "imagenet.toml"\n[optim]\nwarmup_epochs = 0\n'
+"""What a part of a recipe is put on: no warm-up, so that it may set any number of epochs."""
 
 
-def blocks() -> list[tuple[str, str]]:
-    """(language, text) of every fenced block, in order."""
-    return re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def commands() -> list[str]:
-    lines = [line for language, text in blocks() if language == "sh" for line in text.splitlines()]
-    return [line.partition("#")[0].strip() for line in lines if line.startswith("btpipe ")]
+def smaller(words: Sequence[str]) -> list[str]:
+    """Options that make a command take seconds."""
+    if words[0] == "bench":
+        return [] if "--quick" in words else ["--quick"]
+    if words[:2] in (("eval", "linear"), ("eval", "semisup")):
+        return ["--epochs", "1"]
+    if words[0] not in ("pretrain", "plan", "views"):
+        return []
+    shown = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
+    described = recipe.load(Path(words[1]), shown)
+    sizes = [view.size for view in described.views]
+    micro = ["run.micro_batch=4"] if described.run.micro_batch else []
+    small = [
+        "data.batch_size=8",
+        f"data.image_size={max(SIZE, *sizes)}",
+        "network.backbone=resnet18",
+        "network.projector=[16, 16]",
+        f"optim.epochs={min(described.optim.epochs, 2)}",
+        f"optim.warmup_epochs={min(described.optim.warmup_epochs, 1)}",
+        *micro,
+    ]
+    return [word for value in small for word in ("--set", value)]
 
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader sits: images, and recipes of the same names that end in seconds."""
+    """Where a reader sits: labelled images, others held out, and two single pictures."""
     draw_images(tmp_path / "images", 20)
     draw_images(tmp_path / "held-out", 10)
     for name, path in (("a.jpg", "a/000.jpg"), ("b.jpg", "b/001.jpg")):
         (tmp_path / name).write_bytes((tmp_path / "images" / path).read_bytes())
-    (tmp_path / "recipes").mkdir()
-    for name in ("folder.toml", "imagenet.toml"):
-        (tmp_path / "recipes" / name).write_text(SMALL.format(epochs=2))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_command_and_python_block_runs_as_shown(desk: Path) -> None:
-    runner, ran = CliRunner(), 0
-    for language, text in blocks():
-        if language == "python":
-            exec(compile(text, str(README), "exec"), {})
-            ran += 1
-        for line in text.splitlines() if language == "sh" else ():
-            command = line.partition("#")[0].strip()
-            if not command.startswith("btpipe "):
-                continue
-            result = runner.invoke(app, shlex.split(command)[1:])
-            assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception!r}"
-            ran += 1
-    assert ran == len(commands()) + 2
+def run_command(command: Command) -> None:
+    if command.words[0] == "demo":  # minutes, and `make demo` is this
+        return
+    arguments = [*command.words, *smaller(command.words)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (
+        f"{command.where}: {command.line}\n{result.output}\n{result.exception!r}"
+    )
+
+
+def load_recipe(block: Block) -> None:
+    named = NAMED.match(block.text)
+    path = Path(named[1]) if named else Path("part.toml")
+    path.parent.mkdir(exist_ok=True)
+    text = block.text
+    if not named and not re.search(r"^extends\b", text, flags=re.MULTILINE):
+        Path("base.toml").write_text(BASE)
+        text = f'extends = "base.toml"\n{text}'
+    path.write_text(text)
+    try:
+        recipe.load(path)
+    except RecipeError as error:
+        pytest.fail(f"{block.where}: {error}")
+
+
+def test_every_command_recipe_and_python_block_runs_as_shown(desk: Path) -> None:
+    ran: set[str] = set()
+    for page in pages():
+        for block in blocks(page):
+            if block.language == "python":
+                # The newlines put the block's own lines into a traceback.
+                text = "\n" * (block.line - 1) + block.text
+                exec(compile(text, str(page), "exec"), {})
+            elif block.language == "toml":
+                load_recipe(block)
+            for command in commands(block):
+                if command.line not in ran:
+                    run_command(command)
+                    ran.add(command.line)
     assert (desk / "vectors.parquet").is_file()
-    assert (desk / "exports" / "shoes" / "encoder.onnx").is_file()
 
 
-def test_every_command_is_in_the_readme() -> None:
-    shown = {tuple(shlex.split(line)[1:3]) for line in commands()}
-    text = README.read_text()
+def leaves(group: TyperGroup, *above: str) -> Iterator[tuple[str, ...]]:
+    """The words of every command of a group and of the groups in it."""
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from leaves(command, *above, name)
+        else:
+            yield (*above, name)
+
+
+def test_every_command_is_shown() -> None:
+    shown = [one.words for page in pages() for block in blocks(page) for one in commands(block)]
     commands_of_app = get_command(app)
     assert isinstance(commands_of_app, TyperGroup)
-    for name, command in commands_of_app.commands.items():
-        if isinstance(command, TyperGroup):
-            assert {(name, below) for below in command.commands} <= shown
-        else:
-            assert f"btpipe {name}" in text or f"make {name}" in text, name
+    missing = [
+        " ".join(leaf)
+        for leaf in leaves(commands_of_app)
+        if not any(words[: len(leaf)] == leaf for words in shown)
+    ]
+    # `make demo` stands for it.
+    assert missing == ["demo"]
+    assert "make demo" in pages()[0].read_text()
 
 
-def test_every_shipped_recipe_is_in_the_readme_and_loads() -> None:
-    text = README.read_text()
+def test_every_shipped_recipe_is_named_and_loads() -> None:
+    text = "".join(page.read_text() for page in pages())
     for path in recipe.shipped():
         assert f"`{path.name}`" in text
         assert recipe.load(path).optim.epochs > 0
 
 
-def test_every_link_and_make_target_exists() -> None:
-    text = README.read_text()
-    makefile = (README.parent / "Makefile").read_text()
-    for target in re.findall(r"make ([a-z-]+)", text):
-        assert f"\n{target}:" in makefile
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (README.parent / link).exists(), link
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+def test_every_link_file_and_make_target_exists(page: Path) -> None:
+    text = page.read_text()
+    for link in LINK.findall(text):
+        path, _, heading = link.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{page.name} links to {link}"
+        assert not heading or heading in anchors(linked), f"{page.name} links to {link}"
+    for file in re.findall(r"\b(?:btpipe|tests)/[\w/.-]+\.py\b", text):
+        assert (ROOT / file).is_file(), f"{page.name} names {file}"
+    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, flags=re.MULTILINE):
+        assert f"\n{target}:" in (ROOT / "Makefile").read_text(), f"{page.name}: make {target}"
