@@ -22,6 +22,7 @@ from btpipe.errors import IntegrityError, MachineError, NewerError
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The disk, or this user's share of it, is full."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +58,14 @@ def file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turns what the disk says into a sentence with the path: no space, not permitted."""
+    """Turns what the disk says into a sentence with the path: full, too large, not permitted."""
     try:
         yield
     except Exception as error:
-        if _is_full(error):
+        if _says(error, (errno.EFBIG,)):
+            fix = "raise the limit of `ulimit -f`, or write to another file system"
+            raise MachineError("a file may not grow this large", where=where, fix=fix) from error
+        if _says(error, FULL):
             fix = "free some space and run the same command again: it goes on where it was"
             raise MachineError("no space left", where=where, fix=fix) from error
         if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -70,11 +74,11 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
 
 
-def _is_full(error: Exception) -> bool:
-    """Whether the disk, or this user's share of it, is full; safetensors says so in words only."""
+def _says(error: Exception, codes: tuple[int, ...]) -> bool:
+    """Whether the system gave one of these codes; safetensors passes it on in words only."""
     if isinstance(error, OSError):
-        return error.errno in FULL
-    return any(f"(os error {code})" in str(error) for code in FULL)
+        return error.errno in codes
+    return any(f"(os error {code})" in str(error) for code in codes)
 
 
 def fsync_path(path: Path) -> None:

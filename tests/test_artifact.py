@@ -1,6 +1,8 @@
 """An artifact is complete, checked and dated, or it is not there."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -146,3 +148,37 @@ def test_a_full_disk_leaves_the_old_file_under_its_name(small_disk: Path) -> Non
         artifact.write_file(small_disk / "x", bytes(1024 * 1024))
     assert (small_disk / "x").read_bytes() == b"old"
     assert len(list(small_disk.iterdir())) == 1
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq
+from safetensors.numpy import save_file
+from btpipe import artifact
+from btpipe.errors import MachineError
+
+content, folder = np.random.default_rng(0).random(2**15), Path(sys.argv[1])
+writers = {
+    "plain": lambda to: artifact.write_file(to, content.tobytes()),
+    "parquet": lambda to: pq.write_table(pa.table({"a": content}), to),
+    "safetensors": lambda to: save_file({"a": content}, to),
+}
+resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
+for name, write in writers.items():
+    try:
+        with artifact.disk_errors(folder / name):
+            write(folder / name)
+    except MachineError as error:
+        print(error.exit_code, *str(error).splitlines())
+"""
+
+
+def test_a_limit_on_the_size_of_files_is_the_machines_fault_and_named(tmp_path: Path) -> None:
+    """As `ulimit -f` sets it; each library that writes has its own words for it."""
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, name in zip(said, ("plain", "parquet", "safetensors"), strict=True):
+        assert line.startswith(f"5 {tmp_path / name}: a file may not grow this large")
+        assert "ulimit -f" in line
+    assert not (tmp_path / "plain").exists()
