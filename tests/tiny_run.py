@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from btpipe import recipe
-from btpipe.data.index import build
+from btpipe.data.index import build, open_index
 from btpipe.events import ignore
 from btpipe.export.bundle import export_run
 from btpipe.pretrain import checkpoint, step
@@ -53,6 +53,23 @@ def make_run(
     state = checkpoint.State(step=3, recipe=described.digest, data=index.fingerprint)
     checkpoint.save(run, state, core, described.run)
     return run
+
+
+def add_checkpoint(run: Path, at: int, noise: float, *, keep_every: int = 0) -> None:
+    """One more checkpoint: the newest one's weights, each moved by `noise` of its deviation."""
+    described, index = recipe.load(run / "recipe.toml"), open_index(run / "index.parquet")
+    core = step.build(described, torch.device("cpu"))
+    newest = checkpoint.newest(run)
+    assert newest is not None
+    checkpoint.load(newest, core)
+    random = torch.Generator().manual_seed(at)
+    with torch.no_grad():
+        for weight in core.network.parameters():
+            if weight.ndim > 1:
+                weight.add_(noise * weight.std() * torch.randn(weight.shape, generator=random))
+    state = checkpoint.State(step=at, recipe=described.digest, data=index.fingerprint)
+    settings = described.run.model_copy(update={"keep_every": keep_every})
+    checkpoint.save(run, state, core, settings)
 
 
 def shared_home(factory: pytest.TempPathFactory) -> Path:

@@ -150,6 +150,10 @@ def export(
     untrained: Annotated[
         bool, typer.Option("--untrained", help="The network before training: the baseline.")
     ] = False,
+    step: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a checkpoint that the run kept; the newest if none."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another bundle of that name.")
     ] = False,
@@ -166,7 +170,7 @@ def export(
     )
     with progress.show("json" if as_json else "auto") as report:
         if from_file is not None:
-            if run is not None or untrained:
+            if run is not None or untrained or step is not None:
                 raise UsageError("--from FILE beside a run", expected="one of the two")
             bundle.export_file(
                 from_file,
@@ -178,13 +182,17 @@ def export(
                 wanted=wanted,
             )
             return
+        if untrained and step is not None:
+            raise UsageError("--untrained beside --step", expected="one of the two")
         run = run or bundle.newest_run()
-        out = out or Path("exports") / (f"{run.name}-untrained" if untrained else run.name)
+        kind = "-untrained" if untrained else "" if step is None else f"-step-{step}"
+        out = out or Path("exports") / f"{run.name}{kind}"
         bundle.export_run(
             run,
             out,
             report,
             untrained=untrained,
+            step=step,
             images=images,
             overwrite=overwrite,
             wanted=wanted,

@@ -129,7 +129,7 @@ def _matrix(name: str, step: int, z1: torch.Tensor, z2: torch.Tensor) -> Matrix:
 
 
 def _steps(run: Path, asked: str) -> list[int]:
-    there = _kept(run)
+    there = checkpoint.steps(run)
     named = {"first": 0, "last": max(there, default=0)}
     wanted = [part.strip() for part in asked.split(",") if part.strip()]
     steps = [named[part] if part in named else int(part) for part in wanted if _is_step(part)]
@@ -149,13 +149,6 @@ def _is_step(part: str) -> bool:
     return part in ("first", "last") or part.isdecimal()
 
 
-def _kept(run: Path) -> list[int]:
-    """The steps of a run's checkpoints, rising."""
-    names = [path.name for path in (run / "checkpoints").glob(f"{checkpoint.PREFIX}*")]
-    steps = [name.removeprefix(checkpoint.PREFIX) for name in names]
-    return sorted(int(step) for step in steps if step.isdigit())
-
-
 def _short(described: Recipe, size: int) -> Recipe:
     """The same views in one batch of `size`."""
     return described.model_copy(
@@ -168,9 +161,8 @@ def _short(described: Recipe, size: int) -> Recipe:
 
 def _network(run: Path, described: Recipe, step: int, report: Report) -> network.BarlowTwins:
     made = network.initialise(described)
-    if step == 0 and 0 not in _kept(run):
+    if step == 0 and 0 not in checkpoint.steps(run):
         initial.load(run, described.network, made, report)
         return made
-    folder = run / "checkpoints" / f"{checkpoint.PREFIX}{step:08d}"
-    made.load_state_dict(checkpoint.model_state(folder))
+    made.load_state_dict(checkpoint.model_state(checkpoint.folder_of(run, step)))
     return made

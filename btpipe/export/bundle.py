@@ -83,21 +83,23 @@ def export_run(
     report: Report,
     *,
     untrained: bool = False,
+    step: int | None = None,
     images: Path | None = None,
     overwrite: bool = False,
     wanted: Wanted = PLAIN,
 ) -> Path:
     """The bundle `out` from the newest checkpoint of `run`, checked on real images; returns `out`.
 
-    `untrained`: the network the run started from instead, with batch norm's statistics measured on
-    its training images. `images`: what to calibrate and check on, else the training images.
+    `step`: the checkpoint of that step instead. `untrained`: the network that the run started from,
+    with batch norm's statistics measured on its training images. `images`: what to calibrate and
+    check on, else the training images.
 
     Raises:
-        UsageError: no run there, no checkpoint yet, or no image to check with.
+        UsageError: no run there, no such checkpoint, or no image to check with.
         RefusedError: `out` holds something else, and `overwrite` was not asked for.
         NumericsError: an exported model disagrees with the network; nothing is published.
     """
-    source = sources.of_run(run, report, untrained=untrained)
+    source = sources.of_run(run, report, untrained=untrained, step=step)
     return _export(source, out, report, images=images, overwrite=overwrite, wanted=wanted)
 
 

@@ -37,21 +37,23 @@ class Source:
     recipe_toml: str = ""
 
 
-def of_run(run: Path, report: Report, *, untrained: bool = False) -> Source:
-    """The newest checkpoint of a run; `untrained`: what it started from.
+def of_run(
+    run: Path, report: Report, *, untrained: bool = False, step: int | None = None
+) -> Source:
+    """The newest checkpoint of a run, or that of a step; `untrained`: what it started from.
 
     A network that starts from nothing gets batch norm's statistics from its training images.
 
     Raises:
-        UsageError: no run there, or no checkpoint yet.
-        IntegrityError: its index or all of its checkpoints are damaged.
+        UsageError: no run there, no checkpoint yet, or none of that step.
+        IntegrityError: its index, the checkpoint of that step, or all of them are damaged.
     """
     if not (run / "recipe.toml").is_file():
         fix = "name a run folder, or train one: btpipe pretrain recipes/folder.toml"
         raise UsageError("no run there", where=run, expected="a folder with recipe.toml", fix=fix)
     recipe, index = load(run / "recipe.toml"), open_index(run / "index.parquet")
     prepared = preprocessing_of(recipe.data.image_size)
-    step, digest = 0, ""
+    done, digest = 0, ""
     if untrained:
         encoder = _first(run, recipe, index, prepared, report)
         made = (
@@ -59,17 +61,14 @@ def of_run(run: Path, report: Report, *, untrained: bool = False) -> Source:
             " a baseline to compare trained encoders with"
         )
     else:
-        newest = checkpoint.newest(run, report)
-        if newest is None:
-            fix = "let btpipe pretrain write one, or use --untrained"
-            raise UsageError("no checkpoint yet", where=run, fix=fix)
-        step = checkpoint.read_state(newest).step
-        digest = artifact.read(newest, checkpoint.KIND).digest
-        encoder = weights.from_state(checkpoint.encoder_state(newest), recipe.network)
-        made = f"trained by Barlow Twins for {step} steps on {len(index)} images"
+        folder = _newest(run, report) if step is None else _of_step(run, step)
+        done = checkpoint.read_state(folder).step
+        digest = artifact.read(folder, checkpoint.KIND).digest
+        encoder = weights.from_state(checkpoint.encoder_state(folder), recipe.network)
+        made = f"trained by Barlow Twins for {done} steps on {len(index)} images"
     origin: dict[str, object] = {
         "run": run.name,
-        "step": step,
+        "step": done,
         "trained": not untrained,
         "recipe": recipe.digest,
         "images": len(index),
@@ -78,6 +77,28 @@ def of_run(run: Path, report: Report, *, untrained: bool = False) -> Source:
     }
     toml = _without_folders(recipe).to_toml()
     return Source(recipe.network, prepared, encoder, origin, made, index, toml)
+
+
+def _newest(run: Path, report: Report) -> Path:
+    newest = checkpoint.newest(run, report)
+    if newest is None:
+        fix = "let btpipe pretrain write one, or use --untrained"
+        raise UsageError("no checkpoint yet", where=run, fix=fix)
+    return newest
+
+
+def _of_step(run: Path, step: int) -> Path:
+    there = checkpoint.steps(run)
+    if step not in there:
+        raise UsageError(
+            f"no checkpoint of step {step}",
+            where=run,
+            expected=f"of {', '.join(map(str, there)) or 'those that pretrain writes: none yet'}",
+            fix="keep more of the next run's checkpoints: --set run.keep_every=N",
+        )
+    folder = checkpoint.folder_of(run, step)
+    artifact.verify(folder, checkpoint.KIND)
+    return folder
 
 
 def of_file(file: Path, size: int, report: Report) -> Source:

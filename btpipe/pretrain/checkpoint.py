@@ -42,7 +42,7 @@ def save(run: Path, state: State, core: Core, settings: Run) -> Path:
     Raises:
         MachineError: no space, or no permission; the checkpoints before it stay.
     """
-    folder = run / "checkpoints" / f"{PREFIX}{state.step:08d}"
+    folder = folder_of(run, state.step)
     with artifact.publish(folder, KIND, dataclasses.asdict(state)) as beside:
         save_file(_dense(core.network.state_dict()), beside / "model.safetensors")
         save_file(_dense(_other_tensors(core)), beside / "optim.safetensors")
@@ -85,6 +85,16 @@ def newest(run: Path, report: Report = ignore) -> Path | None:
             fix="restore one from a copy, or move the run folder away and start afresh",
         )
     return None
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, rising; damaged ones too."""
+    return [_step(folder) for folder in reversed(_folders(run))]
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands, or would stand."""
+    return run / "checkpoints" / f"{PREFIX}{step:08d}"
 
 
 def read_state(folder: Path) -> State:

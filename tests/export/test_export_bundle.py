@@ -14,10 +14,12 @@ import safetensors
 import safetensors.torch
 import torch
 import torchvision
-from tiny_run import SIZE, draw_images, make_run, shared_home
+from tiny_run import SIZE, add_checkpoint, draw_images, make_run, shared_home
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from btpipe import artifact, recipe
+from btpipe.cli import app
 from btpipe.errors import IntegrityError, NumericsError, RefusedError, UsageError
 from btpipe.events import Event, Note, Tabled, ignore
 from btpipe.export import bundle, contract, verify
@@ -256,6 +258,29 @@ def test_a_run_without_a_checkpoint_says_what_to_do(home: Path, tmp_path: Path) 
         bundle.export_run(run, tmp_path / "out", ignore)
     with pytest.raises(UsageError, match="no run there"):
         bundle.export_run(tmp_path / "nowhere", tmp_path / "out", ignore)
+
+
+def test_a_checkpoint_of_choice_is_exported_under_its_own_name(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(home / "runs" / "tiny", tmp_path / "runs" / "tiny")
+    add_checkpoint(tmp_path / "runs" / "tiny", 6, 0.5)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["export", "runs/tiny", "--step", "3"])
+    assert result.exit_code == 0, result.output
+    opened = contract.open_bundle(tmp_path / "exports" / "tiny-step-3")
+    chosen = artifact.read(tmp_path / "runs/tiny/checkpoints/step-00000003", "checkpoint")
+    assert opened.manifest.origin["step"] == 3
+    assert opened.manifest.origin["checkpoint"] == chosen.digest
+    state = safetensors.torch.load_file(opened.folder / "model.safetensors")
+    kept = safetensors.torch.load_file(
+        tmp_path / "runs/tiny/checkpoints/step-00000003/model.safetensors"
+    )
+    assert all(torch.equal(tensor, kept[f"encoder.{name}"]) for name, tensor in state.items())
+    with pytest.raises(UsageError, match="of 3, 6"):
+        sources.of_run(tmp_path / "runs" / "tiny", ignore, step=4)
+    with pytest.raises(UsageError, match="one of the two"):
+        app(["export", "--step", "3", "--untrained"], standalone_mode=False)
 
 
 def test_the_newest_run_and_bundle_are_found_or_the_first_command_is_named(
