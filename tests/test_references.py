@@ -8,6 +8,7 @@ from pathlib import Path
 from btpipe import recipe
 from btpipe.embed import table
 from btpipe.export import contract
+from btpipe.pretrain import loss
 from btpipe.recipe import Recipe, View, tables
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -46,6 +47,18 @@ def test_the_bundle_reference_has_every_file_and_key() -> None:
     files |= {contract.PREPROCESSOR, contract.CARD}
     listed = {key for key, _, _ in rows("bundle.md")}
     assert files | set(config) | set(prepared.record()) <= listed
+
+
+def test_the_floors_of_the_loss_are_those_that_a_run_prints() -> None:
+    text = (DOCS / "health.md").read_text()
+    widths = [int(width) for width in re.findall(r" D (\d+) \|", text)]
+    lines = re.findall(r"^\| N (\d+) \|((?: \d+ \|)+)$", text, flags=re.MULTILINE)
+    assert len(widths) == 5
+    assert len(lines) == 6
+    for count, cells in lines:
+        said = [int(cell) for cell in cells.split("|")[:-1]]
+        lambd = recipe.Recipe().loss.lambd
+        assert said == [round(loss.floor(int(count), width, lambd)) for width in widths]
 
 
 def rows(name: str) -> list[tuple[str, str, str | None]]:
