@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from plotly.offline import get_plotlyjs
 
 from btpipe import artifact
-from btpipe.explore import page
+from btpipe.explore import page, plotly_bundle
 
 SCRIPT, STYLE = (Path(__file__).with_name(name) for name in ("map.js", "map.css"))
 POLICY = f"{page.POLICY} 'unsafe-eval'"
@@ -67,8 +66,9 @@ def write(path: Path, name: str, points: Points) -> None:
         about += f", evenly chosen of {points.rows:,}"
     pictures = ",".join(points.thumbnails.get(row, "") for row in range(count))
     content = json.dumps(_content(points), ensure_ascii=False).replace("<", "\\u003c")
+    plotly = plotly_bundle.script("scattergl")
     body = (
-        f"{BODY}<script>{get_plotlyjs()}</script>\n<script>const CONTENT = {content};\n"
+        f"{BODY}<script>{plotly}</script>\n<script>const CONTENT = {content};\n"
         f"{SCRIPT.read_text()}</script>\n"
         f'<script type="text/plain" id="nearest">{_packed(points.nearest, "<i4")}</script>\n'
         f'<script type="text/plain" id="cosines">{_packed(_thousandths(points), "<i2")}</script>\n'
