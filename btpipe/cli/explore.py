@@ -1,7 +1,7 @@
 """The commands that say what vectors are worth."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -45,6 +45,33 @@ def eval_knn(
             temperature=temperature,
         )
         report(judged if as_json else judged.table())
+
+
+@eval_app.command("select")
+def eval_select(
+    run: Annotated[Path | None, typer.Argument(help="Run folder; the newest one if none.")] = None,
+    by: Annotated[
+        Literal["retrieval", "rank", "uniformity", "alignment", "knn"],
+        typer.Option(help="What chooses. knn: by the run's labelled images (health.knn)."),
+    ] = "retrieval",
+    images: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INPUT", help="Images the run has not seen; its own if none."),
+    ] = None,
+    most: Annotated[int, typer.Option(min=2, help="Images; all checkpoints see the same.")] = 1024,
+    out: Annotated[
+        Path | None, typer.Option(help="X.html or X.png, and X.json beside it; RUN/select.html.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which checkpoint of a run is the best, without labels: needs run.keep_every."""
+    from btpipe import progress
+    from btpipe.explore import select
+    from btpipe.export import contract
+
+    with progress.show("json" if as_json else "auto") as report:
+        asked = tuple(images or ())
+        select.run(run or contract.newest_run(), report, by=by, images=asked, most=most, out=out)
 
 
 @eval_app.command("linear")

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from btpipe import recipe, runtime
 from btpipe.data.index import open_index
-from btpipe.data.loader import TrainingLoader
 from btpipe.errors import UsageError
 from btpipe.events import Report
+from btpipe.explore import pairs
 from btpipe.pretrain import checkpoint, initial, loss, network
 from btpipe.recipe import Recipe
 
@@ -72,22 +72,12 @@ def measure(run: Path, asked: str, report: Report) -> list[Matrix]:
     steps = _steps(run, asked)
     size = min(described.data.batch_size, MOST_IMAGES, len(index))
     with runtime.start() as here:
-        with TrainingLoader(
-            index,
-            _short(described, size),
-            rank=0,
-            world_size=1,
-            start_step=0,
-            device=here.device,
-            report=report,
-            quarantine={},
-        ) as loader:
-            views = next(iter(loader)).views[:2]
+        seen = pairs.read(index, described, size, here.device, report, known_bad={})
         found = []
         for step in steps:
             model = _network(run, described, step, report).to(here.device)
             with torch.no_grad():
-                z = model(*views).z
+                z = model(seen.first, seen.second).z
             found.append(_matrix(run.resolve().name, step, z[0], z[1]))
     return found
 
@@ -147,16 +137,6 @@ def _steps(run: Path, asked: str) -> list[int]:
 
 def _is_step(part: str) -> bool:
     return part in ("first", "last") or part.isdecimal()
-
-
-def _short(described: Recipe, size: int) -> Recipe:
-    """The same views in one batch of `size`."""
-    return described.model_copy(
-        update={
-            "data": described.data.model_copy(update={"batch_size": size, "max_bad": 1.0}),
-            "run": described.run.model_copy(update={"micro_batch": 0}),
-        }
-    )
 
 
 def _network(run: Path, described: Recipe, step: int, report: Report) -> network.BarlowTwins:

@@ -39,6 +39,17 @@ class Panel:
     about: str
     lines: tuple[Line, ...]
     log: bool = False
+    from_zero: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sign:
+    """A line across every diagram at `x`, `sign` above it; `text` is shown when pointed at."""
+
+    x: float
+    text: str
+    sign: str
+    alarm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

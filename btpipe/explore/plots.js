@@ -50,7 +50,7 @@ function drawPanel(panel, id) {
   }));
   const labels = CONTENT.marks.map((mark) => ({
     xref: "x", yref: "paper", x: mark.x, y: 1, showarrow: false, yanchor: "bottom",
-    text: mark.alarm ? "\u25B2" : "\u21BB", hovertext: mark.text,
+    text: mark.sign, hovertext: mark.text,
     font: { size: 12, color: mark.alarm ? paint.mark : paint.muted },
   }));
   const zoom = kept(id);
@@ -61,7 +61,7 @@ function drawPanel(panel, id) {
     xaxis: axis(paint, { title: { text: CONTENT.by, standoff: 4 }, rangemode: "tozero", ...ranged("xaxis") }),
     yaxis: axis(paint, panel.log
       ? { type: "log", tickvals: TICKS, ticktext: TICKS.map((tick) => +tick.toPrecision(1) + ""), ...ranged("yaxis") }
-      : { rangemode: "tozero", ...ranged("yaxis") }),
+      : { rangemode: panel.from_zero ? "tozero" : "normal", ...ranged("yaxis") }),
   });
   if (CONTENT.marks.length) layout.margin.t = 22;
   const place = document.getElementById(id);

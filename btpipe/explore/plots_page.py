@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from btpipe.events import Tabled
 from btpipe.explore import curves, history, page
 from btpipe.explore.correlation import Matrix
-from btpipe.explore.curves import By, Panel
+from btpipe.explore.curves import By, Panel, Sign
 from btpipe.explore.history import History
 
+ALARM, RESTART = "\N{BLACK UP-POINTING TRIANGLE}", "\N{CLOCKWISE OPEN CIRCLE ARROW}"
 SCRIPT = Path(__file__).with_name("plots.js")
 STYLE = """
 body { max-width: 1320px; }
@@ -22,6 +24,9 @@ body { max-width: 1320px; }
 .plot { height: 300px; } .square .plot { height: 470px; }
 h2.part { margin: 8px 0 12px; }
 .marks td { padding: 2px 16px 2px 0; vertical-align: top; } .marks { margin: 0 0 24px; }
+.numbers { margin: 0 0 8px; }
+.numbers td { padding: 1px 18px 1px 0; text-align: right; white-space: pre; }
+.numbers th { text-align: right; padding-right: 18px; }
 .marks .alarm { color: var(--mark); white-space: nowrap; }
 """
 
@@ -41,18 +46,45 @@ def write(
     """
     panels, missing = curves.panels(runs, by)
     names = history.names(runs)
+    script = _script(panels, _marks(runs, names, by), matrices, by, reload_seconds)
+    title = "Runs: " + ", ".join(names) if len(runs) > 1 else f"Run {names[0]}"
+    body = _body(runs, panels, missing, matrices)
+    page.write(path, title, about(runs), body, style=STYLE, script=script)
+
+
+def write_panels(
+    path: Path,
+    title: str,
+    about: str,
+    panels: Sequence[Panel],
+    marks: Sequence[Sign],
+    numbers: Tabled,
+) -> None:
+    """Writes a page of diagrams over steps, and the numbers that are in them.
+
+    Raises:
+        MachineError: no space, or no permission.
+    """
+    body = f"{_drawn(panels)}\n{_table(numbers)}"
+    page.write(path, title, about, body, style=STYLE, script=_script(panels, marks, (), "step", 0))
+
+
+def _script(
+    panels: Sequence[Panel],
+    marks: Sequence[Sign],
+    matrices: Sequence[Matrix],
+    by: By,
+    reload_seconds: int,
+) -> str:
     content = {
         "by": by,
         "reload": reload_seconds,
         "panels": [dataclasses.asdict(panel) for panel in panels],
-        "marks": _marks(runs, names, by),
+        "marks": [dataclasses.asdict(mark) for mark in marks],
         "matrices": [_matrix(matrix) for matrix in matrices],
     }
     text = json.dumps(content, allow_nan=False).replace("</", "<\\/")
-    script = f"{get_plotlyjs()}\nconst CONTENT = {text};\n{SCRIPT.read_text()}"
-    title = "Runs: " + ", ".join(names) if len(runs) > 1 else f"Run {names[0]}"
-    body = _body(runs, panels, missing, matrices)
-    page.write(path, title, about(runs), body, style=STYLE, script=script)
+    return f"{get_plotlyjs()}\nconst CONTENT = {text};\n{SCRIPT.read_text()}"
 
 
 def about(runs: Sequence[History]) -> str:
@@ -71,11 +103,7 @@ def _body(
     missing: Sequence[str],
     matrices: Sequence[Matrix],
 ) -> str:
-    drawn = "\n".join(
-        _panel(f"panel{i}", f"{panel.title}{f', {panel.unit}' if panel.unit else ''}", panel.about)
-        for i, panel in enumerate(panels)
-    )
-    parts = [f'<div class="panels">\n{drawn}\n</div>', _happened(runs)]
+    parts = [_drawn(panels), _happened(runs)]
     if missing:
         parts.append(f'<p class="sub">Nothing was logged for: {page.text(", ".join(missing))}.</p>')
     if matrices:
@@ -88,6 +116,23 @@ def _body(
             f'<div class="panels">\n{squares}\n</div>'
         )
     return "\n".join(part for part in parts if part)
+
+
+def _drawn(panels: Sequence[Panel]) -> str:
+    drawn = "\n".join(
+        _panel(f"panel{i}", f"{panel.title}{f', {panel.unit}' if panel.unit else ''}", panel.about)
+        for i, panel in enumerate(panels)
+    )
+    return f'<div class="panels">\n{drawn}\n</div>'
+
+
+def _table(numbers: Tabled) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{page.text(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    rows = "".join(line(row, "td") for row in numbers.rows)
+    note = f'<p class="sub">{page.text(numbers.note)}</p>'
+    return f'<table class="numbers">{line(numbers.columns, "th")}{rows}</table>\n{note}'
 
 
 def _panel(name: str, title: str, about: str, kind: str = "") -> str:
@@ -114,13 +159,14 @@ def _happened(runs: Sequence[History]) -> str:
     return f'<table class="marks">{"".join(rows)}</table>' if rows else ""
 
 
-def _marks(runs: Sequence[History], names: Sequence[str], by: By) -> list[dict[str, object]]:
+def _marks(runs: Sequence[History], names: Sequence[str], by: By) -> list[Sign]:
     return [
-        {
-            "x": curves.place(run, mark.step, by),
-            "text": f"{mark.about} ({name}, step {mark.step:,})",
-            "alarm": mark in run.alarms,
-        }
+        Sign(
+            curves.place(run, mark.step, by),
+            f"{mark.about} ({name}, step {mark.step:,})",
+            ALARM if mark in run.alarms else RESTART,
+            alarm=mark in run.alarms,
+        )
         for name, run in zip(names, runs, strict=True)
         for mark in (*run.alarms, *run.starts)
     ]

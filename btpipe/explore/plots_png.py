@@ -1,5 +1,6 @@
 """The picture of runs as a PNG, drawn by matplotlib; needs no browser."""
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from btpipe import artifact
 from btpipe.errors import UsageError
 from btpipe.explore import curves, history
 from btpipe.explore.correlation import Matrix
-from btpipe.explore.curves import By, Panel
+from btpipe.explore.curves import By, Panel, Sign
 from btpipe.explore.history import History
 
 try:
@@ -36,14 +37,41 @@ def write(path: Path, runs: Sequence[History], matrices: Sequence[Matrix], by: B
         MachineError: no space, or no permission.
     """
     panels, _ = curves.panels(runs, by)
+    marks = [
+        Sign(curves.place(run, mark.step, by), "", "v" if alarm else "|", alarm)
+        for run in runs
+        for mark in (*run.starts, *run.alarms)
+        for alarm in (mark in run.alarms,)
+    ]
+    _write(path, ", ".join(history.names(runs)), panels, marks, matrices, by)
+
+
+def write_panels(path: Path, title: str, panels: Sequence[Panel], marks: Sequence[Sign]) -> None:
+    """Writes diagrams over steps.
+
+    Raises:
+        MachineError: no space, or no permission.
+    """
+    _write(path, title, panels, [dataclasses.replace(m, sign="*") for m in marks], (), "step")
+
+
+def _write(
+    path: Path,
+    title: str,
+    panels: Sequence[Panel],
+    marks: Sequence[Sign],
+    matrices: Sequence[Matrix],
+    by: By,
+) -> None:
+    """The signs are matplotlib's markers."""
     rows, squares = -(-len(panels) // COLUMNS), -(-len(matrices) // COLUMNS)
     height = rows * PANEL_INCHES[1] + squares * SQUARE_INCHES + 0.5
     figure = Figure((COLUMNS * PANEL_INCHES[0], height), DOTS_PER_INCH, layout="constrained")
-    figure.suptitle(", ".join(history.names(runs)), x=0.01, ha="left", color=INK, fontsize=13)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13)
     ratios = [PANEL_INCHES[1]] * rows + [SQUARE_INCHES] * squares
     grid = figure.add_gridspec(rows + squares, COLUMNS, height_ratios=ratios)
     for i, panel in enumerate(panels):
-        _draw(figure.add_subplot(grid[i // COLUMNS, i % COLUMNS]), panel, runs, by)
+        _draw(figure.add_subplot(grid[i // COLUMNS, i % COLUMNS]), panel, marks, by)
     for i, matrix in enumerate(matrices):
         axes = figure.add_subplot(grid[rows + i // COLUMNS, i % COLUMNS])
         _draw_matrix(figure, axes, matrix)
@@ -52,7 +80,7 @@ def write(path: Path, runs: Sequence[History], matrices: Sequence[Matrix], by: B
     artifact.write_file(path, content.getvalue())
 
 
-def _draw(axes: Axes, panel: Panel, runs: Sequence[History], by: By) -> None:
+def _draw(axes: Axes, panel: Panel, marks: Sequence[Sign], by: By) -> None:
     for line in panel.lines:
         marker = "o" if len(line.x) < 12 and not line.bound else ""
         axes.plot(
@@ -65,26 +93,24 @@ def _draw(axes: Axes, panel: Panel, runs: Sequence[History], by: By) -> None:
             marker=marker,
             markersize=3.5,
         )
-    for run in runs:
-        for mark in (*run.starts, *run.alarms):
-            alarm = mark in run.alarms
-            x = curves.place(run, mark.step, by)
-            axes.axvline(x, color=MARK if alarm else MUTED, linewidth=0.8, linestyle=":")
-            axes.plot(
-                [x],
-                [1.0],
-                "v" if alarm else "|",
-                color=MARK if alarm else MUTED,
-                transform=axes.get_xaxis_transform(),
-                clip_on=False,
-                markersize=5,
-            )
+    for mark in marks:
+        color = MARK if mark.alarm else MUTED
+        axes.axvline(mark.x, color=color, linewidth=0.8, linestyle=":")
+        axes.plot(
+            [mark.x],
+            [1.0],
+            mark.sign,
+            color=color,
+            transform=axes.get_xaxis_transform(),
+            clip_on=False,
+            markersize=5,
+        )
     if panel.log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
-    else:
+    elif panel.from_zero:
         axes.set_ylim(bottom=0)
     unit = f", {panel.unit}" if panel.unit else ""
     axes.set_title(f"{panel.title}{unit}", loc="left", fontsize=11, color=INK)

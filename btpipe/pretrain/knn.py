@@ -66,12 +66,7 @@ class Judge:
     def __init__(self, run: Run, stopping: Callable[[], bool]) -> None:
         self._run, self._stopping = run, stopping
         self._images = data_index.open_index(run.folder / INDEX)
-        count = len(self._images)
-        chosen = min(count, MOST_IMAGES)
-        self._rows = np.arange(chosen, dtype=np.int64) * count // chosen
-        names = self._images.labels
-        numbers = {name: i for i, name in enumerate(sorted({name for name in names if name}))}
-        self._labels = np.array([numbers[name] for name in names if name], dtype=np.int64)
+        self._rows, self._labels = judged(self._images)
         self._told: set[int] = set()
 
     def judge(self) -> None:
@@ -127,6 +122,16 @@ class Judge:
                 self._told.add(row)
                 path = self._images.table["path"][row].as_py()
                 self._run.report(events.FileRejected(path, "knn", reason))
+
+
+def judged(images: data_index.Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows of an index that are judged (m,), and the class of every row (n,)."""
+    count = len(images)
+    chosen = min(count, MOST_IMAGES)
+    rows = np.arange(chosen, dtype=np.int64) * count // chosen
+    names = images.labels
+    numbers = {name: i for i, name in enumerate(sorted({name for name in names if name}))}
+    return rows, np.array([numbers[name] for name in names if name], dtype=np.int64)
 
 
 def evaluation_twin(run: Run) -> nn.Module:
