@@ -3,7 +3,8 @@
 #   make demo       sample images, pretraining on the CPU, export, vectors, one table
 #   make test       lint, format, types, and the tests that take seconds
 #   make test-slow  the tests that take minutes
-#   make test-readers  bundles in torchvision, timm, fastembed, transformers; tables in LanceDB, datasets
+#   make test-readers  bundles in torchvision, timm, fastembed, transformers; tables in LanceDB, datasets;
+#                   runs in TensorBoard
 #   make test-ray   `embed --cluster ray` with the real Ray, on this machine
 #   make peers      an environment with lightly beside ours, in build/peers (see tests/peers)
 #   make format     put the code into the form that `make test` wants
@@ -24,7 +25,7 @@ PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11 python3
 .PHONY: help demo test test-slow test-readers test-ray peers format lock clean
 
 help:
-	@sed -n '3,11s/^#   //p' Makefile
+	@sed -n '3,12s/^#   //p' Makefile
 
 demo: $(STAMP)
 	@$(BIN)/btpipe demo
@@ -53,7 +54,7 @@ test-readers: $(STAMP)
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		> "$$(build/readers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	@build/readers/bin/pip install --quiet timm==1.0.31 transformers==5.24.0 fastembed==0.9.1 \
-		datasets==5.2.0 lancedb==0.40.0 pylance==14.0.2
+		datasets==5.2.0 lancedb==0.40.0 pylance==14.0.2 tensorboard==2.21.0
 	HF_HUB_OFFLINE=1 build/readers/bin/python -m pytest tests/readers
 
 # Shares likewise.

@@ -13,7 +13,13 @@ def plot(
     runs: Annotated[
         list[Path] | None, typer.Argument(help="Run folders; the newest if none.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="X.html, or X.png.")] = Path("run.html"),
+    out: Annotated[
+        Path | None, typer.Option(help="X.html, or X.png; run.html if nothing else is asked for.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Event files for TensorBoard: needs btpipe[tensorboard]."),
+    ] = None,
     by: Annotated[Literal["step", "epoch"], typer.Option(help="What is below.")] = "step",
     correlation: Annotated[
         str,
@@ -34,7 +40,15 @@ def plot(
 
     with progress.show("json" if as_json else "auto") as report:
         found = runs or [contract.newest_run()]
-        plots.make(found, out, report, by=by, correlation=correlation, live=live)
+        plots.make(
+            found,
+            out or (None if tensorboard else Path("run.html")),
+            report,
+            tensorboard=tensorboard,
+            by=by,
+            correlation=correlation,
+            live=live,
+        )
 
 
 @app.command("map")

@@ -1,5 +1,6 @@
 """`btpipe plot`: where runs went, in one picture; while they go on, again and again."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,21 +20,55 @@ Write = Callable[[Sequence[History], bool], None]
 
 def make(
     runs: Sequence[Path],
-    out: Path,
+    out: Path | None,
     report: Report,
     *,
+    tensorboard: Path | None = None,
     by: By = "step",
     correlation: str = "",
     live: bool = False,
 ) -> None:
     """Writes the picture of the runs; `live`: until they ended, or a signal comes.
 
+    `tensorboard`: also its event files, below that folder; without `out` nothing else.
+
     Raises:
         UsageError: no such run, a name that is neither X.html nor X.png, or a PNG that should live.
-        UsageError: `correlation` names a step without a checkpoint.
+        UsageError: `correlation` names a step without a checkpoint, or tensorboard is missing.
         MachineError: no space, or no permission.
     """
     started = time.monotonic()
+    _require_picture(out, live=live, correlation=correlation)
+    found = [history.read(run) for run in runs]
+    matrices = [] if not correlation else _matrices(runs, correlation, report)
+    with contextlib.ExitStack() as ends:
+        writers = [_writer(out, matrices, by)] if out else []
+        if tensorboard:
+            writers.append(_board(tensorboard, ends))
+
+        def write(found: Sequence[History], live: bool) -> None:
+            for one in writers:
+                one(found, live)
+
+        if live:
+            if out:
+                text = f"{out}: open it; it shows what is new every {RELOAD_SECONDS} seconds"
+                report(Note(text))
+            found = _follow(runs, found, write)
+        write(found, False)
+    if tensorboard:
+        report(Note(f"tensorboard --logdir {tensorboard}"))
+    alarms = sum(len(run.alarms) for run in found)
+    made = ", ".join(str(place) for place in (out, tensorboard) if place)
+    said = f"{made}: {len(found)} run{'s' * (len(found) > 1)}, {alarms} alarm{'s' * (alarms != 1)}"
+    report(Finished("plot", said, time.monotonic() - started))
+
+
+def _require_picture(out: Path | None, *, live: bool, correlation: str) -> None:
+    if out is None:
+        if correlation:
+            raise UsageError("--correlation without a picture", fix="--out X.html")
+        return
     if out.suffix.lower() not in KINDS:
         raise UsageError(f"--out {out}", expected="a name that ends in .html or .png")
     if live and out.suffix.lower() != ".html":
@@ -42,16 +77,6 @@ def make(
             expected="a page, which reads itself again",
             fix="--out X.html",
         )
-    found = [history.read(run) for run in runs]
-    matrices = [] if not correlation else _matrices(runs, correlation, report)
-    write = _writer(out, matrices, by)
-    if live:
-        report(Note(f"{out}: open it; it shows what is new every {RELOAD_SECONDS} seconds"))
-        found = _follow(runs, found, write)
-    write(found, False)
-    alarms = sum(len(run.alarms) for run in found)
-    said = f"{out}: {len(found)} run{'s' * (len(found) > 1)}, {alarms} alarm{'s' * (alarms != 1)}"
-    report(Finished("plot", said, time.monotonic() - started))
 
 
 def _writer(out: Path, matrices: Sequence[Matrix], by: By) -> Write:
@@ -63,6 +88,15 @@ def _writer(out: Path, matrices: Sequence[Matrix], by: By) -> Write:
     return lambda runs, live: plots_page.write(
         out, runs, matrices, by, reload_seconds=RELOAD_SECONDS if live else 0
     )
+
+
+def _board(folder: Path, ends: contextlib.ExitStack) -> Write:
+    """What writes event files; they end with `ends`."""
+    from btpipe.explore import board  # noqa: PLC0415 - an extra
+
+    made = board.Board(folder)
+    ends.callback(made.close)
+    return lambda runs, _: made.write(runs)
 
 
 def _follow(runs: Sequence[Path], found: list[History], write: Write) -> list[History]:

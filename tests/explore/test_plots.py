@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,14 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
 def test_another_kind_of_picture_is_refused(tmp_path: Path, out: str) -> None:
     with pytest.raises(UsageError, match=r"\.html or \.png"):
         plots.make([whole_run(tmp_path / "r")], tmp_path / out, nobody)
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
+def test_event_files_without_tensorboard_say_what_to_install(tmp_path: Path) -> None:
+    run, board = whole_run(tmp_path / "r"), tmp_path / "board"
+    with pytest.raises(UsageError, match=r"pip install 'btpipe\[tensorboard\]'"):
+        app(["plot", str(run), "--tensorboard", str(board)], standalone_mode=False)
+    assert not board.exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
