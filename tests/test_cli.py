@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from tiny_run import draw_images
+from typer.testing import CliRunner
 
 from btpipe import errors
+from btpipe.cli import app
 
 
 def btpipe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,3 +75,9 @@ def test_every_error_has_its_own_exit_code() -> None:
         assert f" {code} " in line
     message = str(errors.UsageError("found", where="here", expected="that", fix="do this"))
     assert message == "here: found\nexpected: that\nto do: do this"
+
+
+def test_help_names_the_extras_that_an_option_needs() -> None:
+    for words, extra in ((("embed",), "ray"), (("map",), "map"), (("plot",), "tensorboard")):
+        shown = CliRunner().invoke(app, [*words, "--help"], terminal_width=200).output
+        assert f"btpipe[{extra}]" in shown

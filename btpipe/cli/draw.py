@@ -18,7 +18,9 @@ def plot(
     ] = None,
     tensorboard: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Event files for TensorBoard: needs btpipe[tensorboard]."),
+        typer.Option(
+            metavar="DIR", help="Event files for TensorBoard: needs btpipe\\[tensorboard]."
+        ),
     ] = None,
     by: Annotated[Literal["step", "epoch"], typer.Option(help="What is below.")] = "step",
     correlation: Annotated[
@@ -56,7 +58,8 @@ def draw_map(
     vectors: Annotated[Path, typer.Argument(help="Vectors that btpipe embed wrote.")],
     out: Annotated[Path, typer.Option(help="X.html.")] = Path("map.html"),
     by: Annotated[
-        Literal["pca", "umap"], typer.Option(help="pca: at once. umap: minutes, needs btpipe[map].")
+        Literal["pca", "umap"],
+        typer.Option(help="pca: at once. umap: minutes, needs btpipe\\[map]."),
     ] = "pca",
     images: Annotated[
         Path | None,

@@ -244,7 +244,7 @@ def embed(
         Literal["none", "ray"],
         typer.Option(
             help="ray: workers on all machines of the Ray cluster in RAY_ADDRESS, or of one started"
-            " here; one for each GPU, or machine. Needs btpipe[ray]."
+            " here; one for each GPU, or machine. Needs btpipe\\[ray]."
         ),
     ] = "none",
     shard: Annotated[
