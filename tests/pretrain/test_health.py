@@ -175,7 +175,9 @@ def test_a_step_at_which_nothing_is_due_reads_no_number(tmp_path: Path, images: 
         watched.stepped(outcome, None)
 
 
-@pytest.mark.parametrize(("optimizer", "seed"), [("adamw", 5), ("lars", 6)])
+@pytest.mark.parametrize(
+    ("optimizer", "seed"), [pytest.param("adamw", 5, marks=pytest.mark.slow), ("lars", 6)]
+)
 def test_a_healthy_run_raises_no_alarm(
     tmp_path: Path, images: Path, optimizer: str, seed: int
 ) -> None:
@@ -289,6 +291,7 @@ def test_judging_by_neighbours_does_not_change_the_training(tmp_path: Path, imag
         assert float(str(event["seconds"])) > 0
 
 
+@pytest.mark.slow
 def test_the_other_rank_waits_while_the_first_one_judges(tmp_path: Path, images: Path) -> None:
     settings = (f"health.knn={images}",)
     plain = pretrain(tmp_path / "plain", describe(images, epochs=1), devices="2")

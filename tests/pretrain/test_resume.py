@@ -104,8 +104,11 @@ def losses(run: Path) -> dict[int, float]:
     "settings",
     [
         ("optim.name=lars",),
-        ("optim.name=adamw",),
-        ("optim.name=sgd", "optim.lr=0.001", "optim.bias_lr=0.001", "run.precision=fp16"),
+        pytest.param(("optim.name=adamw",), marks=pytest.mark.slow),
+        pytest.param(
+            ("optim.name=sgd", "optim.lr=0.001", "optim.bias_lr=0.001", "run.precision=fp16"),
+            marks=pytest.mark.slow,
+        ),
         ("optim.name=lars", "run.precision=fp16", "run.micro_batch=4"),
     ],
     ids=" ".join,

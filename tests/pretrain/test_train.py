@@ -106,7 +106,7 @@ def newest_weights(run: Path) -> tuple[str, str]:
     return tuple(artifact.file_digest(newest / f"{n}.safetensors") for n in ("model", "optim"))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+@pytest.mark.parametrize("optimizer", ["lars", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_the_same_seed_twice_gives_the_same_bytes(
     tmp_path: Path, images: Path, optimizer: str
 ) -> None:
@@ -117,7 +117,11 @@ def test_the_same_seed_twice_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("fp64", DOUBLE_CURVE), ("fp32", SINGLE_CURVE)]
+    ("precision", "tolerance"),
+    [
+        ("fp64", DOUBLE_CURVE),
+        pytest.param("fp32", SINGLE_CURVE, marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_follow_the_loss_curve_of_one(
     tmp_path: Path, images: Path, precision: str, tolerance: float
@@ -130,6 +134,7 @@ def test_two_processes_follow_the_loss_curve_of_one(
     assert len(set(one)) == 20
 
 
+@pytest.mark.slow
 def test_a_killed_run_started_again_ends_with_the_same_weights(
     tmp_path: Path, images: Path
 ) -> None:
@@ -149,7 +154,7 @@ def test_a_killed_run_started_again_ends_with_the_same_weights(
     assert len(list((killed / "checkpoints").iterdir())) == 2
 
 
-@pytest.mark.parametrize("devices", ["1", "2"])
+@pytest.mark.parametrize("devices", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_sigterm_saves_and_the_same_command_goes_on(
     tmp_path: Path, images: Path, devices: str
 ) -> None:
@@ -195,6 +200,7 @@ def test_another_recipe_does_not_go_into_a_run_folder(tmp_path: Path, images: Pa
     pretrain(recipe, images, "run.log_steps=7")  # bookkeeping may change
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
