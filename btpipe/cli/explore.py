@@ -76,23 +76,69 @@ def eval_select(
 
 @eval_app.command("linear")
 def eval_linear(
-    bundle: Annotated[Path, typer.Argument(help="A bundle; its encoder stays frozen.")],
-    train: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Labelled images.")],
-    test: Annotated[list[str], typer.Option(help="Labelled images to judge on.")],
-    out: Annotated[Path | None, typer.Option(help="Score to write; BUNDLE.linear.json.")] = None,
+    what: Annotated[Path, typer.Argument(help="A bundle, its encoder frozen; or VECTORS.")],
+    train: Annotated[
+        list[str] | None, typer.Argument(metavar="[INPUT]...", help="Labelled images.")
+    ] = None,
+    cached: Annotated[bool, typer.Option("--cached", help="Judge a table of vectors.")] = False,
+    test: Annotated[
+        list[str] | None,
+        typer.Option(help="Labelled images to judge on; with --cached a table of vectors."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Score to write; BUNDLE or VECTORS.linear.json.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="0: the published 100.")] = 0,
     lr: Annotated[float, typer.Option(min=0, help="For 256 images; 0: the published 0.3.")] = 0,
     devices: Annotated[str, typer.Option(help="auto, or how many processes.")] = "auto",
+    split: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="--cached without --test: share judged; 0.2."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="--cached: which rows the share is.")] = 0,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="--cached: labels by path: path,label.")
+    ] = None,
+    label_column: Annotated[str, typer.Option(help="--cached: column of the tables.")] = "label",
     as_json: Json = False,
 ) -> None:
-    """Train a linear classifier on the frozen encoder, as published; run again, it goes on."""
-    from btpipe.explore import judging
+    """Train a linear classifier: on the frozen encoder as published (run again, it goes on), or,
+    with --cached, on vectors by logistic regression, in seconds to minutes.
+    """
+    from btpipe import progress
+    from btpipe.explore import judging, linear
+    from btpipe.explore.labelled import Labels
     from btpipe.recipe import protocols
 
+    images, tests = tuple(train or ()), tuple(test or ())
+    if cached:
+        theirs = {"--epochs": epochs > 0, "--lr": lr > 0, "--devices": devices != "auto"}
+        linear.check(what, images, tests, [name for name, given in theirs.items() if given])
+        table = Path(tests[0]) if tests else None
+        place = out or linear.score_path(what)
+        with progress.show("json" if as_json else "auto") as report:
+            judged = linear.judge(
+                what,
+                table,
+                place,
+                report,
+                labels=Labels(label_column, labels),
+                split=0.2 if split is None else split,
+                seed=seed,
+            )
+            report(judged if as_json else judged.table(f"Linear classifier on {what}"))
+        return
+    theirs = {
+        "--split": split is not None,
+        "--seed": seed > 0,
+        "--labels": labels is not None,
+        "--label-column": label_column != "label",
+    }
+    judging.check(what, images, tests, [name for name, given in theirs.items() if given])
     asked = {"epochs": epochs, "lr": lr}
     protocol = protocols.LINEAR.model_copy(update={k: v for k, v in asked.items() if v})
-    place = out or bundle.with_name(f"{bundle.name}.linear.json")
-    job = judging.Asked("linear", bundle, tuple(train), tuple(test), place, protocol)
+    place = out or what.with_name(f"{what.name}.linear.json")
+    job = judging.Asked("linear", what, images, tests, place, protocol)
     judging.judge(job, devices=devices, mode="json" if as_json else "auto")
 
 

@@ -1,10 +1,12 @@
 """`eval linear` and `eval semisup`: a classifier on a bundle's encoder, and the score it leaves."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,8 @@ import numpy as np
 from btpipe import artifact, events, progress, runtime
 from btpipe.data import index as indexes
 from btpipe.data.index import Index
-from btpipe.errors import RefusedError, UsageError
+from btpipe.embed import outputs
+from btpipe.errors import BtpipeError, RefusedError, UsageError
 from btpipe.events import Finished, Report, Tabled
 from btpipe.explore import classifier, knn
 from btpipe.export import contract
@@ -39,6 +42,30 @@ class Asked:
     protocol: Protocol
     percent: float = 100.0
     split: Path | None = None
+
+
+def check(bundle: Path, inputs: Sequence[str], tests: Sequence[str], others: Sequence[str]) -> None:
+    """Passes the arguments of `eval linear` without --cached; `others` are options of that way.
+
+    Raises:
+        UsageError: a table of vectors, no images to train or to judge on, or such an option.
+    """
+    if _is_table(bundle):
+        raise UsageError("is a table of vectors", where=bundle, fix="add --cached")
+    if others:
+        raise UsageError(
+            f"{others[0]} is for tables of vectors", fix="add --cached and name a table"
+        )
+    if not inputs or not tests:
+        missing = "--test" if inputs else "INPUT"
+        expected = "eval linear BUNDLE INPUT... --test INPUT, or VECTORS --cached"
+        raise UsageError(f"no labelled images: {missing} is missing", expected=expected)
+
+
+def _is_table(path: Path) -> bool:
+    with contextlib.suppress(BtpipeError):
+        return not (path / artifact.MANIFEST).is_file() and outputs.footer_of(path) is not None
+    return False
 
 
 def judge(asked: Asked, *, devices: str, mode: progress.Mode) -> None:
