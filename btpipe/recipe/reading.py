@@ -12,7 +12,8 @@ from pydantic_core import ErrorDetails
 
 from btpipe.errors import RecipeError
 from btpipe.recipe.presets import expand
-from btpipe.recipe.tables import Recipe, flatten
+from btpipe.recipe.tables import Recipe
+from btpipe.recipe.toml import flatten
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:

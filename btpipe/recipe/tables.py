@@ -1,13 +1,12 @@
 """The tables of a recipe: typed, frozen, closed. Every default of btpipe stands here."""
 
 import itertools
-import json
-from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from btpipe.artifact import json_digest
+from btpipe.recipe.toml import flatten, toml_lines
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -174,11 +173,9 @@ class Run(Table):
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the network; "auto": on for GPUs, off for CPUs, where it gains nothing."""
     micro_batch: Annotated[int, Field(ge=0)] = 0
-    """Images, over all ranks, that pass through the network together; 0: the whole batch.
-
-    The loss is that of the whole batch all the same (cached gradients: the network runs twice
-    forward, memory grows with the micro-batch). Batch norm sees one micro-batch at a time.
-    """
+    """Images, over all ranks, that pass through the network together; 0: the whole batch. The loss
+    is that of the whole batch all the same (cached gradients: the network runs twice forward,
+    memory grows with the micro-batch). Batch norm sees one micro-batch at a time."""
     memory_budget: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the encoder's activations that is kept for the backward pass; the rest is computed
     again. Same gradient, less memory, up to a third more time."""
@@ -282,7 +279,7 @@ class Recipe(Table):
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML that `load` reads back to an equal value."""
-        return "\n".join(_toml_lines(self.model_dump(mode="json"), ""))
+        return "\n".join(toml_lines(self.model_dump(mode="json")))
 
 
 BOOKKEEPING = frozenset(
@@ -300,35 +297,3 @@ BOOKKEEPING = frozenset(
     }
 )
 """Keys that may change between two starts of one run: none of them reaches the weights."""
-
-
-def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """(key path, leaf) for every leaf; entries of an array of tables are numbered."""
-    if isinstance(value, dict):
-        children = [(str(key), child) for key, child in value.items()]
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        children = [(str(i), child) for i, child in enumerate(value)]
-    else:
-        yield prefix, value
-        return
-    for key, child in children:
-        yield from flatten(child, f"{prefix}.{key}" if prefix else key)
-
-
-def _toml_lines(table: dict[str, object], prefix: str) -> Iterator[str]:
-    """A table's own values first, then its subtables, then its arrays of tables."""
-
-    def is_tables(value: object) -> bool:
-        return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-    for key, value in table.items():
-        if not isinstance(value, dict) and not is_tables(value):
-            yield f"{key} = {json.dumps(value)}"
-    for key, value in table.items():
-        path = f"{prefix}.{key}" if prefix else key
-        if isinstance(value, dict):
-            yield from ("", f"[{path}]", *_toml_lines(value, path))
-        elif is_tables(value):
-            assert isinstance(value, list)
-            for entry in value:
-                yield from ("", f"[[{path}]]", *_toml_lines(entry, path))
