@@ -5,7 +5,8 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7fbc41",
   "#b2182b", "#35978f", "#bf812d", "#f768a1", "#6a8dba", "#a6761d", "#41ab5d", "#e7298a"];
 const OTHER = "#8f8f8f";
-const MOST_FOUND = 2000, MOST_LISTED = 40;
+const MOST_FOUND = 20000, MOST_LISTED = 40, MOST_RINGED = 300;
+const FAINT = 0.12;  // what was not found
 
 function unpack(text, Kind) {
   const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : slowly(text);
@@ -30,6 +31,7 @@ const cosines = once(() => unpack($("cosines").textContent, Int16Array));
 const texts = once(() => CONTENT.paths.map((path, i) => (path + "\n" + labelOf(i)).toLowerCase()));
 
 let traces = [];  // of each, the rows that it shows
+let colors = [];  // of each row
 const labelOf = (row) => CONTENT.labels[numbers.label[row]];
 const said = (row) => [labelOf(row), "cluster " + (numbers.cluster[row] + 1)].filter(Boolean).join(", ");
 
@@ -88,6 +90,7 @@ function paint() {
 
 const rings = { chosen: [], near: [], found: [] };
 const size = () => (count > 30000 ? 3 : count > 5000 ? 4 : 6);
+const opacity = () => (rings.found.length ? FAINT : count > 5000 ? 0.7 : 0.85);
 
 function overlay(now) {
   const { x, y } = places[$("layout").value];
@@ -96,7 +99,10 @@ function overlay(now) {
     hoverinfo: "skip", showlegend: false,
     marker: { size: across, color, symbol: "circle-open", line: { width } },
   });
-  return [ring(rings.found, now.ink, 8, 1.2), ring(rings.near, now.ink, 12, 2),
+  const found = ring(rings.found, rings.found.map((row) => colors[row]), size() + (rings.found.length > MOST_RINGED ? 1 : 3), 0);
+  found.marker.symbol = "circle";
+  if (rings.found.length <= MOST_RINGED) found.marker.line = { width: 1.2, color: now.ink };
+  return [found, ring(rings.near, now.ink, 12, 2),
           ring(rings.chosen, "#ff2d2d", 17, 3)];
 }
 
@@ -104,10 +110,12 @@ function draw(whole) {
   const now = paint(), { x, y } = places[$("layout").value], by = $("color").value;
   const groups = grouped(by);
   traces = groups.map((group) => group.rows);
+  colors = new Array(count);
+  for (const group of groups) for (const row of group.rows) colors[row] = group.color;
   const data = groups.map((group) => ({
     type: "scattergl", mode: "markers", name: group.name, hoverinfo: "none",
     x: Float32Array.from(group.rows, (row) => x[row]), y: Float32Array.from(group.rows, (row) => y[row]),
-    marker: { color: group.color, size: size(), opacity: count > 5000 ? 0.7 : 0.85, line: { width: 0 } },
+    marker: { color: group.color, size: size(), opacity: opacity(), line: { width: 0 } },
   }));
   const axis = { visible: false };
   const layout = {
@@ -124,7 +132,9 @@ function draw(whole) {
 function drawRings() {
   const rest = overlay(paint()), first = traces.length;
   const of = (key) => rest.map((ring) => ring[key]);
-  return Plotly.restyle("map", { x: of("x"), y: of("y") }, rest.map((_, i) => first + i));
+  if ($("map").data[0].marker.opacity !== opacity())
+    Plotly.restyle("map", { "marker.opacity": opacity() }, traces.map((_, i) => i));
+  return Plotly.restyle("map", { x: of("x"), y: of("y"), marker: of("marker") }, rest.map((_, i) => first + i));
 }
 
 function choose(row, move) {
