@@ -5,6 +5,7 @@ again, so what an earlier one wrote of those is left out, as its weights were.
 """
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -111,6 +112,21 @@ def read(run: Path) -> History:
         )
     except (KeyError, ValueError) as error:
         raise IntegrityError(f"a start without its numbers ({error!r})", where=log) from error
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process of this machine trains in the run folder: pretraining locks it.
+
+    What is taken to find out is let go at once; a start that meets it waits that long.
+    """
+    handle = os.open(run, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def _records(log: Path) -> tuple[list[dict[str, object]], int]:

@@ -1,6 +1,7 @@
 """`btpipe plot`: where runs went, in one picture; while they go on, again and again."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from btpipe.explore.curves import By
 from btpipe.explore.history import History
 
 RELOAD_SECONDS = 5
+PATIENCE_SECONDS = 60.0
+"""How long a run may be nobody's: its processes may be starting again."""
 KINDS = (".html", ".png")
 Write = Callable[[Sequence[History], bool], None]
 
@@ -27,8 +30,10 @@ def make(
     by: By = "step",
     correlation: str = "",
     live: bool = False,
+    patience_seconds: float = PATIENCE_SECONDS,
 ) -> None:
-    """Writes the picture of the runs; `live`: until they ended, or a signal comes.
+    """Writes the picture of the runs; `live`: until they ended, or a signal comes, or a run that a
+    process of this machine trained is nobody's for `patience_seconds`.
 
     `tensorboard`: also its event files, below that folder; without `out` nothing else.
 
@@ -54,7 +59,7 @@ def make(
             if out:
                 text = f"{out}: open it; it shows what is new every {RELOAD_SECONDS} seconds"
                 report(Note(text))
-            found = _follow(runs, found, write)
+            found = _follow(found, write, report, patience_seconds)
         write(found, False)
     if tensorboard:
         report(Note(f"tensorboard --logdir {tensorboard}"))
@@ -99,12 +104,19 @@ def _board(folder: Path, ends: contextlib.ExitStack) -> Write:
     return lambda runs, _: made.write(runs)
 
 
-def _follow(runs: Sequence[Path], found: list[History], write: Write) -> list[History]:
-    """Writes pages that read themselves again, until all runs ended or a signal came."""
+def _follow(
+    found: list[History], write: Write, report: Report, patience_seconds: float
+) -> list[History]:
+    """Writes pages that read themselves again, until no run goes on or a signal came."""
+    runs, gone = [run.path for run in found], _Gone(patience_seconds)
     with runtime.StopSignals() as signals:
         write(found, True)
         looked = time.monotonic()
-        while not signals.asked and not all(run.ended for run in found):
+        for run in found:
+            if not run.ended and not gone.holds(run.path):
+                text = "no process of this machine trains it now; Ctrl-C ends looking at it"
+                report(Note(f"{run.path}: {text}"))
+        while not signals.asked and not all(run.ended or gone.is_gone(run.path) for run in found):
             time.sleep(0.1)
             if time.monotonic() - looked < RELOAD_SECONDS:
                 continue
@@ -112,7 +124,33 @@ def _follow(runs: Sequence[Path], found: list[History], write: Write) -> list[Hi
             if now != found:
                 found = now
                 write(found, True)
+    for run in found:
+        if not run.ended and gone.is_gone(run.path):
+            text = f"its process is gone; it stands at step {run.step:,} of {run.steps:,}"
+            report(Note(f"{run.path}: {text}"))
     return found
+
+
+class _Gone:
+    """Which runs lost the process that trained them. One that no process of this machine was seen
+    to hold is not told to be gone: another machine may train it.
+    """
+
+    def __init__(self, patience_seconds: float) -> None:
+        self._patience, self._held = patience_seconds, dict[Path, float]()
+
+    def holds(self, run: Path) -> bool:
+        """Whether a process holds the run now."""
+        held = history.is_held(run)
+        if held:
+            self._held[run] = time.monotonic()
+        return held
+
+    def is_gone(self, run: Path) -> bool:
+        """Whether it was held, and has not been for long enough."""
+        if self.holds(run):
+            return False
+        return time.monotonic() - self._held.get(run, math.inf) > self._patience
 
 
 def _matrices(runs: Sequence[Path], asked: str, report: Report) -> list[Matrix]:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from plotly.offline import get_plotlyjs
 
 from btpipe.events import Tabled
-from btpipe.explore import curves, history, page
+from btpipe.explore import curves, history, page, plotly_bundle
 from btpipe.explore.correlation import Matrix
 from btpipe.explore.curves import By, Panel, Sign
 from btpipe.explore.history import History
@@ -84,7 +83,7 @@ def _script(
         "matrices": [_matrix(matrix) for matrix in matrices],
     }
     text = json.dumps(content, allow_nan=False).replace("</", "<\\/")
-    return f"{get_plotlyjs()}\nconst CONTENT = {text};\n{SCRIPT.read_text()}"
+    return f"{plotly_bundle.script('heatmap')}\nconst CONTENT = {text};\n{SCRIPT.read_text()}"
 
 
 def about(runs: Sequence[History]) -> str:

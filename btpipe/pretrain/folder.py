@@ -29,6 +29,8 @@ RECIPE, INDEX, ENVIRONMENT, EVENTS = (
     "events.jsonl",
 )
 QUARANTINE = "quarantine.csv"
+GLANCE_SECONDS = 0.25
+"""Patience with one who only looks whether the lock is free (`btpipe plot --live`)."""
 
 
 def prepare(folder: Path, wanted: Recipe, report: Report) -> None:
@@ -128,7 +130,7 @@ def lock(folder: Path, wait_seconds: float = 0) -> Iterator[None]:
     handle, started = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), time.monotonic()
     try:
         while not _locked(handle):
-            if time.monotonic() - started >= wait_seconds:
+            if time.monotonic() - started >= max(wait_seconds, GLANCE_SECONDS):
                 fix = "wait for it, or stop it; choose another --name for a second run"
                 raise RefusedError("another process is training here", where=folder, fix=fix)
             time.sleep(0.1)

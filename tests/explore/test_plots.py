@@ -1,6 +1,8 @@
 """The picture of runs: what it takes from their logs, and that a browser draws it."""
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -282,6 +284,30 @@ def test_live_shows_what_is_new_and_ends_with_the_run(tmp_path: Path) -> None:
         finally:
             process.kill()
     assert "77.5" in out.read_text()
+    assert '"reload": 0' in out.read_text()
+
+
+def test_live_ends_when_the_process_that_trained_is_gone(tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "r", [started(), stepped(1, 3.0)]), tmp_path / "run.html"
+    code = (
+        "from pathlib import Path; from btpipe.explore import plots;"
+        f"plots.make([Path({str(run)!r})], Path({str(out)!r}), lambda event: print(event),"
+        " live=True, patience_seconds=0.5)"
+    )
+    trainer = os.open(run, os.O_RDONLY)
+    fcntl.flock(trainer, fcntl.LOCK_EX)
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(out.exists)
+            time.sleep(1)
+            assert process.poll() is None, "it is trained still"
+            os.close(trainer)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert f"its process is gone; it stands at step 1 of {STEPS}" in said
     assert '"reload": 0' in out.read_text()
 
 
