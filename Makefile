@@ -4,7 +4,7 @@
 #   make test       lint, format, types, and the tests that take seconds
 #   make test-slow  the tests that take minutes
 #   make test-readers  bundles in torchvision, timm, fastembed, transformers; tables in LanceDB, datasets;
-#                   runs in TensorBoard
+#                   runs in TensorBoard; maps by UMAP
 #   make test-ray   `embed --cluster ray` with the real Ray, on this machine
 #   make peers      an environment with lightly beside ours, in build/peers (see tests/peers)
 #   make format     put the code into the form that `make test` wants
@@ -54,7 +54,7 @@ test-readers: $(STAMP)
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 		> "$$(build/readers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	@build/readers/bin/pip install --quiet timm==1.0.31 transformers==5.24.0 fastembed==0.9.1 \
-		datasets==5.2.0 lancedb==0.40.0 pylance==14.0.2 tensorboard==2.21.0
+		datasets==5.2.0 lancedb==0.40.0 pylance==14.0.2 tensorboard==2.21.0 umap-learn==0.5.12
 	HF_HUB_OFFLINE=1 build/readers/bin/python -m pytest tests/readers
 
 # Shares likewise.
