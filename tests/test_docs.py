@@ -2,7 +2,9 @@
 
 All of README.md and then docs/*.md is tried on one desk. Lines of a sh block that do not begin with
 `btpipe ` (pip, make, torchrun, ...) are not run, and neither is what ran before. The options in
-`smaller` stand behind those that are shown, so that a command takes seconds.
+`smaller` stand behind those that are shown, so that a command takes seconds. Of the commands in
+LONG, which measure or judge, `make test` only looks whether they have the options that are shown;
+`make test-slow` runs them too.
 
 A toml block whose first line is a comment with a name, `# recipes/mine.toml`, is written there and
 must load; any other one must be accepted as a part of a recipe.
@@ -26,6 +28,7 @@ from btpipe.errors import RecipeError
 
 SIZE = 32
 NAMED = re.compile(r"# ([\w/-]+\.toml)\n")
+LONG = ("bench", "compare", "eval linear", "eval semisup", "plan", "selftest")
 BASE = 'extends = "imagenet.toml"\n[optim]\nwarmup_epochs = 0\n'
 """What a part of a recipe is put on: no warm-up, so that it may set any number of epochs."""
 
@@ -37,7 +40,7 @@ def smaller(words: Sequence[str]) -> list[str]:
     if words[:2] == ("eval", "select"):
         return ["--most", "8"]
     if words[:2] in (("eval", "linear"), ("eval", "semisup")):
-        return ["--epochs", "1"]
+        return [] if "--cached" in words else ["--epochs", "1"]
     if words[0] not in ("pretrain", "plan", "views"):
         return []
     shown = [value for flag, value in itertools.pairwise(words) if flag == "--set"]
@@ -67,11 +70,12 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_command(command: Command) -> None:
+def run_command(command: Command, left: tuple[str, ...] = ()) -> None:
+    """Runs it, or only asks for its help where it is `left`: an option it has not is an error."""
     if command.words[0] == "demo":  # minutes, and `make demo` is this
         return
-    arguments = [*command.words, *smaller(command.words)]
-    result = CliRunner().invoke(app, arguments)
+    more = ["--help"] if " ".join(command.words).startswith(left) else smaller(command.words)
+    result = CliRunner().invoke(app, [*command.words, *more])
     assert result.exit_code == 0, (
         f"{command.where}: {command.line}\n{result.output}\n{result.exception!r}"
     )
@@ -92,7 +96,10 @@ def load_recipe(block: Block) -> None:
         pytest.fail(f"{block.where}: {error}")
 
 
-def test_every_command_recipe_and_python_block_runs_as_shown(desk: Path) -> None:
+@pytest.mark.parametrize("left", [LONG, pytest.param((), marks=pytest.mark.slow)])
+def test_every_command_recipe_and_python_block_runs_as_shown(
+    desk: Path, left: tuple[str, ...]
+) -> None:
     ran: set[str] = set()
     for page in pages():
         for block in blocks(page):
@@ -104,7 +111,7 @@ def test_every_command_recipe_and_python_block_runs_as_shown(desk: Path) -> None
                 load_recipe(block)
             for command in commands(block):
                 if command.line not in ran:
-                    run_command(command)
+                    run_command(command, left)
                     ran.add(command.line)
     assert (desk / "vectors.parquet").is_file()
 
