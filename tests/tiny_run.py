@@ -1,17 +1,21 @@
 """A small but real run and its bundle: a resnet18 at 32 pixels, on images that Pillow draws."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from PIL import Image
 
-from btpipe import recipe
+from btpipe import artifact, recipe
 from btpipe.data.index import build, open_index
 from btpipe.events import ignore
+from btpipe.export import contract
 from btpipe.export.bundle import export_run
 from btpipe.pretrain import checkpoint, step
 
@@ -70,6 +74,21 @@ def add_checkpoint(run: Path, at: int, noise: float, *, keep_every: int = 0) -> 
     state = checkpoint.State(step=at, recipe=described.digest, data=index.fingerprint)
     settings = described.run.model_copy(update={"keep_every": keep_every})
     checkpoint.save(run, state, core, settings)
+
+
+def other_bundle(bundle: Path, out: Path) -> Path:
+    """The bundle of another encoder, without an export: one channel of the model is set to 0."""
+    origin = artifact.read(bundle, contract.KIND).origin
+    with artifact.publish(out, contract.KIND, {**origin, "encoder": "another"}) as folder:
+        left_out = shutil.ignore_patterns(artifact.MANIFEST)
+        shutil.copytree(bundle, folder, ignore=left_out, dirs_exist_ok=True)
+        model = onnx.load(folder / contract.MODEL)
+        weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        values = np.array(numpy_helper.to_array(weight))
+        values[0] = 0
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+        onnx.save(model, folder / contract.MODEL)
+    return out
 
 
 def shared_home(factory: pytest.TempPathFactory) -> Path:

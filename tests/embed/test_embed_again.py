@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, Finished, Progressed, Warned, ignore
 
 IMAGES = 24
+TABLES = ("whole.parquet", "whole.rejects.parquet")
 
 
 @pytest.fixture(scope="session")
@@ -118,10 +120,11 @@ def test_finished_parts_of_a_job_whose_images_changed_are_kept(
 
 @pytest.mark.parametrize("deed", ["flip", "cut"])
 def test_a_damaged_table_is_mended_when_asked(
-    images: Path, bundle: Path, tmp_path: Path, deed: str
+    sharded: Path, bundle: Path, tmp_path: Path, deed: str
 ) -> None:
-    out = tmp_path / "v.parquet"
-    run(images, out, bundle)
+    images, out = sharded / "images", tmp_path / "v.parquet"
+    for whole, name in zip(TABLES, (out.name, "v.rejects.parquet"), strict=True):
+        shutil.copy(sharded / whole, tmp_path / name)
     before = bytes_of(out)
     damaged = bytearray(before[0])
     if deed == "flip":
@@ -136,24 +139,31 @@ def test_a_damaged_table_is_mended_when_asked(
     assert out.stat().st_mtime_ns == stamp
 
 
+@pytest.fixture(scope="module")
+def sharded(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`images/`, of which one is damaged and a file is none; tables of three shards, and of all."""
+    home = tmp_path_factory.mktemp("sharded")
+    draw_images(home / "images", IMAGES)
+    damaged = home / "images" / "a" / "004.jpg"
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    (home / "images" / "b" / "letter.png").write_text("Dear reader,")
+    for i in range(3):
+        run(home / "images", home / f"shard-{i}.parquet", bundle, shard=f"{i}/3")
+    run(home / "images", home / "whole.parquet", bundle)
+    return home
+
+
 @pytest.fixture
-def shards(images: Path, bundle: Path, tmp_path: Path) -> list[Path]:
-    """The tables of three shards; one image is damaged, one file is none."""
-    whole = (images / "a" / "004.jpg").read_bytes()
-    (images / "a" / "004.jpg").write_bytes(whole[:-30])
-    (images / "b" / "letter.png").write_text("Dear reader,")
-    tables = [tmp_path / f"shard-{i}.parquet" for i in range(3)]
-    for i, out in enumerate(tables):
-        run(images, out, bundle, shard=f"{i}/3")
-    return tables
+def shards(sharded: Path) -> list[Path]:
+    return [sharded / f"shard-{i}.parquet" for i in range(3)]
 
 
 def test_merged_shards_are_the_table_of_one_job(
-    images: Path, bundle: Path, tmp_path: Path, shards: list[Path]
+    tmp_path: Path, sharded: Path, shards: list[Path]
 ) -> None:
     out = tmp_path / "v.parquet"
     merge([shards[i] for i in (2, 0, 1)], out, ignore)
-    assert bytes_of(out) == fresh(images, tmp_path / "fresh.parquet", bundle)
+    assert bytes_of(out) == bytes_of(sharded / "whole.parquet")
     assert not list(tmp_path.glob("*.work"))
     stamp = out.stat().st_mtime_ns
     merge(shards, out, ignore)
@@ -161,7 +171,7 @@ def test_merged_shards_are_the_table_of_one_job(
 
 
 def test_shards_that_are_missing_double_or_of_another_job_are_refused(
-    images: Path, bundle: Path, tmp_path: Path, shards: list[Path]
+    bundle: Path, tmp_path: Path, sharded: Path, shards: list[Path]
 ) -> None:
     out = tmp_path / "v.parquet"
     with pytest.raises(RefusedError, match=r"1 of 3 shards are missing: 1/3"):
@@ -171,14 +181,14 @@ def test_shards_that_are_missing_double_or_of_another_job_are_refused(
     with pytest.raises(UsageError, match="no such table"):
         merge([*shards[:2], tmp_path / "none.parquet"], out, ignore)
     with pytest.raises(RefusedError, match=r"shard 0/3\nexpected: shard 1/3"):
-        run(images, shards[0], bundle, shard="1/3")
-    (images / "a" / "000.jpg").unlink()
-    run(images, tmp_path / "other.parquet", bundle, shard="2/3")
+        run(sharded / "images", shards[0], bundle, shard="1/3")
+    with pytest.raises(RefusedError, match="a whole table"):
+        merge([*shards, sharded / "whole.parquet"], out, ignore)
+    fewer = shutil.copytree(sharded / "images", tmp_path / "images")
+    (fewer / "a" / "000.jpg").unlink()
+    run(fewer, tmp_path / "other.parquet", bundle, shard="2/3")
     with pytest.raises(RefusedError, match=r"btpipe\.input"):
         merge([*shards[:2], tmp_path / "other.parquet"], out, ignore)
-    run(images, tmp_path / "whole.parquet", bundle)
-    with pytest.raises(RefusedError, match="a whole table"):
-        merge([*shards, tmp_path / "whole.parquet"], out, ignore)
     assert not out.exists()
 
 

@@ -16,13 +16,13 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny_run
 from PIL import Image
-from tiny_run import draw_images, make_run, shared_home
+from tiny_run import draw_images, shared_home
 
 from btpipe.embed.job import embed
 from btpipe.errors import BudgetError, IntegrityError, RefusedError, Stopped, UsageError
 from btpipe.events import Event, FileRejected, Note, Progressed, Warned, ignore
-from btpipe.export.bundle import export_run
 
 IMAGES = 40
 PART_ROWS = 8
@@ -36,11 +36,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of another seed."""
-    folder = tmp_path_factory.mktemp("other")
-    run = make_run(folder / "run", shared_home(tmp_path_factory) / "images", seed=9)
-    return export_run(run, folder / "bundle", ignore)
+def other_bundle(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_run.other_bundle(bundle, tmp_path_factory.mktemp("other") / "bundle")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torchvision
-from tiny_run import SIZE, add_checkpoint, draw_images, make_run, shared_home
+from tiny_run import SIZE, add_checkpoint, draw_images, make_run, other_bundle, shared_home
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -135,14 +135,6 @@ def test_config_and_card_say_what_the_encoder_is_and_where_it_is_from(exported: 
     assert gate["agreement"] == 1.0
 
 
-def test_the_same_run_exported_twice_gives_the_same_bytes(
-    home: Path, exported: Path, tmp_path: Path
-) -> None:
-    again = bundle.export_run(home / "runs" / "tiny", tmp_path / "tiny", ignore)
-    first, second = (artifact.read(folder, "bundle").files for folder in (exported, again))
-    assert first == second
-
-
 def test_the_same_export_again_touches_nothing(home: Path, exported: Path) -> None:
     before = {path: path.stat() for path in (exported, *exported.iterdir())}
     events: list[Event] = []
@@ -153,18 +145,18 @@ def test_the_same_export_again_touches_nothing(home: Path, exported: Path) -> No
     assert any(isinstance(event, Note) and "nothing to do" in event.text for event in events)
 
 
-def test_another_encoder_under_the_same_name_is_refused(
+def test_another_encoder_is_replaced_when_asked_and_by_the_same_bytes_each_time(
     home: Path, exported: Path, tmp_path: Path
 ) -> None:
-    other = make_run(tmp_path / "runs" / "other", home / "images", seed=4)
-    out = tmp_path / "tiny"
-    shutil.copytree(exported, out)
+    run, out = home / "runs" / "tiny", other_bundle(exported, tmp_path / "tiny")
+    before = contract.open_bundle(out).digest
     with pytest.raises(RefusedError, match="--overwrite"):
-        bundle.export_run(other, out, ignore)
-    assert contract.open_bundle(out).digest == contract.open_bundle(exported).digest
-    bundle.export_run(other, out, ignore, overwrite=True)
-    assert contract.open_bundle(out).manifest.origin["run"] == "other"
-    assert [path.name for path in tmp_path.iterdir() if ".tmp-" in path.name] == []
+        bundle.export_run(run, out, ignore)
+    assert contract.open_bundle(out).digest == before
+    bundle.export_run(run, out, ignore, overwrite=True)
+    first, second = (artifact.read(folder, contract.KIND).files for folder in (exported, out))
+    assert first == second
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_a_folder_of_something_else_is_never_replaced(home: Path, tmp_path: Path) -> None:
