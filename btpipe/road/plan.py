@@ -6,32 +6,24 @@ alone say which of them binds.
 """
 
 import dataclasses
-import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from btpipe import artifact, progress, runtime
+from btpipe import artifact, progress
 from btpipe.data import index as indexes
 from btpipe.data.index import Index
 from btpipe.errors import UsageError
 from btpipe.events import Finished, Note, Report, Tabled
 from btpipe.pretrain import network
 from btpipe.recipe import Recipe
-from btpipe.road import probe
-from btpipe.road.seat import Prepared, Seat, Turn
+from btpipe.road import looks, probe
+from btpipe.road.seat import Turn
 
-FIRST_IMAGES = 8
-"""Of a process's batch, in the first look."""
-STEP_SECONDS = 4.0
-"""What a step of the second look may take."""
-LOOK_SECONDS = 8.0
-"""How long one look lasts, about."""
 SAMPLE_IMAGES = 4096
 """Of a folder of more than `MOST_IMAGES`, so many are looked at."""
 MOST_IMAGES = 50_000
@@ -40,25 +32,6 @@ STATES = {"lars": 1, "sgd": 1, "adamw": 2}
 SPARE_MEMORY = 0.9
 LARGE = 1.5
 """Shorter side of an image over a view's side, from which smaller shards pay."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Look:
-    """A step's time and memory for so many images of one process."""
-
-    images: int
-    turn: Turn
-    peak_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Rates:
-    """Of one process at the batch that was looked at: images/s, and CPU-seconds of an image."""
-
-    loader: float
-    loader_cpu: float
-    step: float
-    step_cpu: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +50,7 @@ class Plan:
     peak_bytes: int
     disk_bytes: int
     exact: bool
-    rates: Rates
+    rates: looks.Rates
     advice: dict[str, str]
     hints: tuple[str, ...]
 
@@ -110,9 +83,9 @@ def make(recipe: Recipe, report: Report, *, devices: int) -> Plan:
             found = f"{total} images do not fill a batch of {recipe.data.batch_size}"
             raise UsageError(found, fix="add images, or set data.batch_size")
         share = recipe.data.batch_size // devices
-        looks = _looks(recipe, place, device, min(share, len(sample)), report)
-        rates = _rates(recipe, place, device, looks[-1], report)
-    return _plan(recipe, total, devices, looks, rates, sample)
+        taken = looks.take(recipe, place, device, min(share, len(sample)), report)
+        rates = looks.rates(recipe, place, device, taken[-1], report)
+    return _plan(recipe, total, devices, taken, rates, sample)
 
 
 def _listed(recipe: Recipe, scratch: Path, report: Report) -> tuple[int, Index]:
@@ -130,78 +103,26 @@ def _listed(recipe: Recipe, scratch: Path, report: Report) -> tuple[int, Index]:
     return len(found), found
 
 
-def _looks(
-    recipe: Recipe, index: Path, device: probe.Device, share: int, report: Report
-) -> list[Look]:
-    """The loop at a small batch and at one as large as time allows, at most `share`."""
-
-    def look(images: int, steps: int) -> Look:
-        report(Note(f"looking at {steps} steps of {images} images, loader and network"))
-        wanted = probe.at(recipe, images)
-        turn, peak_bytes = _measured(
-            functools.partial(probe.training, wanted, index, device, steps), steps
-        )
-        return Look(images, turn, peak_bytes)
-
-    first = look(min(FIRST_IMAGES, share), 2)
-    room = STEP_SECONDS / first.turn.seconds * first.images
-    largest = min(share, 2 ** int(np.log2(max(room, first.images * 2))))
-    # A small batch is dearer for each image: the second look says what the first one cannot.
-    steps = max(2, round(LOOK_SECONDS / (first.turn.seconds * largest / first.images)))
-    return [first, look(largest, min(steps, 50))] if largest > first.images else [first]
-
-
-def _rates(recipe: Recipe, index: Path, device: probe.Device, last: Look, report: Report) -> Rates:
-    report(Note(f"looking at loader and step apart, {last.images} images each"))
-    wanted, images = probe.at(recipe, last.images), last.images
-    batches = max(2, round(LOOK_SECONDS / 2 / last.turn.seconds))
-    load, _ = _measured(functools.partial(probe.loading, wanted, index, device, batches), batches)
-    update, _ = _measured(functools.partial(probe.stepping, wanted, index, device), 1)
-    return Rates(
-        loader=images / load.seconds,
-        loader_cpu=load.cpu_seconds / images,
-        step=images / update.seconds,
-        step_cpu=update.cpu_seconds / images,
-    )
-
-
-def _measured(prepare: Callable[[], Prepared], repeats: int) -> tuple[Turn, int]:
-    """Time of one of the action's `repeats`, and the peak of memory in bytes."""
-    seat = Seat("plan", prepare, runtime.cores())
-    try:
-        if not seat.prepare():
-            raise UsageError(
-                "too little GPU memory for the smallest look",
-                fix="free the GPU, or take a smaller network",
-            )
-        turn = seat.measure()
-        assert turn is not None
-        once = Turn(turn.seconds / repeats, turn.cpu_seconds / repeats)
-        return once, seat.peak_bytes()
-    finally:
-        seat.close()
-
-
 def _plan(
     recipe: Recipe,
     total: int,
     devices: int,
-    looks: list[Look],
-    rates: Rates,
+    taken: list[looks.Look],
+    rates: looks.Rates,
     sample: Index,
 ) -> Plan:
     share = recipe.data.batch_size // devices
     steps = recipe.optim.epochs * (total // recipe.data.batch_size)
-    seconds = _at(share, [(look.images, look.turn.seconds) for look in looks])
-    cpu_seconds = _at(share, [(look.images, look.turn.cpu_seconds) for look in looks])
-    peak_bytes = _at(share, [(look.images, look.peak_bytes) for look in looks])
+    seconds = looks.at(share, [(look.images, look.turn.seconds) for look in taken])
+    cpu_seconds = looks.at(share, [(look.images, look.turn.cpu_seconds) for look in taken])
+    peak_bytes = looks.at(share, [(look.images, look.peak_bytes) for look in taken])
     with torch.device("meta"):
         weights = sum(p.numel() for p in network.BarlowTwins(recipe.network).parameters())
     one_bytes = 4 * weights * (1 + STATES[recipe.optim.name])
     disk_bytes = one_bytes * (recipe.run.keep_last + 1)
     if recipe.run.keep_every:
         disk_bytes += one_bytes * (steps // recipe.run.keep_every)
-    advice, hints = _advice(recipe, devices, looks, peak_bytes, rates, sample)
+    advice, hints = _advice(recipe, devices, taken, peak_bytes, rates, sample)
     return Plan(
         images=total,
         steps=steps,
@@ -210,39 +131,29 @@ def _plan(
         step=Turn(seconds, cpu_seconds),
         peak_bytes=int(peak_bytes),
         disk_bytes=disk_bytes,
-        exact=looks[-1].images == share,
+        exact=taken[-1].images == share,
         rates=rates,
         advice=advice,
         hints=hints,
     )
 
 
-def _at(images: int, points: list[tuple[int, float]]) -> float:
-    """The value at so many images: of the last point, or on the line through the last two."""
-    last, value = points[-1]
-    if images == last or len(points) == 1:
-        return value * images / last
-    before, less = points[-2]
-    slope = (value - less) / (last - before)
-    return value + max(slope, 0.0) * (images - last)
-
-
 def _advice(
     recipe: Recipe,
     devices: int,
-    looks: list[Look],
+    taken: list[looks.Look],
     peak_bytes: float,
-    rates: Rates,
+    rates: looks.Rates,
     sample: Index,
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Keys that should change, and what else would help."""
     advice, hints = {}, []
     free = _free_bytes(devices) * SPARE_MEMORY
-    points = [(look.images, float(look.peak_bytes)) for look in looks]
+    points = [(look.images, float(look.peak_bytes)) for look in taken]
     if peak_bytes > free and not recipe.run.micro_batch:
         size = recipe.data.batch_size
         fitting = [m for m in range(devices, size, devices) if size % m == 0]
-        fitting = [m for m in fitting if _at(m // devices, points) <= free]
+        fitting = [m for m in fitting if looks.at(m // devices, points) <= free]
         if fitting:
             advice["run.micro_batch"] = str(fitting[-1])
             hints.append(
