@@ -5,8 +5,10 @@
 it). Every graph takes `serial` in and gives it back, so that no output is matched by position.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -133,7 +135,22 @@ def _defined(
         device_id=gpu,
         prefetch_queue_depth=1,
     )
-    return define()
+    with _code_in_passing():
+        return define()
+
+
+@contextlib.contextmanager
+def _code_in_passing() -> Iterator[None]:
+    """DALI writes the code that it makes of a graph to a temporary file, which stays for good where
+    the process is killed: here into a folder that goes once the code is loaded.
+    """
+    usual = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="btpipe-graph-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = usual
 
 
 def _input(name: str, dimensions: int, dtype: types.DALIDataType) -> DataNode:
