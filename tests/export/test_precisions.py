@@ -39,9 +39,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def everything(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with every model."""
+    """A bundle with every model, made by the command."""
     out = tmp_path_factory.mktemp("everything") / "tiny"
-    return bundle.export_run(home / "runs" / "tiny", out, ignore, wanted=EVERYTHING)
+    several = ["--precision", "int8", "--precision", "fp32,fp16", "--onnx-input", "float-nchw"]
+    command = ["export", str(home / "runs" / "tiny"), "--out", str(out), *several]
+    done = CliRunner().invoke(app, [*command, "--license", EVERYTHING.license_name])
+    assert done.exit_code == 0, done.output
+    return out
 
 
 def test_every_model_takes_pixels_and_gives_float32_at_any_batch_size(everything: Path) -> None:
@@ -158,6 +162,7 @@ class Drifting(nn.Conv2d):
         return nn.functional.conv2d(images, changed, self.bias, self.stride, self.padding)
 
 
+@pytest.mark.slow
 def test_a_weight_that_changes_before_the_trace_fails_in_every_precision(
     home: Path, tmp_path: Path
 ) -> None:
@@ -187,7 +192,9 @@ def refused(source: sources.Source, home: Path, place: Path, wanted: Wanted, mod
     return table
 
 
-@pytest.mark.parametrize(("precision", "factor"), [("fp16", 1e7), ("int8", 1e5)])
+@pytest.mark.parametrize(
+    ("precision", "factor"), [pytest.param("fp16", 1e7, marks=pytest.mark.slow), ("int8", 1e5)]
+)
 def test_weights_that_only_float32_can_hold_fail_in_the_lower_precision_alone(
     home: Path, tmp_path: Path, precision: contract.Precision, factor: float
 ) -> None:
@@ -207,9 +214,7 @@ def blocks(encoder: nn.Module) -> list[resnet.BasicBlock]:
     return [module for module in encoder.modules() if isinstance(module, resnet.BasicBlock)]
 
 
-def test_a_bundle_of_other_models_is_not_replaced_unasked(
-    home: Path, everything: Path, tmp_path: Path
-) -> None:
+def test_a_bundle_of_other_models_is_not_replaced_unasked(home: Path, everything: Path) -> None:
     run = home / "runs" / "tiny"
     with pytest.raises(RefusedError, match=r"encoder-int8\.onnx") as refusal:
         bundle.export_run(run, everything, ignore)
@@ -219,13 +224,7 @@ def test_a_bundle_of_other_models_is_not_replaced_unasked(
     assert everything.stat().st_mtime_ns == touched
 
 
-def test_the_command_takes_several_precisions_and_refuses_unknown_ones(
-    home: Path, tmp_path: Path
-) -> None:
-    run, out = str(home / "runs" / "tiny"), str(tmp_path / "several")
-    command = ["export", run, "--out", out, "--precision", "int8", "--precision", "fp32"]
-    assert CliRunner().invoke(app, command).exit_code == 0
-    assert contract.open_bundle(tmp_path / "several").precisions == ("fp32", "int8")
+def test_unknown_precisions_and_licences_are_refused() -> None:
     assert bundle.parse_precisions(["int8,fp16", "fp16"]) == ("fp16", "int8")
     with pytest.raises(UsageError, match="--precision int4"):
         bundle.parse_precisions(["fp32, int4"])
