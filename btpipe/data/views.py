@@ -5,10 +5,8 @@
 it). Every graph takes `serial` in and gives it back, so that no output is matched by position.
 """
 
-import contextlib
 import dataclasses
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -135,22 +133,7 @@ def _defined(
         device_id=gpu,
         prefetch_queue_depth=1,
     )
-    with _code_in_passing():
-        return define()
-
-
-@contextlib.contextmanager
-def _code_in_passing() -> Iterator[None]:
-    """DALI writes the code that it makes of a graph to a temporary file, which stays for good where
-    the process is killed: here into a folder that goes once the code is loaded.
-    """
-    usual = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="btpipe-graph-") as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = usual
+    return define()
 
 
 def _input(name: str, dimensions: int, dtype: types.DALIDataType) -> DataNode:

@@ -1,9 +1,5 @@
 import dataclasses
 import io
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,19 +246,3 @@ def test_every_graph_can_be_defined_for_a_gpu_where_there_is_none() -> None:
     views.training_pipeline(both, (SIZE, SIZE), batch_size=2, threads=1, gpu=0)
     views.evaluation_pipeline(views.Geometry.for_size(SIZE), batch_size=2, threads=1, gpu=0)
     views.decoding_pipeline(gpu=0)
-
-
-def test_a_process_that_is_killed_leaves_no_file_of_its_graphs(tmp_path: Path) -> None:
-    """DALI writes the code that it makes of a graph, and removes it when the process ends well."""
-    make = (
-        "import os, signal\n"
-        "from btpipe import recipe\n"
-        "from btpipe.data import views\n"
-        "views.training_pipeline((recipe.VIEW_A,), (32,), batch_size=2, threads=1, gpu=None)\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", make], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False
-    )
-    assert done.returncode == -9
-    assert list(tmp_path.iterdir()) == []
