@@ -16,9 +16,9 @@ from btpipe.embed.job import embed
 from btpipe.errors import MachineError
 from btpipe.events import ignore
 
-KILLS, FEW_KILLS = 50, 2
-DISKS = ("16k", "200k", "272k", "320k")
-"""Too small for the index; for the parts; for the table beside the parts, twice."""
+KILLS, FEW_KILLS = 50, 1
+SMALL_DISK = "200k"
+"""Too small for the parts."""
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +94,8 @@ def kill_again_and_again(folder: Path, bundle: Path, images: Path, kills: int) -
     assert len(list(out.parent.iterdir())) == 2
 
 
-def test_a_few_random_kills_of_any_process_leave_no_trace(bundle: Path, tmp_path: Path) -> None:
-    images = spoiled(tmp_path / "images", 80)
+def test_a_random_kill_of_any_process_leaves_no_trace(bundle: Path, tmp_path: Path) -> None:
+    images = spoiled(tmp_path / "images", 48)
     kill_again_and_again(tmp_path, bundle, images, FEW_KILLS)
 
 
@@ -130,7 +130,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     disk: Callable[[str], Path], bundle: Path, tmp_path: Path
 ) -> None:
     images = spoiled(tmp_path / "images", 64)
-    assert fill_up(disk, bundle, images, list(DISKS[1:3])) == 0
+    assert fill_up(disk, bundle, images, [SMALL_DISK]) == 0
 
 
 @pytest.mark.slow

@@ -60,11 +60,10 @@ def test_more_workers_than_cores_are_refused(whole: Path, bundle: Path, tmp_path
 
 
 def test_files_that_kill_or_hang_a_decoder_are_rejected_by_name_and_no_other(
-    bundle: Path, tmp_path: Path
+    whole: Path, bundle: Path, tmp_path: Path
 ) -> None:
     images = tmp_path / "images"
     draw_images(images, IMAGES)
-    embed(images, tmp_path / "good.parquet", bundle, ignore, device="cpu")
     deeds = {"a/004.jpg": KILL, "b/021.jpg": CRASH, "b/033.jpg": HANG}
     for name, deed in deeds.items():
         with (images / name).open("ab") as file:
@@ -87,7 +86,7 @@ def test_files_that_kill_or_hang_a_decoder_are_rejected_by_name_and_no_other(
         "b/021.jpg": "decoding ended the process (SIGSEGV)",
         "b/033.jpg": f"decoding took longer than {LIMIT_SECONDS:g} s",
     }
-    good = pq.read_table(tmp_path / "good.parquet").to_pylist()
+    good = pq.read_table(whole / "v.parquet").to_pylist()
     assert pq.read_table(out).to_pylist() == [row for row in good if row["path"] not in deeds]
     assert sum(isinstance(event, Warned) for event in events) == len(deeds)
     assert time.monotonic() - started < 60
@@ -170,7 +169,10 @@ def hanging(bundle: Path, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]
         job.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_every_process_ends_the_job_in_time_and_leaves_none(
     hanging: "subprocess.Popen[bytes]", number: int
 ) -> None:
