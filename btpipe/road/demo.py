@@ -8,7 +8,9 @@ from pathlib import Path
 from btpipe import progress, recipe
 from btpipe.embed import job
 from btpipe.errors import NumericsError
-from btpipe.events import Note, Tabled
+from btpipe.events import Note, Report, Tabled
+from btpipe.explore import map as mapping
+from btpipe.explore import plots
 from btpipe.export import bundle
 from btpipe.pretrain import launch
 from btpipe.road import compare, samples
@@ -18,7 +20,9 @@ GAIN = 0.10
 
 
 def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
-    """Draws images, pretrains, exports, embeds and compares; run again, it goes on where it was.
+    """Draws images, pretrains, exports, embeds, compares, and draws what there is to see.
+
+    Run again, it goes on where it was.
 
     Raises:
         NumericsError: the trained encoder is not `GAIN` above both others.
@@ -41,15 +45,27 @@ def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
             judged = compare.compare(
                 trained, images / "test", out / "compare", report, pretrained=exported
             )
+        with _timed(seconds, "draw the map and the plots"):
+            pages = _draw_pages(out, vectors, trained, images / "train", report)
         report(judged.table("Nearest-neighbour accuracy on held-out sample images"))
         report(_times(seconds))
-        report(Note(_next_steps(exported, vectors)))
+        report(Note(_next_steps(exported, vectors, pages)))
     if judged.gain < GAIN:
         raise NumericsError(
             f"the pretrained encoder is {100 * judged.gain:.1f} points above the others",
             where=out,
             expected=f"at least {100 * GAIN:.0f}",
         )
+
+
+def _draw_pages(
+    out: Path, vectors: Path, trained: Path, images: Path, report: Report
+) -> tuple[Path, Path]:
+    """The map of the vectors, and the plots of the run with its first and last correlations."""
+    map_page, run_page = out / "map.html", out / "run.html"
+    mapping.make(vectors, map_page, report, images=images)
+    plots.make([trained], run_page, report, correlation="first,last")
+    return map_page, run_page
 
 
 @contextlib.contextmanager
@@ -65,8 +81,13 @@ def _times(seconds: dict[str, float]) -> Tabled:
     return Tabled("Where the time went", ("stage", "time"), (*rows, total))
 
 
-def _next_steps(exported: Path, vectors: Path) -> str:
-    return f"""Made: {exported} (the encoder), {vectors} (2,000 vectors with path and label).
+def _next_steps(exported: Path, vectors: Path, pages: tuple[Path, Path]) -> str:
+    map_page, run_page = pages
+    return f"""Made: {exported} (the encoder), {vectors} (2,000 vectors with path and label),
+  {map_page} (the vectors as a map), {run_page} (where the run went).
+Look at them in a browser; each page is one file:
+  xdg-open {map_page}
+  xdg-open {run_page}
 Try next, on your own images:
   btpipe pretrain recipes/folder.toml --set data.train=DIR
   btpipe export --onnx
