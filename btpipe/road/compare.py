@@ -1,14 +1,18 @@
-"""Is the trained encoder worth it? Its vectors against an untrained one's and against raw pixels.
+"""Is the trained encoder worth it? Its vectors against what costs nothing: colours, pixels, chance.
 
-Nearest neighbours in the training images name the classes of the test images. The untrained encoder
-is the network the run started from, with its batch norm statistics measured on the training images,
-so that only the training makes the difference.
+Two judges name the classes of the test images from the training images: nearest neighbours, and a
+linear classifier on the vectors. The untrained encoder is the network the run started from, with
+its batch norm statistics measured on the training images, so that only the training makes the
+difference. The colour histogram is of 8 x 8 x 8 colours in RGB (as Swain and Ballard, IJCV 7 (1991)
+11-32, count colours in space), summing to 1; of its roots, so that the cosine is the Bhattacharyya
+coefficient.
 """
 
 import dataclasses
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from btpipe import runtime
@@ -19,43 +23,72 @@ from btpipe.data.views import Geometry
 from btpipe.embed import job
 from btpipe.errors import UsageError
 from btpipe.events import Event, Finished, Report, Tabled
-from btpipe.explore import knn
+from btpipe.explore import knn, labelled, linear
 from btpipe.explore.knn import Accuracy
+from btpipe.explore.labelled import Labelled, Labels
 from btpipe.export import bundle
 from btpipe.pretrain import folder
 
 PIXELS = 64
 BATCH = 64
+COLOURS = 8
+"""Steps of each colour channel in a histogram."""
+COMPONENTS = 256
+"""The linear classifier sees raw pixels by so many principal components: on 12,288 numbers an image
+it would take longer than the rest of the comparison together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What neighbours and a linear classifier make of one kind of vectors."""
+
+    neighbours: Accuracy
+    linear: linear.Score
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Nearest-neighbour accuracy on the same test images of three kinds of vectors."""
+    """Accuracies on the same test images of four kinds of vectors."""
 
-    pixels: Accuracy
-    untrained: Accuracy
-    pretrained: Accuracy
+    colours: Judged
+    pixels: Judged
+    untrained: Judged
+    pretrained: Judged
 
     @property
     def gain(self) -> float:
-        """How much the trained encoder is above the better of the two others, 0 to 1."""
-        return self.pretrained.top1 - max(self.pixels.top1, self.untrained.top1)
+        """How much the trained encoder's neighbours are above the best other row's, -1 to 1."""
+        others = (self.colours, self.pixels, self.untrained)
+        best = max(one.neighbours.top1 for one in others)
+        return self.pretrained.neighbours.top1 - max(best, self.pretrained.neighbours.majority)
 
     def table(self, title: str) -> Tabled:
         """The comparison for people."""
         named = (
+            ("colour histogram", self.colours),
             (f"raw pixels, {PIXELS} x {PIXELS}", self.pixels),
             ("untrained encoder", self.untrained),
             ("pretrained encoder", self.pretrained),
         )
         rows = [
-            (name, _percent(a.top1), f"{_percent(a.low)} to {_percent(a.high)}")
-            for name, a in named
+            (
+                name,
+                _percent(one.neighbours.top1),
+                _interval(one.neighbours.low, one.neighbours.high),
+                _percent(one.linear.top1),
+                _interval(*one.linear.interval1),
+            )
+            for name, one in named
         ]
-        one = self.pretrained
-        note = f"{one.n:,} test images, k = {one.k}, cosine, weighted (temperature 0.07)"
-        majority = ("majority class", _percent(one.majority), "")
-        return Tabled(title, ("vectors", "top-1 %", "95 % interval"), (majority, *rows), note)
+        one = self.pretrained.neighbours
+        note = (
+            f"top-1 of {one.n:,} test images in %, with 95 % intervals; neighbours: k = {one.k},"
+            f" cosine, weighted (temperature 0.07); linear: logistic regression, of pixels on"
+            f" {COMPONENTS} principal components"
+        )
+        columns = ("vectors", "neighbours", "interval", "linear", "interval")
+        share = _percent(one.majority)
+        return Tabled(title, columns, (("majority class", share, "", share, ""), *rows), note)
 
 
 def compare(
@@ -75,7 +108,7 @@ def compare(
         fix = "compare on a data set with a folder of images for each class"
         raise UsageError("training images without classes", where=index.root, fix=fix)
     quiet = _without_ends(report)
-    pixels = _judge_pixels(index, images.build(test, quiet)[0], k)
+    colours, pixels = _baselines(index, images.build(test, quiet)[0], quiet, k)
     untrained = bundle.export_run(run, out / "untrained", quiet, untrained=True)
     pretrained = pretrained or bundle.export_run(run, out / "pretrained", quiet)
     judged = []
@@ -83,35 +116,70 @@ def compare(
         tables = out / f"{name}-train.parquet", out / f"{name}-test.parquet"
         for source, table in zip((run / folder.INDEX, test), tables, strict=True):
             job.embed(source, table, made, quiet, batch_size=BATCH)
-        judged.append(knn.evaluate(*tables, k=k))
-    return Comparison(pixels, *judged)
+        judged.append(_judge(*labelled.pair(*tables, Labels()), name, quiet, k))
+    return Comparison(colours, pixels, *judged)
 
 
-def _judge_pixels(train: Index, test: Index, k: int) -> Accuracy:
-    """Neighbours by the pixels themselves, less the training images' mean picture."""
-    (known, known_names), (asked, asked_names) = _pixels(train), _pixels(test)
-    names = {name: i for i, name in enumerate(sorted(set(known_names) | set(asked_names)))}
-    mean = known.mean(axis=0)
-    return knn.accuracy(
-        known - mean,
-        np.array([names[name] for name in known_names], dtype=np.int64),
-        asked - mean,
-        np.array([names[name] for name in asked_names], dtype=np.int64),
-        k,
-    )
+def _judge(known: Labelled, asked: Labelled, name: str, report: Report, k: int) -> Judged:
+    near = knn.accuracy(*known.numbered(known.names), *asked.numbered(known.names), k)
+    return Judged(near, linear.score(known, asked, Path(name), report))
 
 
-def _pixels(index: Index) -> tuple[NDArray[np.floating], list[str]]:
-    """(n, PIXELS * PIXELS * 3) in 0 to 1, and the n class names, of the images that decode."""
-    rows = np.arange(len(index), dtype=np.int64)
+def _baselines(train: Index, test: Index, report: Report, k: int) -> tuple[Judged, Judged]:
+    """Colour histograms, and the pixels themselves less the training images' mean picture."""
+    (known, known_colours), (asked, asked_colours) = _pictures(train), _pictures(test)
+    colours = _judge(known_colours, asked_colours, "colour histogram", report, k)
+    mean = known.embeddings.mean(axis=0)
+    known, asked = (_with(one, one.embeddings - mean) for one in (known, asked))
+    near = knn.accuracy(*known.numbered(known.names), *asked.numbered(known.names), k)
+    axes = _principal_axes(known.embeddings)
+    known, asked = (_with(one, one.embeddings @ axes) for one in (known, asked))
+    score = linear.score(known, asked, Path("raw pixels"), report)
+    return colours, Judged(near, score)
+
+
+def _with(rows: Labelled, vectors: NDArray[np.floating]) -> Labelled:
+    return dataclasses.replace(rows, embeddings=vectors)
+
+
+def _principal_axes(centred: NDArray[np.floating]) -> NDArray[np.float32]:
+    """(n, D) -> (D, r), r at most COMPONENTS: by random projections, arXiv 0909.4061."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        most = min(COMPONENTS, *centred.shape)
+        _, _, axes = torch.svd_lowrank(torch.from_numpy(centred), q=most, niter=1)
+    return np.asarray(axes.numpy(), dtype=np.float32)
+
+
+def _pictures(index: Index) -> tuple[Labelled, Labelled]:
+    """The images that decode as pixels (n, PIXELS * PIXELS * 3), 0 to 1, and as histograms."""
+    every = np.arange(len(index), dtype=np.int64)
     geometry = Geometry.for_size(PIXELS)
-    batches = list(
-        evaluation_batches(index, rows, geometry, batch_size=BATCH, threads=runtime.cores())
+    flat, histograms, rows = [], [], list[int]()
+    for batch in evaluation_batches(
+        index, every, geometry, batch_size=BATCH, threads=runtime.cores()
+    ):
+        flat.append(batch.pixels.reshape(len(batch.pixels), -1))
+        histograms.append(root_histograms(batch.pixels))
+        rows.extend(batch.rows.tolist())
+    labels, paths = index.labels, index.table["path"].to_pylist()
+    names, keys = [labels[row] or "" for row in rows], [paths[row] for row in rows]
+    pixels = np.concatenate(flat) / np.float32(255)
+    return (
+        Labelled("", names, keys, pixels),
+        Labelled("", names, keys, np.concatenate(histograms)),
     )
-    flat = np.concatenate([b.pixels.reshape(len(b.pixels), -1) for b in batches])
-    labels = index.labels
-    names = [labels[row] or "" for b in batches for row in b.rows]
-    return flat / np.float32(255), names
+
+
+def root_histograms(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Roots of the shares of COLOURS^3 colours, (n, h, w, 3) -> (n, COLOURS^3), of length 1."""
+    steps = pixels.reshape(len(pixels), -1, 3).astype(np.int64) * COLOURS // 256
+    colours = steps @ np.array([COLOURS**2, COLOURS, 1])
+    bins = COLOURS**3
+    places = colours + bins * np.arange(len(pixels))[:, None]
+    counts = np.bincount(places.ravel(), minlength=bins * len(pixels))
+    shares = counts.reshape(-1, bins) / colours.shape[1]
+    return np.asarray(np.sqrt(shares), dtype=np.float32)
 
 
 def _without_ends(report: Report) -> Report:
@@ -126,3 +194,7 @@ def _without_ends(report: Report) -> Report:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{_percent(low)} to {_percent(high)}"
