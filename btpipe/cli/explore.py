@@ -180,7 +180,7 @@ def compare(
     k: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="Neighbours that vote.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Judge a run's encoder against its untrained twin and raw pixels, on labelled images."""
+    """Judge a run's encoder against its untrained twin, pixels and colours, on labelled images."""
     from btpipe import progress
     from btpipe.export import contract
     from btpipe.road import compare as comparing
@@ -188,4 +188,4 @@ def compare(
     run = run or contract.newest_run()
     with progress.show("json" if as_json else "auto") as report:
         judged = comparing.compare(run, test, out or run / "compare", report, k=k)
-        report(judged.table(f"Nearest-neighbour accuracy, {run}"))
+        report(judged.table(f"Accuracy on images that {run} has not seen"))

@@ -16,7 +16,7 @@ from btpipe.pretrain import launch
 from btpipe.road import compare, samples
 
 GAIN = 0.10
-"""What the trained encoder must add to raw pixels and to an untrained one, in top-1 accuracy."""
+"""What the trained encoder must add to the best other vectors, in neighbours' top-1 accuracy."""
 
 
 def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
@@ -25,7 +25,7 @@ def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
     Run again, it goes on where it was.
 
     Raises:
-        NumericsError: the trained encoder is not `GAIN` above both others.
+        NumericsError: the trained encoder is not `GAIN` above all others.
     """
     images, trained, exported = out / "images", out / "runs" / "demo", out / "exports" / "demo"
     vectors = out / "vectors.parquet"
@@ -41,13 +41,13 @@ def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
             bundle.export_run(trained, exported, report)
         with _timed(seconds, "embed 2,000 images"):
             job.embed(images / "train", vectors, exported, report)
-        with _timed(seconds, "compare with the two baselines"):
+        with _timed(seconds, "compare with the baselines"):
             judged = compare.compare(
                 trained, images / "test", out / "compare", report, pretrained=exported
             )
         with _timed(seconds, "draw the map and the plots"):
             pages = _draw_pages(out, vectors, trained, images / "train", report)
-        report(judged.table("Nearest-neighbour accuracy on held-out sample images"))
+        report(judged.table("Accuracy on held-out sample images"))
         report(_times(seconds))
         report(Note(_next_steps(exported, vectors, pages)))
     if judged.gain < GAIN:
