@@ -26,7 +26,8 @@ WORSE = 4
 """The sweep ends when so many Cs in a row, two decades, name fewer held-out rows than the best."""
 GRADIENT = 1e-6
 """Largest entry of the mean loss's gradient, in units of the curvature, at which a minimum counts
-as found: at the best C the probabilities are then within 1e-4 of the exact ones."""
+as found: on real vectors probabilities were then within 1e-4 of scikit-learn's up to C 0.03, within
+3e-3 up to C 3, and named the same classes."""
 SWEEP_GRADIENT = 1e-4
 """The same while C is swept, in half the time: on real vectors it chose the same C as 1e-5."""
 STEPS = 1000

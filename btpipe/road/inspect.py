@@ -1,6 +1,7 @@
 """What an artifact is, what it says of itself, and the chain back to recipe and data."""
 
 import contextlib
+import glob
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,7 +83,25 @@ def _of_bundle(folder: Path) -> Facts:
         precisions = said.get("precisions") or [said.get("precision")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"says nothing usable ({error!r})", where=folder) from error
-    return {"network": network, "precisions": _text(precisions), **facts}
+    return {"network": network, "precisions": _text(precisions), **facts, **_scores(folder)}
+
+
+def _scores(folder: Path) -> Facts:
+    """What `eval` left beside a bundle, BUNDLE.linear.json and others, if it judged this one."""
+    digest, found = artifact.read(folder, contract.KIND).digest, Facts()
+    for path in sorted(folder.parent.glob(f"{glob.escape(folder.name)}.*.json")):
+        try:
+            said = json.loads(path.read_text())
+            if said["bundle"] != digest:
+                continue
+            low, high = said["top1 95 %"]
+            found[f"eval {said['kind']}"] = (
+                f"top-1 {100 * said['top1']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of"
+                f" {said['test images']:,} test images, {path.name}"
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no score of ours
+    return found
 
 
 def _of_run(folder: Path) -> Facts:

@@ -1,8 +1,9 @@
 """Labelled sample images for the demo: ten families of patterns, drawn from a seed, offline.
 
-What two views of an image share is what is learnt. So colour, light and noise tell nothing about
-the class; angle, scale, position and line width are random; and each pattern fills its image
-several times over: a crop still shows it, and only its geometry names the class.
+What two views of an image share is what is learnt. So colours, light and noise are drawn without
+regard to the class; angle, scale, position and line width are random; and each pattern fills its
+image several times over: a crop still shows it. How much of the image its lines cover does tell
+something: a linear classifier on colour histograms names 48 % of seed 0.
 """
 
 import dataclasses

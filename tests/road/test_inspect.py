@@ -108,6 +108,22 @@ def test_a_gate_that_a_bundle_passed_is_shown(made: Path) -> None:
     assert all("mean_cosine" in text for text in gates.values())
 
 
+def test_scores_that_stand_beside_a_bundle_are_shown_if_they_are_of_it(copied: Path) -> None:
+    bundle = copied / "exports/tiny"
+    score = {
+        "kind": "linear",
+        "bundle": contract.open_bundle(bundle).digest,
+        "test images": 1000,
+        "top1": 0.5,
+        "top1 95 %": [0.469, 0.531],
+    }
+    others = {"semisup": {**score, "bundle": "0" * 64}, "note": [1], "strange": {"kind": "x"}}
+    for name, content in {"linear": score, **others}.items():
+        (bundle.parent / f"tiny.{name}.json").write_text(json.dumps(content))
+    told = [text for text in inspect(bundle).facts.values() if "top-1" in text]
+    assert told == ["top-1 50.0 % (46.9 to 53.1) of 1,000 test images, tiny.linear.json"]
+
+
 def test_people_read_short_digests_and_machines_whole_ones(made: Path) -> None:
     digest = contract.open_bundle(made / "exports/tiny").digest
     shown = CliRunner().invoke(cli.app, ["inspect", str(made / "exports/tiny")])
