@@ -360,7 +360,7 @@ def alone() -> dict[str, dict[str, torch.Tensor]]:
     return gradients_of_one_batch()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_gradient_does_not_depend_on_the_number_of_ranks(
     tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]], ranks: int
 ) -> None:

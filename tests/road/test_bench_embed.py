@@ -20,6 +20,7 @@ SAME_IMAGE = 0.98
 """Cosine of what differs from the mean vector: Pillow's decoder and resize against DALI's."""
 
 
+@pytest.mark.slow
 def test_the_quick_benchmark_shows_its_tables() -> None:
     result = CliRunner().invoke(app, ["bench", "embed", "--quick", "--json"])
     assert result.exit_code == 0, result.output

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tiny_run import draw_images
@@ -24,6 +25,7 @@ VIEW_TOLERANCE = 0.15
 BURNT_SECONDS = 0.5
 
 
+@pytest.mark.slow
 def test_the_quick_benchmark_shows_its_tables() -> None:
     result = CliRunner().invoke(app, ["bench", "loader", "--quick", "--json"])
     assert result.exit_code == 0, result.output

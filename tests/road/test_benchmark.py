@@ -217,6 +217,7 @@ def test_an_unknown_backbone_is_refused_with_those_that_exist() -> None:
         benchmark.parse_backbone("resnet19")
 
 
+@pytest.mark.slow
 def test_the_quick_benchmark_shows_its_five_tables() -> None:
     result = CliRunner().invoke(app, ["bench", "step", "--quick", "--json"])
     assert result.exit_code == 0, result.output
