@@ -52,7 +52,8 @@ def make(
     small = thumbnails.make(len(found), pictures.content, report)
     root = images or found.footer.get(table.ROOT, "")
     if not small:
-        report(Warned(f"no pictures: they are not below {root}; name their folder: --images DIR"))
+        found_none = f"they are not below {root}" if str(root) else "the table names no folder"
+        report(Warned(f"no pictures: {found_none}; name theirs: --images DIR"))
     points = _points(found, by, clusters, small, report)
     map_page.write(out, vectors.name, dataclasses.replace(points, rows=rows, root=_address(root)))
     said = f"{out}: {len(found):,} points"
