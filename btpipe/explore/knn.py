@@ -146,12 +146,7 @@ def judge(
         UsageError: as `evaluate`; or a split that leaves one side empty.
         RefusedError, IntegrityError: as `evaluate`.
     """
-    if test is None:
-        known, asked = labelled.read(vectors, labels).divided(vectors, split, seed)
-        left_out = known.left_out
-    else:
-        known, asked = labelled.pair(vectors, test, labels)
-        left_out = known.left_out + asked.left_out
+    known, asked, left_out = labelled.sides(vectors, test, labels, split, seed)
     names = {name: i for i, name in enumerate(sorted(set(known.labels) | set(asked.labels)))}
     known_vectors, known_labels = known.numbered(names)
     asked_vectors, right = asked.numbered(names)

@@ -104,6 +104,22 @@ class Labelled:
         )
 
 
+def sides(
+    vectors: Path, test: Path | None, labels: Labels, split: float, seed: int
+) -> tuple[Labelled, Labelled, int]:
+    """What is known and what is judged, the table `test` or a share `split` of `vectors`; and how
+    many rows without a label are left out of both.
+
+    Raises:
+        UsageError, RefusedError, IntegrityError: as `knn.judge`.
+    """
+    if test is None:
+        whole = read(vectors, labels)
+        return *whole.divided(vectors, split, seed), whole.left_out
+    known, asked = pair(vectors, test, labels)
+    return known, asked, known.left_out + asked.left_out
+
+
 def pair(vectors: Path, test: Path, labels: Labels) -> tuple[Labelled, Labelled]:
     """Two tables that may be compared: to find neighbours in, and to judge.
 

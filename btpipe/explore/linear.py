@@ -131,12 +131,7 @@ def judge(
         MachineError: `out` cannot be written.
     """
     _require_ours(out)
-    if test is None:
-        known, asked = labelled.read(vectors, labels).divided(vectors, split, seed)
-        left_out = known.left_out
-    else:
-        known, asked = labelled.pair(vectors, test, labels)
-        left_out = known.left_out + asked.left_out
+    known, asked, left_out = labelled.sides(vectors, test, labels, split, seed)
     found = score(known, asked, vectors, report, seed=seed)
     share = split if test is None else 0.0
     done = Probed(found, known.bundle, _digest(known), _digest(asked), share, seed, left_out)
