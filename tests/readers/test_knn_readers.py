@@ -24,11 +24,11 @@ def drawn(count: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]
 @pytest.mark.parametrize("k", [1, 10, 20, 200])
 def test_the_same_images_are_named_rightly(tmp_path: Path, k: int) -> None:
     (known, labels), (asked, right) = drawn(1200, 1), drawn(800, 2)
-    tables = [
+    first, second = (
         vector_table.write(tmp_path / name, vectors, labels=[str(n) for n in numbers])
         for name, vectors, numbers in (("k.parquet", known, labels), ("a.parquet", asked, right))
-    ]
-    ours = knn.judge(*tables, [k])
+    )
+    ours = knn.judge(first, second, [k])
     theirs = KNeighborsClassifier(
         n_neighbors=k,
         metric="cosine",
