@@ -7,6 +7,7 @@ CPU-seconds. On a GPU, whose memory they would share, one row follows another.
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ import torch
 from btpipe import runtime
 from btpipe.errors import UsageError
 from btpipe.events import Finished, Report, Tabled
-from btpipe.pretrain import loss
+from btpipe.pretrain import loss, step
+from btpipe.recipe import Recipe, Run
 from btpipe.recipe.tables import Backbone
 from btpipe.road import benchmark_worker as worker
 from btpipe.road import compiling, wire
@@ -155,18 +157,18 @@ def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:
 
 def _step_table(options: Options, device: Device, *, compiled: bool) -> Tabled:
     sizes = options.sizes
-    half = device == "cuda" or runtime.cpu_has_bf16()
     published = functools.partial(worker.published_step, device, sizes)
     core = functools.partial(worker.core_step, device, sizes)
+    default = default_core(device)
     named: dict[str, Prepare] = {"published, fp32": functools.partial(published, "fp32")}
-    if half:
+    if default[0] == "bf16":
         published_half: Literal["fp16", "bf16"] = "fp16" if device == "cuda" else "bf16"
         name = f"published, {published_half} autocast"
         named[name] = functools.partial(published, published_half)
-    for precision in ("fp32", "bf16") if half else ("fp32",):
-        named[f"this core, {precision}"] = functools.partial(core, precision, False)
-        if compiled:
-            named[f"this core, {precision}, compiled"] = functools.partial(core, precision, True)
+    for kind in core_kinds(device, compiled=compiled):
+        name = f"this core, {kind[0]}" + (", compiled" if kind[1] else "")
+        name += " (as pretrain runs it)" if kind == default else ""
+        named[name] = functools.partial(core, *kind)
     rows = measure(named, options, device)
     title = (
         f"One step: {sizes.backbone} at {sizes.image_size}, {sizes.batch} pairs of views, projector"
@@ -176,6 +178,20 @@ def _step_table(options: Options, device: Device, *, compiled: bool) -> Tabled:
     columns = ("step", "times faster", *clock, "pairs/s", "peak GiB", "peak ratio")
     cells = [_step_cells(row, rows[0], sizes.batch, device) for row in rows]
     return Tabled(title, columns, tuple(cells), f"{_about(device)} {_about_memory(device)}")
+
+
+def core_kinds(device: Device, *, compiled: bool) -> list[tuple[worker.CorePrecision, bool]]:
+    """The rows of this core, precision and whether compiled: pretrain's own is among them."""
+    default = default_core(device)
+    precisions = worker.CORE_PRECISIONS if default[0] == "bf16" else worker.CORE_PRECISIONS[:1]
+    kinds = itertools.product(precisions, (False, True))
+    return [kind for kind in kinds if compiled or not kind[1] or kind == default]
+
+
+def default_core(device: Device) -> tuple[runtime.Precision, bool]:
+    """What `run.precision` and `run.compile` = "auto" mean: the precision, and whether compiled."""
+    here = torch.device(device)
+    return runtime.precision(Run().precision, here), step.is_compiled(Recipe(), here)
 
 
 def _step_cells(row: Row, base: Row, batch: int, device: Device) -> tuple[str, ...]:
@@ -279,5 +295,5 @@ def _about(device: Device) -> str:
 
 def _about_memory(device: Device) -> str:
     if device == "cuda":
-        return "Peak: torch's allocator, everything of the step."
+        return "Peak: torch's allocator, everything of the step but the search for algorithms."
     return "Peak: growth of the resident set since the imports, everything of the step."

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ TINY = (4, 16)  # N, D of the first call, which loads code that is no one's memo
 SINGLE_BYTES = 4
 
 Device = Literal["cpu", "cuda"]
+CorePrecision = Literal["fp32", "bf16"]
+CORE_PRECISIONS: tuple[CorePrecision, ...] = get_args(CorePrecision)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,6 @@ class Sizes:
 def published_step(device: Device, sizes: Sizes, precision: published.Precision) -> Prepared:
     """The eager step of the published formulation."""
     here = torch.device(device)
-    torch.backends.cudnn.benchmark = True  # as its authors set it
     memory = PeakMemory(here)
     recipe = sizes.recipe()
     torch.manual_seed(recipe.seed)
@@ -57,9 +58,7 @@ def published_step(device: Device, sizes: Sizes, precision: published.Precision)
     return Prepared(functools.partial(trainer.step, *views, lr, bias_lr), memory)
 
 
-def core_step(
-    device: Device, sizes: Sizes, precision: Literal["fp32", "bf16"], compiled: bool
-) -> Prepared:
+def core_step(device: Device, sizes: Sizes, precision: CorePrecision, compiled: bool) -> Prepared:
     """This core's step, as `btpipe pretrain` runs it."""
     here = torch.device(device)
     memory = PeakMemory(here)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TURN_SECONDS = 0.2
 """A turn repeats its action until it has taken this long, so that clocks resolve it."""
 WARM_UPS = {"cpu": 1, "cuda": 3}
-"""Actions before the first turn; a GPU also searches for algorithms in them."""
+"""Repeats before the first turn: on a GPU they also compile, and search for algorithms."""
 
 Order = Literal["prepare", "measure", "peak"]
 
@@ -48,29 +48,48 @@ Answer = Turn | OutOfMemory | int | None
 class PeakMemory:
     """Most memory in use since this was made, beyond what was in use then and `beside_bytes`.
 
-    On a GPU what torch's allocator hands out; on a CPU the growth of the resident set (VmHWM of
-    the process, set back when this is made, against VmRSS).
+    On a CPU the growth of the resident set (VmHWM of the process, set back when this is made,
+    against VmRSS). On a GPU the peak of the turns, without the warm-ups and their search for
+    algorithms: of what torch's allocator hands out, or, if `whole`, of all that leaves the GPU's
+    free memory, which is torch's cache, DALI's pools, onnxruntime's arena and the kernels' code,
+    but not the CUDA context, nor what other programs hold, if they leave it as it is meanwhile.
     """
 
-    def __init__(self, device: torch.device, beside_bytes: int = 0) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, beside_bytes: int = 0, *, whole: bool = False) -> None:
+        self.device, self._whole = device, whole
         if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            self.forget_warm_ups()
+            before = self._peak_bytes()
         else:
             with contextlib.suppress(OSError):  # then earlier peaks count too
                 Path("/proc/self/clear_refs").write_text("5")
             before = _status_bytes("VmRSS")
         self._before = before + beside_bytes
 
+    def forget_warm_ups(self) -> None:
+        """On a GPU the peak starts anew, from what is in use."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
     def read_bytes(self) -> int:
         """The peak so far."""
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = _status_bytes("VmHWM")
-        return max(0, peak - self._before)
+        return max(0, self._peak_bytes() - self._before)
+
+    def _peak_bytes(self) -> int:
+        if self.device.type == "cpu":
+            return _status_bytes("VmHWM")
+        if not self._whole:
+            return torch.cuda.max_memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        peak, now = torch.cuda.max_memory_reserved(), torch.cuda.memory_reserved()
+        return peak_in_use(total - free, torch_peak_bytes=peak, torch_bytes=now)
+
+
+def peak_in_use(bytes_now: int, *, torch_peak_bytes: int, torch_bytes: int) -> int:
+    """Bytes of a GPU at their peak: torch alone gives memory back, so all else is at its own."""
+    return bytes_now - torch_bytes + torch_peak_bytes
 
 
 def _status_bytes(key: str) -> int:
@@ -81,10 +100,14 @@ def _status_bytes(key: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An action that can be repeated, and the memory that it is charged for."""
+    """An action that can be repeated, and the memory that it is charged for.
+
+    `repeats`: how often it does by itself what is measured.
+    """
 
     action: Callable[[], object]
     memory: PeakMemory
+    repeats: int = 1
 
 
 class Seat:
@@ -181,6 +204,7 @@ def _serve(pipe: Connection, prepare: Callable[[], Prepared], threads: int) -> N
     """The life of a seat's process: answers until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle; it closes the pipe
     torch.set_num_threads(threads)
+    compute_as_pretrain()
     prepared: Prepared | None = None
     while True:
         try:
@@ -201,6 +225,11 @@ def _serve(pipe: Connection, prepare: Callable[[], Prepared], threads: int) -> N
         pipe.send(answer)
 
 
+def compute_as_pretrain() -> None:
+    """Sets in this process what `runtime.start` sets for training on a GPU."""
+    torch.backends.cudnn.benchmark = True
+
+
 def _give_memory_back() -> None:
     """Freed memory goes to the system before another seat's turn: together they would not fit.
 
@@ -212,8 +241,9 @@ def _give_memory_back() -> None:
 
 def _warmed_up(prepare: Callable[[], Prepared]) -> Prepared:
     prepared = prepare()
-    for _ in range(WARM_UPS[prepared.memory.device.type]):
+    for _ in range(math.ceil(WARM_UPS[prepared.memory.device.type] / prepared.repeats)):
         prepared.action()
+    prepared.memory.forget_warm_ups()
     return prepared
 
 
@@ -243,11 +273,11 @@ def _turn_of_gpu(action: Callable[[], object]) -> Turn:
     torch.cuda.synchronize()
     calls = math.ceil(TURN_SECONDS / (time.perf_counter() - started))
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    cpu_started = time.process_time()
+    cpu_started = _cpu_seconds()
     first.record()
     for _ in range(calls):
         action()
     last.record()
     last.synchronize()
-    cpu_seconds = time.process_time() - cpu_started
+    cpu_seconds = _cpu_seconds() - cpu_started
     return Turn(first.elapsed_time(last) / 1000 / calls, cpu_seconds / calls)

@@ -118,6 +118,35 @@ def end_at_once() -> seat.Prepared:
     raise SystemExit(3)
 
 
+def end_unless_it_computes_as_pretrain() -> seat.Prepared:
+    if not torch.backends.cudnn.benchmark:
+        raise SystemExit("cudnn.benchmark is off, which runtime.start switches on")
+    return sleep_and_count()
+
+
+def test_what_is_measured_searches_for_algorithms_as_pretrain_does() -> None:
+    mine = seat.Seat("searches", end_unless_it_computes_as_pretrain, threads=1)
+    prepared = mine.prepare()
+    mine.close()
+    assert prepared
+
+
+def test_what_only_torch_gives_back_counts_at_its_peak_and_all_else_as_it_is() -> None:
+    context_and_dali, torch_now, torch_peak = 900, 300, 5000
+    in_use = context_and_dali + torch_now
+    peak = seat.peak_in_use(in_use, torch_peak_bytes=torch_peak, torch_bytes=torch_now)
+    assert peak == context_and_dali + torch_peak
+
+
+def test_the_step_that_pretrain_runs_is_among_the_rows_of_a_gpu() -> None:
+    assert benchmark.default_core("cuda") == ("bf16", True)
+    rows = benchmark.core_kinds("cuda", compiled=False)
+    assert rows == [("fp32", False), ("bf16", False), ("bf16", True)]
+    assert len(benchmark.core_kinds("cuda", compiled=True)) == 4
+    assert benchmark.default_core("cpu") in benchmark.core_kinds("cpu", compiled=False)
+    assert not any(compiled for _, compiled in benchmark.core_kinds("cpu", compiled=False))
+
+
 def test_a_seat_measures_the_memory_of_its_own_action() -> None:
     mine = seat.Seat("holds 64 MiB", hold_64_mebibytes, threads=1)
     assert mine.prepare()
