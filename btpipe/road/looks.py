@@ -46,28 +46,40 @@ def take(
 ) -> list[Look]:
     """The loop at a small batch and at one as large as time allows, at most `share`."""
 
-    def look(images: int, steps: int) -> Look:
+    def look(images: int, steps: int) -> Look | None:
         report(Note(f"looking at {steps} steps of {images} images, loader and network"))
         wanted = probe.at(recipe, images)
-        turn, peak_bytes = _measured(
-            functools.partial(probe.training, wanted, index, device, steps), steps
-        )
-        return Look(images, turn, peak_bytes)
+        prepare = functools.partial(probe.training, wanted, index, device, steps)
+        measured = _measured(prepare, steps)
+        return Look(images, *measured) if measured else None
 
     first = look(min(FIRST_IMAGES, share), 2)
+    if first is None:
+        fix = "free the GPU, or take a smaller network"
+        raise UsageError("too little GPU memory for the smallest look", fix=fix)
     room = STEP_SECONDS / first.turn.seconds * first.images
     largest = min(share, 2 ** int(np.log2(max(room, first.images * 2))))
-    # A small batch is dearer for each image: the second look says what the first one cannot.
-    steps = max(2, round(LOOK_SECONDS / (first.turn.seconds * largest / first.images)))
-    return [first, look(largest, min(steps, 50))] if largest > first.images else [first]
+    while largest > first.images:
+        # A small batch is dearer for each image: the second look says what the first one cannot.
+        steps = max(2, round(LOOK_SECONDS / (first.turn.seconds * largest / first.images)))
+        second = look(largest, min(steps, 50))
+        if second is not None:
+            return [first, second]
+        report(Note(f"too little GPU memory for {largest} images"))
+        largest //= 2
+    return [first]
 
 
 def rates(recipe: Recipe, index: Path, device: probe.Device, last: Look, report: Report) -> Rates:
     report(Note(f"looking at loader and step apart, {last.images} images each"))
     wanted, images = probe.at(recipe, last.images), last.images
     batches = max(2, round(LOOK_SECONDS / 2 / last.turn.seconds))
-    load, _ = _measured(functools.partial(probe.loading, wanted, index, device, batches), batches)
-    update, _ = _measured(functools.partial(probe.stepping, wanted, index, device), 1)
+    loader = _measured(functools.partial(probe.loading, wanted, index, device, batches), batches)
+    step = _measured(functools.partial(probe.stepping, wanted, index, device), 1)
+    if loader is None or step is None:
+        fix = "free the GPU: something else takes of its memory"
+        raise UsageError(f"too little GPU memory for {images} images, which had fitted", fix=fix)
+    (load, _), (update, _) = loader, step
     return Rates(
         loader=images / load.seconds,
         loader_cpu=load.cpu_seconds / images,
@@ -76,19 +88,14 @@ def rates(recipe: Recipe, index: Path, device: probe.Device, last: Look, report:
     )
 
 
-def _measured(prepare: Callable[[], Prepared], repeats: int) -> tuple[Turn, int]:
-    """Time of one of the action's `repeats`, and the peak of memory in bytes."""
+def _measured(prepare: Callable[[], Prepared], repeats: int) -> tuple[Turn, int] | None:
+    """Time of one of the action's `repeats`, and the peak of memory; None: a GPU has too little."""
     seat = Seat("plan", prepare, runtime.cores())
     try:
-        if not seat.prepare():
-            raise UsageError(
-                "too little GPU memory for the smallest look",
-                fix="free the GPU, or take a smaller network",
-            )
-        turn = seat.measure()
-        assert turn is not None
-        once = Turn(turn.seconds / repeats, turn.cpu_seconds / repeats)
-        return once, seat.peak_bytes()
+        turn = seat.measure() if seat.prepare() else None
+        if turn is None:
+            return None
+        return Turn(turn.seconds / repeats, turn.cpu_seconds / repeats), seat.peak_bytes()
     finally:
         seat.close()
 

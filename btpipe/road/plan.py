@@ -29,6 +29,11 @@ SAMPLE_IMAGES = 4096
 MOST_IMAGES = 50_000
 STATES = {"lars": 1, "sgd": 1, "adamw": 2}
 """Tensors as large as the weights that a checkpoint holds beside them."""
+MEMORY = {"cpu": "memory of a process", "cuda": "GPU memory of a process"}
+NOT_IN_MEMORY = (
+    " GPU memory: the peak of torch and DALI together; the CUDA context, some hundred MiB, is"
+    " beside it."
+)
 SPARE_MEMORY = 0.9
 LARGE = 1.5
 """Shorter side of an image over a view's side, from which smaller shards pay."""
@@ -38,10 +43,11 @@ LARGE = 1.5
 class Plan:
     """What a run costs, and what of its recipe should change.
 
-    `step` is of one process and its share of the batch, `peak_bytes` its memory. `exact`: the
-    recipe's own batch was looked at.
+    `step` is of one process and its share of the batch, `peak_bytes` its memory: on "cuda" the
+    GPU's, beyond the CUDA context. `exact`: the recipe's own batch was looked at.
     """
 
+    device: probe.Device
     images: int
     steps: int
     batch_size: int
@@ -85,7 +91,7 @@ def make(recipe: Recipe, report: Report, *, devices: int) -> Plan:
         share = recipe.data.batch_size // devices
         taken = looks.take(recipe, place, device, min(share, len(sample)), report)
         rates = looks.rates(recipe, place, device, taken[-1], report)
-    return _plan(recipe, total, devices, taken, rates, sample)
+    return _plan(recipe, device, total, devices, taken, rates, sample)
 
 
 def _listed(recipe: Recipe, scratch: Path, report: Report) -> tuple[int, Index]:
@@ -105,6 +111,7 @@ def _listed(recipe: Recipe, scratch: Path, report: Report) -> tuple[int, Index]:
 
 def _plan(
     recipe: Recipe,
+    device: probe.Device,
     total: int,
     devices: int,
     taken: list[looks.Look],
@@ -124,6 +131,7 @@ def _plan(
         disk_bytes += one_bytes * (steps // recipe.run.keep_every)
     advice, hints = _advice(recipe, devices, taken, peak_bytes, rates, sample)
     return Plan(
+        device=device,
         images=total,
         steps=steps,
         batch_size=recipe.data.batch_size,
@@ -174,7 +182,7 @@ def _advice(
 
 
 def _free_bytes(devices: int) -> float:
-    """Of one process: a GPU's memory, or its share of what is available."""
+    """Of one process: of a GPU what a CUDA context leaves, or its share of what is available."""
     if torch.cuda.is_available():
         return float(torch.cuda.mem_get_info(0)[0])
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -210,10 +218,11 @@ def tables(plan: Plan, name: str) -> list[Tabled]:
             ("processes", str(plan.world_size)),
             ("time", progress.duration(plan.seconds)),
             ("CPU time", progress.duration(plan.cpu_seconds)),
-            ("memory of a process", f"{plan.peak_bytes / 2**30:.1f} GiB"),
+            (MEMORY[plan.device], f"{plan.peak_bytes / 2**30:.1f} GiB"),
             ("disk for checkpoints", f"{plan.disk_bytes / 2**30:.1f} GiB"),
         ),
-        f"From {how}. What several processes send each other is not in it.",
+        f"From {how}. What several processes send each other is not in it."
+        + (NOT_IN_MEMORY if plan.device == "cuda" else ""),
     )
     return [parts, run]
 

@@ -38,13 +38,13 @@ def loading(recipe: Recipe, index: Path, device: Device, batches: int) -> Prepar
         for _ in range(batches):
             next(supply)
 
-    return Prepared(action, PeakMemory(torch.device(device)))
+    return Prepared(action, PeakMemory(torch.device(device)), batches)
 
 
 def stepping(recipe: Recipe, index: Path, device: Device) -> Prepared:
     """One update, of a batch that is at hand."""
     here = torch.device(device)
-    memory = PeakMemory(here)
+    memory = PeakMemory(here, whole=True)
     batch = next(_supply(recipe, index, here))
     core = _core(recipe, here)
     return Prepared(lambda: step.update(core, batch.views, *RATES), memory)
@@ -53,14 +53,14 @@ def stepping(recipe: Recipe, index: Path, device: Device) -> Prepared:
 def training(recipe: Recipe, index: Path, device: Device, steps: int) -> Prepared:
     """Makes `steps` batches and an update of each, as a run does."""
     here = torch.device(device)
-    memory = PeakMemory(here)
+    memory = PeakMemory(here, whole=True)
     supply, core = _supply(recipe, index, here), _core(recipe, here)
 
     def action() -> None:
         for batch in itertools.islice(supply, steps):
             step.update(core, batch.views, *RATES)
 
-    return Prepared(action, memory)
+    return Prepared(action, memory, steps)
 
 
 def _core(recipe: Recipe, device: torch.device) -> step.Core:

@@ -11,11 +11,14 @@ from typer.testing import CliRunner
 from btpipe import recipe
 from btpipe.cli import app
 from btpipe.pretrain import launch
+from btpipe.road import looks, plan, probe
+from btpipe.road.seat import Turn
 
 NEAR = 1.5
 """Most between the CPU time foretold and the one spent. Of the demo's recipe 4 min 59 s were
 foretold and 5 min 32 s spent, a tenth more. Here start and checkpoints, which a plan leaves out,
 are a larger part of 160 tiny steps, and others use the machine as well."""
+DEVICES: tuple[probe.Device, ...] = ("cpu", "cuda")
 TINY = """
 [data]
 batch_size = 16
@@ -49,6 +52,31 @@ def test_a_plan_says_what_a_run_takes_and_writes_its_recipe(tmp_path: Path) -> N
     assert all(float(rate) > 1 for rate in parts.values())
     assert set(parts) == {"loader alone", "step alone", "together, at the recipe's batch"}
     assert recipe.load(written) == recipe.load(file, [f"data.train={images}"])
+
+
+def test_the_memory_of_a_gpu_is_told_as_such() -> None:
+    made = {device: plan.tables(planned_for(device), "tiny")[1] for device in DEVICES}
+    assert ("memory of a process", "3.0 GiB") in made["cpu"].rows
+    assert "CUDA" not in made["cpu"].note
+    assert ("GPU memory of a process", "3.0 GiB") in made["cuda"].rows
+    assert "torch and DALI together; the CUDA context" in made["cuda"].note
+
+
+def planned_for(device: probe.Device) -> plan.Plan:
+    return plan.Plan(
+        device=device,
+        images=64,
+        steps=12,
+        batch_size=16,
+        world_size=1,
+        step=Turn(1.0, 2.0),
+        peak_bytes=3 * 2**30,
+        disk_bytes=0,
+        exact=True,
+        rates=looks.Rates(1.0, 1.0, 1.0, 1.0),
+        advice={},
+        hints=(),
+    )
 
 
 @pytest.mark.slow
