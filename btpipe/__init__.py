@@ -6,8 +6,12 @@ vectors = encoder.embed(["a.jpg", "b.jpg"])  # (2, D) float32
 
 import importlib
 
+from btpipe.runtime.nvjpeg import prefer_nvidias
+
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
+
+prefer_nvidias()  # here: in every process before anything of ours imports torchvision
 
 
 def __getattr__(name: str) -> object:

@@ -25,7 +25,7 @@ ARROWS: dict[str, set[str]] = {
     "road": GROUND | set(STAGES),
     "cli": GROUND | set(STAGES) | {"road"},
     "__main__": GROUND | {"cli"},
-    "": {"embed"},  # btpipe/__init__.py: `btpipe.load`, lazily
+    "": {"embed", "runtime"},  # btpipe/__init__.py: `btpipe.load`, lazily, and the one nvJPEG
 }
 """Part of the package to the parts that it may import, beside itself and `btpipe.__version__`."""
 

@@ -34,6 +34,7 @@ from btpipe.runtime.machine import (
     precision,
     start,
 )
+from btpipe.runtime.nvjpeg import mapped_nvjpegs
 from btpipe.runtime.place import FIRST_PORT, PORTS
 from btpipe.runtime.signals import StopSignals
 
@@ -61,6 +62,7 @@ __all__ = [
     "keep_compiled_code",
     "keep_to",
     "launch",
+    "mapped_nvjpegs",
     "merge_moments",
     "precision",
     "rank",
