@@ -6,7 +6,6 @@ is tried: DALI decodes a picture, onnxruntime runs a model, a file is written an
 
 import dataclasses
 import importlib
-import importlib.metadata
 import io
 import platform
 import resource
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import btpipe
 from btpipe import artifact, runtime
 from btpipe.errors import MachineError
 from btpipe.events import Finished, Report, Tabled
@@ -121,13 +121,12 @@ def _memory() -> Finding:
 
 
 def _python() -> Finding:
-    version = importlib.metadata.version("btpipe")
-    return Finding("Python", f"{platform.python_version()}, btpipe {version}")
+    return Finding("Python", f"{platform.python_version()}, btpipe {btpipe.__version__}")
 
 
 def _torch() -> Finding:
     torch = importlib.import_module("torch")
-    vision = importlib.metadata.version("torchvision")
+    vision = importlib.import_module("torchvision").__version__
     importlib.import_module("torchvision.models")
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ", without CUDA"
     return Finding("torch", f"{torch.__version__}{cuda}; torchvision {vision}")
@@ -161,10 +160,9 @@ def _dali() -> Finding:
     decoded = decoding.decode(array.frombuffer(content.getvalue(), array.uint8), None)
     if isinstance(decoded, str) or decoded.shape != (32, 48, 3):
         raise RuntimeError(f"a JPEG became {decoded if isinstance(decoded, str) else 'another'}")
-    names = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    installed = [name for name in names if _version(name)]
-    found = ", ".join(f"{name} {_version(name)}" for name in installed)
-    return Finding("DALI", f"{found}: decodes")
+    installed = [f"{n} {v}" for n in runtime.DALI_PACKAGES if (v := runtime.package_version(n))]
+    version = importlib.import_module("nvidia.dali").__version__
+    return Finding("DALI", f"{', '.join(installed) or f'DALI {version}'}: decodes")
 
 
 def _onnxruntime() -> Finding:
@@ -183,7 +181,7 @@ def _onnxruntime() -> Finding:
         raise RuntimeError(f"max(x, 0) of -1 and 2 gave {made.tolist()}")
     providers = engine.get_available_providers()
     found = f"{engine.__version__}: {', '.join(p.removesuffix('Provider') for p in providers)}"
-    both = [n for n in ("onnxruntime", "onnxruntime-gpu") if _version(n)]
+    both = [n for n in ("onnxruntime", "onnxruntime-gpu") if runtime.package_version(n)]
     if len(both) == 2:
         fix = "pip uninstall onnxruntime; then pip install --force-reinstall onnxruntime-gpu"
         return Finding("onnxruntime", f"{found}; two packages over each other", "broken", fix)
@@ -191,13 +189,6 @@ def _onnxruntime() -> Finding:
         fix = "pip uninstall onnxruntime; pip install onnxruntime-gpu"
         return Finding("onnxruntime", found, "look", fix)
     return Finding("onnxruntime", found)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _compiler() -> Finding:

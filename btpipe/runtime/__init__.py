@@ -19,6 +19,7 @@ from btpipe.runtime.collectives import (
 )
 from btpipe.runtime.launcher import launch
 from btpipe.runtime.machine import (
+    DALI_PACKAGES,
     Precision,
     Runtime,
     core_groups,
@@ -31,6 +32,7 @@ from btpipe.runtime.machine import (
     is_rank,
     keep_compiled_code,
     keep_to,
+    package_version,
     precision,
     start,
 )
@@ -39,6 +41,7 @@ from btpipe.runtime.place import FIRST_PORT, PORTS
 from btpipe.runtime.signals import StopSignals
 
 __all__ = [
+    "DALI_PACKAGES",
     "FIRST_PORT",
     "PORTS",
     "Agreement",
@@ -64,6 +67,7 @@ __all__ = [
     "launch",
     "mapped_nvjpegs",
     "merge_moments",
+    "package_version",
     "precision",
     "rank",
     "ray_cluster",

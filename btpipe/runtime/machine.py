@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
+DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+RECORDED = ("btpipe", "torch", "torchvision", *DALI_PACKAGES, "numpy", "pyarrow")
+"""Packages whose versions a run records, where they are installed."""
+
 COLLECTIVE_SECONDS = 600.0
 """How long ranks wait for one that does not answer. Long enough for a slow disk; a rank that died
 is noticed at once, its connections close. (On GPUs, NCCL's own watchdog ends a process then.)"""
@@ -242,12 +246,10 @@ def keep_compiled_code(folder: Path) -> None:
 
 
 def environment() -> dict[str, object]:
-    """Hardware and versions, for the record of a run."""
-    import importlib.metadata
-
+    """Hardware and versions, for the record of a run; of packages those that say theirs."""
     import torch
 
-    packages = ("btpipe", "torch", "torchvision", "nvidia-dali-cuda130", "numpy", "pyarrow")
+    packages = {name: package_version(name) for name in RECORDED}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": sys.argv,
@@ -257,5 +259,22 @@ def environment() -> dict[str, object]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cpu_has_bf16": cpu_has_bf16(),
         "gpus": gpus,
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": {name: version for name, version in packages.items() if version},
     }
+
+
+def package_version(name: str) -> str:
+    """The version of an installed package; empty where there is none of this name.
+
+    btpipe knows its own: it runs from a checkout that nobody installed as well.
+    """
+    import importlib.metadata
+
+    from btpipe import __version__
+
+    if name == "btpipe":
+        return __version__
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
