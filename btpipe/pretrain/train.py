@@ -29,11 +29,13 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
     """Trains a prepared run folder to its end, from its newest checkpoint.
 
     Raises:
+        MachineError: a setting outside btpipe makes float32 products TF32's.
         Stopped: a signal came; the state is saved.
         NumericsError: the loss or a gradient is not finite.
         BudgetError: more images were unreadable than `data.max_bad` allows.
         IntegrityError: no checkpoint of the run is whole.
     """
+    runtime.require_float32_products(here.device)
     index = open_index(folder / "index.parquet")
     run = _open(folder, recipe, here, report, index)
     _announce(run)

@@ -39,6 +39,7 @@ from btpipe.runtime.machine import (
 from btpipe.runtime.nvjpeg import mapped_nvjpegs
 from btpipe.runtime.place import FIRST_PORT, PORTS
 from btpipe.runtime.signals import StopSignals
+from btpipe.runtime.tf32 import require_float32_products
 
 __all__ = [
     "DALI_PACKAGES",
@@ -71,6 +72,7 @@ __all__ = [
     "precision",
     "rank",
     "ray_cluster",
+    "require_float32_products",
     "require_ray",
     "start",
     "sum_gradients",
