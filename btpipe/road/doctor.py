@@ -1,12 +1,11 @@
 """What btpipe needs of this machine, and what to type where it is missing.
 
 "broken" stops some command of btpipe, "look" costs speed or comfort. What can be tried in a second
-is tried: DALI decodes a picture, onnxruntime runs a model, a file is written and renamed.
+is tried: DALI decodes a picture, onnxruntime runs a model, a file is written and renamed. What GPUs
+compute is compared with the CPU.
 """
 
-import dataclasses
 import importlib
-import io
 import platform
 import resource
 import shutil
@@ -15,31 +14,23 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import btpipe
 from btpipe import artifact, runtime
 from btpipe.errors import MachineError
 from btpipe.events import Finished, Report, Tabled
+from btpipe.road import doctor_gpu
+from btpipe.road.finding import REINSTALL, Finding, readable_bytes, tried
 
-Verdict = Literal["ok", "look", "broken"]
 RUN_BYTES = 5 * 2**30
 """Free disk for a run: three checkpoints of ResNet-50 and its 8192 projector take 4.2 GB."""
 MEMORY_BYTES = 4 * 2**30
 OPEN_FILES = 1024
+CONTRAST = 20
+"""Grey levels, the standard deviation of drawn pictures (51) must be above."""
 SHARED = Path("/dev", "shm")
 SHARED_BYTES = 2**30
 """Of it: NCCL exchanges through it between GPUs, and containers often give 64 MiB."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at; `to_do` where it is not as it should be."""
-
-    name: str
-    found: str
-    verdict: Verdict = "ok"
-    to_do: str = ""
 
 
 def run(report: Report, folder: Path) -> None:
@@ -66,30 +57,26 @@ def run(report: Report, folder: Path) -> None:
 
 def examine(folder: Path) -> list[Finding]:
     """Every finding, the processor first."""
-    steps: tuple[tuple[str, Callable[[], Finding]], ...] = (
+    libraries: tuple[tuple[str, Callable[[], Finding]], ...] = (
         ("processor", _processor),
         ("memory", _memory),
         ("Python", _python),
         ("torch", _torch),
-        ("GPU", _gpu),
+        ("GPU", doctor_gpu.gpus),
         ("DALI", _dali),
         ("onnxruntime", _onnxruntime),
+    )
+    system: tuple[tuple[str, Callable[[], Finding]], ...] = (
         ("compiler", _compiler),
         ("disk", lambda: _disk(folder)),
         ("shared memory", _shared_memory),
         ("open files", _open_files),
     )
-    return [_tried(name, look) for name, look in steps]
-
-
-def _tried(name: str, look: Callable[[], Finding]) -> Finding:
-    """What a look says; a library that cannot even be loaded says it by raising anything."""
-    try:
-        return look()
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        said = f"{type(error).__name__}: {text[0] if text else ''}"
-        return Finding(name, said, "broken", "install btpipe anew: pip install --force-reinstall .")
+    return [
+        *(tried(name, look, REINSTALL) for name, look in libraries),
+        *doctor_gpu.computed(),
+        *(tried(name, look, REINSTALL) for name, look in system),
+    ]
 
 
 def _processor() -> Finding:
@@ -114,7 +101,7 @@ def _cpu_quota() -> float | None:
 def _memory() -> Finding:
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    found = f"{_size(free)} free"
+    found = f"{readable_bytes(free)} free"
     if free < MEMORY_BYTES:
         return Finding("memory", found, "look", "smaller data.batch_size, or run.micro_batch")
     return Finding("memory", found)
@@ -132,50 +119,31 @@ def _torch() -> Finding:
     return Finding("torch", f"{torch.__version__}{cuda}; torchvision {vision}")
 
 
-def _gpu() -> Finding:
-    driver = Path("/proc/driver/nvidia/version")
-    counted = runtime.gpu_count()
-    if not counted:
-        if driver.exists():
-            fix = "look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
-            return Finding("GPU", "a driver, but no GPU to use", "look", fix)
-        return Finding("GPU", "none: training and embedding run on the CPU")
-    torch = importlib.import_module("torch")
-    if not torch.cuda.is_available():
-        to_do = f"update the driver to one for CUDA {torch.version.cuda}, or install another torch"
-        return Finding("GPU", f"{counted}, which torch cannot use", "broken", to_do)
-    names = sorted({torch.cuda.get_device_name(i) for i in range(counted)})
-    free, total = torch.cuda.mem_get_info(0)
-    memory = f"{_size(free)} of {_size(total)} free on the first"
-    return Finding("GPU", f"{counted} x {', '.join(names)}; {memory}")
-
-
 def _dali() -> Finding:
-    """Decodes a picture, on the CPU."""
-    decoding = importlib.import_module("btpipe.data.decoding")
-    pillow = importlib.import_module("PIL.Image")
-    array = importlib.import_module("numpy")
-    content = io.BytesIO()
-    pillow.new("RGB", (48, 32), "teal").save(content, "JPEG")
-    decoded = decoding.decode(array.frombuffer(content.getvalue(), array.uint8), None)
-    if isinstance(decoded, str) or decoded.shape != (32, 48, 3):
-        raise RuntimeError(f"a JPEG became {decoded if isinstance(decoded, str) else 'another'}")
+    """Makes the evaluation view of pictures, on the CPU."""
+    made = importlib.import_module("btpipe.road.pixels").evaluation_views(None)
+    if made.std() < CONTRAST:
+        raise RuntimeError(f"JPEGs became pixels of {made.mean():.0f} +- {made.std():.1f}")
     installed = [f"{n} {v}" for n in runtime.DALI_PACKAGES if (v := runtime.package_version(n))]
     version = importlib.import_module("nvidia.dali").__version__
-    return Finding("DALI", f"{', '.join(installed) or f'DALI {version}'}: decodes")
+    found = f"{', '.join(installed) or f'DALI {version}'}: decodes"
+    nvjpeg = next(iter(runtime.mapped_nvjpegs()), None)
+    if nvjpeg:
+        found += f"; nvJPEG is {'/'.join(nvjpeg.resolve().parts[-4:])}"
+    if nvjpeg and nvjpeg.parent.name == "torchvision.libs" and runtime.gpu_count():
+        fix = (
+            "pip install --force-reinstall nvidia-nvjpeg, or nvidia-nvjpeg-cu12: DALI's is not used"
+        )
+        return Finding("DALI", found, "look", fix)
+    return Finding("DALI", found)
 
 
 def _onnxruntime() -> Finding:
     """Runs a model of one operator, on the CPU; names the providers."""
     engine = importlib.import_module("onnxruntime")
-    helper = importlib.import_module("onnx.helper")
     array = importlib.import_module("numpy")
-    value = [helper.make_tensor_value_info(name, 1, [2]) for name in ("x", "y")]
-    node = helper.make_node("Relu", ["x"], ["y"])
-    graph = helper.make_graph([node], "g", value[:1], value[1:])
-    opset = [helper.make_opsetid("", 17)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=8)
-    session = engine.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    model = doctor_gpu.model("Relu", {}, (2,), (2,))
+    session = engine.InferenceSession(model, providers=["CPUExecutionProvider"])
     (made,) = session.run(None, {"x": array.array([-1, 2], array.float32)})
     if made.tolist() != [0, 2]:
         raise RuntimeError(f"max(x, 0) of -1 and 2 gave {made.tolist()}")
@@ -185,9 +153,6 @@ def _onnxruntime() -> Finding:
     if len(both) == 2:
         fix = "pip uninstall onnxruntime; then pip install --force-reinstall onnxruntime-gpu"
         return Finding("onnxruntime", f"{found}; two packages over each other", "broken", fix)
-    if runtime.gpu_count() and "CUDAExecutionProvider" not in providers:
-        fix = "pip uninstall onnxruntime; pip install onnxruntime-gpu"
-        return Finding("onnxruntime", found, "look", fix)
     return Finding("onnxruntime", found)
 
 
@@ -215,15 +180,17 @@ def _disk(folder: Path) -> Finding:
         fix = "go to a folder that you may write to"
         return Finding("disk", f"{folder.resolve()}: {error.strerror}", "broken", fix)
     free = shutil.disk_usage(folder).free
-    found = f"{_size(free)} free in {folder.resolve()}"
+    found = f"{readable_bytes(free)} free in {folder.resolve()}"
     if free < RUN_BYTES:
-        return Finding("disk", found, "look", f"a run of ResNet-50 wants {_size(RUN_BYTES)}")
+        return Finding(
+            "disk", found, "look", f"a run of ResNet-50 wants {readable_bytes(RUN_BYTES)}"
+        )
     return Finding("disk", found)
 
 
 def _shared_memory() -> Finding:
     size = shutil.disk_usage(SHARED).total
-    found = f"{SHARED} of {_size(size)}"
+    found = f"{SHARED} of {readable_bytes(size)}"
     if size < SHARED_BYTES and runtime.gpu_count() > 1:
         return Finding("shared memory", found, "look", "start the container with --shm-size=8g")
     return Finding("shared memory", found)
@@ -235,8 +202,3 @@ def _open_files() -> Finding:
     if soft < OPEN_FILES:
         return Finding("open files", found, "look", f"ulimit -n {min(hard, 65_536)}")
     return Finding("open files", found)
-
-
-def _size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

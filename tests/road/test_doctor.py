@@ -7,6 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
+from btpipe import runtime
+from btpipe.road import doctor_gpu, pixels
+
 
 def doctor(
     folder: Path, *, files: int = 0, **environment: str
@@ -36,6 +43,8 @@ def test_here_everything_works_that_tests_need(tmp_path: Path) -> None:
     code, rows, _ = doctor(tmp_path)
     assert code == 0
     assert "decodes" in rows["DALI"][0]
+    mapped = [path.resolve() for path in runtime.mapped_nvjpegs()]
+    assert not mapped or str(Path(*mapped[0].parts[-4:])) in rows["DALI"][0]
     assert "CPUExecution" in rows["onnxruntime"][0]
     assert str(tmp_path) in rows["disk"][0]
     assert all(verdict != "broken" for _, verdict, _ in rows.values())
@@ -60,3 +69,37 @@ def test_a_folder_that_takes_no_file_is_broken() -> None:
     assert code == 5
     assert rows["disk"][1] == "broken"
     assert "not usable: disk" in said
+
+
+@pytest.mark.skipif(not runtime.gpu_count(), reason="no GPU")
+def test_libraries_compute_on_every_gpu_what_the_cpu_computes() -> None:
+    found = doctor_gpu.computed()
+    assert [finding.verdict for finding in found] == ["ok"] * 3, found
+
+
+@pytest.mark.skipif(runtime.gpu_count() > 0, reason="a GPU")
+def test_without_a_gpu_nothing_is_compared() -> None:
+    assert doctor_gpu.computed() == []
+
+
+def test_a_result_of_zeros_is_told_with_what_was_expected() -> None:
+    """What a GPU leaves behind that computes nothing; and what is not a number."""
+    expected = np.full((4, 4), 256.4, np.float32)
+    doctor_gpu.require("a product", expected * np.float32(1 + 1e-5), expected, 1e-4)
+    wanted = (
+        r"a product is 0 on average, 256.4 expected; largest difference 1.0e\+00, 1e-04 allowed"
+    )
+    with pytest.raises(doctor_gpu.Wrong, match=wanted):
+        doctor_gpu.require("a product", np.zeros_like(expected), expected, 1e-4)
+    with pytest.raises(doctor_gpu.Wrong, match="is nan on average"):
+        doctor_gpu.require("a product", expected * np.float32(np.nan), expected, 1e-4)
+
+
+def test_what_is_compared_is_far_from_zero() -> None:
+    """Zeros differ from it by more than is allowed."""
+    views = [pixels.evaluation_views(None), *pixels.training_views(torch.device("cpu"))]
+    for view in views:
+        assert view.shape == pixels.SHAPE
+        assert pixels.grey_levels(np.zeros_like(view), view) > 50
+        assert pixels.grey_levels(view, view) == 0
+    assert np.isnan(pixels.grey_levels(views[0][:1], views[0]))

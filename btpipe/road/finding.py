@@ -1,0 +1,32 @@
+"""One thing that the doctor looked at."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+Verdict = Literal["ok", "look", "broken"]
+REINSTALL = "install btpipe anew: pip install --force-reinstall ."
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What was found; `to_do` where it is not as it should be."""
+
+    name: str
+    found: str
+    verdict: Verdict = "ok"
+    to_do: str = ""
+
+
+def tried(name: str, look: Callable[[], Finding], to_do: str) -> Finding:
+    """What a look says; a library that cannot even be loaded says it by raising anything."""
+    try:
+        return look()
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        return Finding(name, f"{type(error).__name__}: {text[0] if text else ''}", "broken", to_do)
+
+
+def readable_bytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
