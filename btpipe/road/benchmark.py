@@ -289,7 +289,7 @@ def _free_bytes(device: Device) -> int:
 
 def _about(device: Device) -> str:
     if device == "cuda":
-        return "Times between two CUDA events; each row alone on the GPU."
+        return "Seconds by the clock, the GPU waited for; each row alone on it."
     return "Times faster: median ratio of CPU-seconds, the rows taking turns."
 
 

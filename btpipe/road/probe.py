@@ -32,11 +32,11 @@ def at(recipe: Recipe, batch: int) -> Recipe:
 
 def loading(recipe: Recipe, index: Path, device: Device, batches: int) -> Prepared:
     """Makes `batches` batches."""
-    supply = _supply(recipe, index, torch.device(device))
+    made = supply(recipe, index, torch.device(device))
 
     def action() -> None:
         for _ in range(batches):
-            next(supply)
+            next(made)
 
     return Prepared(action, PeakMemory(torch.device(device)), batches)
 
@@ -45,7 +45,7 @@ def stepping(recipe: Recipe, index: Path, device: Device) -> Prepared:
     """One update, of a batch that is at hand."""
     here = torch.device(device)
     memory = PeakMemory(here, whole=True)
-    batch = next(_supply(recipe, index, here))
+    batch = next(supply(recipe, index, here))
     core = _core(recipe, here)
     return Prepared(lambda: step.update(core, batch.views, *RATES), memory)
 
@@ -54,10 +54,10 @@ def training(recipe: Recipe, index: Path, device: Device, steps: int) -> Prepare
     """Makes `steps` batches and an update of each, as a run does."""
     here = torch.device(device)
     memory = PeakMemory(here, whole=True)
-    supply, core = _supply(recipe, index, here), _core(recipe, here)
+    batches, core = supply(recipe, index, here), _core(recipe, here)
 
     def action() -> None:
-        for batch in itertools.islice(supply, steps):
+        for batch in itertools.islice(batches, steps):
             step.update(core, batch.views, *RATES)
 
     return Prepared(action, memory, steps)
@@ -70,7 +70,8 @@ def _core(recipe: Recipe, device: torch.device) -> step.Core:
     return core
 
 
-def _supply(recipe: Recipe, index: Path, device: torch.device) -> "itertools.chain[Batch]":
+def supply(recipe: Recipe, index: Path, device: torch.device) -> "itertools.chain[Batch]":
+    """The batches of a run, as `pretrain` makes them."""
     loader = TrainingLoader(
         open_index(index),
         recipe,

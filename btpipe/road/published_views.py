@@ -101,9 +101,18 @@ class Pairs(Dataset[Views]):
         return self._views(decode(self._index.read_bytes(row)))
 
 
-def loader(pairs: Pairs, batches: Sequence[list[int]], workers: int) -> DataLoader[Views]:
-    """These batches of rows, in worker processes; their time is that of children, once ended."""
+def loader(
+    pairs: Pairs, batches: Sequence[list[int]], workers: int, *, pinned: bool = False
+) -> DataLoader[Views]:
+    """These batches of rows, in worker processes; their time is that of children, once ended.
+
+    `pinned`: in memory from which a GPU copies by itself.
+    """
     context = "fork" if workers else None
     return DataLoader(
-        pairs, batch_sampler=batches, num_workers=workers, multiprocessing_context=context
+        pairs,
+        batch_sampler=batches,
+        num_workers=workers,
+        multiprocessing_context=context,
+        pin_memory=pinned,
     )

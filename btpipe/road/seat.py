@@ -31,7 +31,7 @@ Order = Literal["prepare", "measure", "peak"]
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Seconds of one action: by the clock (on a GPU, between two events), and of all CPU cores."""
+    """Seconds of one action: by the clock, and of all CPU cores."""
 
     seconds: float
     cpu_seconds: float
@@ -266,18 +266,18 @@ def _cpu_seconds() -> float:
 
 
 def _turn_of_gpu(action: Callable[[], object]) -> Turn:
-    """Between two events, without waiting in between: as many calls as one call's time allows."""
+    """As many calls as one call's time allows, all streams of the GPU waited for at both ends."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     action()
     torch.cuda.synchronize()
     calls = math.ceil(TURN_SECONDS / (time.perf_counter() - started))
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    cpu_started = _cpu_seconds()
-    first.record()
+    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    started, cpu_started = time.perf_counter(), _cpu_seconds()
     for _ in range(calls):
         action()
-    last.record()
-    last.synchronize()
+    done.record()
+    done.synchronize()  # sleeps; what comes now would burn CPU time while it waits
+    torch.cuda.synchronize()
     cpu_seconds = _cpu_seconds() - cpu_started
-    return Turn(first.elapsed_time(last) / 1000 / calls, cpu_seconds / calls)
+    return Turn((time.perf_counter() - started) / calls, cpu_seconds / calls)
