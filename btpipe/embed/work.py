@@ -206,6 +206,12 @@ def committed(folder: Path, plan: Plan, report: Report) -> dict[int, Commit]:
     return done
 
 
+def has_commits(folder: Path, plan: Plan) -> bool:
+    """Whether any part of the plan was done."""
+    found = map(_parse, _lines(folder / COMMITS))
+    return any(commit is not None and commit.plan == plan.digest for commit in found)
+
+
 def sweep(folder: Path, parts: Set[str]) -> None:
     """Removes parts but these, and what a kill left behind."""
     keep = {LOCK, PLAN, COMMITS, INDEX, Path(INDEX).stem + ".arrow", *known.FILES, *parts}

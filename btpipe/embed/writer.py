@@ -59,7 +59,7 @@ class Writer:
     ) -> work.Plan:
         """Makes `fresh` the plan; nothing of the one before is lost until it is."""
         tables = [earlier] if earlier else []
-        if found is not None:
+        if found is not None and work.has_commits(self.folder, found):
             if not overwrite:
                 fix = "choose another --out, finish that job, or drop its work with --overwrite"
                 work.refuse_other(
