@@ -296,6 +296,6 @@ def decoded(image: Image.Image, kind: str) -> tuple[Pixels, Pixels]:
     """A file of this kind, by our decoder and by Pillow."""
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
-    ours = decoding.decode(np.frombuffer(file.getvalue(), np.uint8), None)
+    ours = decoding.decode(np.frombuffer(file.getvalue(), np.uint8))
     assert not isinstance(ours, str), ours
     return ours, np.asarray(Image.open(file).convert("RGB"))

@@ -7,11 +7,17 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-KILL, HANG, CRASH = b"<kill>", b"<hang>", b"<crash>"
+KILL, HANG, CRASH, CROWD = b"<kill>", b"<hang>", b"<crash>", b"<crowd>"
+CROWD_SECONDS = 1.0
+"""In which a file that cannot bear company looks for any."""
+_at_work: list[int] = []
 
 
-def decode(content: NDArray[np.uint8], gpu: int | None) -> NDArray[np.uint8] | str:
-    """Dies, hangs or decodes; the marks follow the end of a JPEG, where no decoder looks."""
+def decode(content: NDArray[np.uint8]) -> NDArray[np.uint8] | str:
+    """Dies, hangs or decodes; the marks follow the end of a JPEG, where no decoder looks.
+
+    A file with the mark of a crowd dies when another is decoded meanwhile.
+    """
     tail = content[-8:].tobytes()
     if tail.endswith(KILL):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -19,7 +25,13 @@ def decode(content: NDArray[np.uint8], gpu: int | None) -> NDArray[np.uint8] | s
         os.kill(os.getpid(), signal.SIGSEGV)
     if tail.endswith(HANG):
         time.sleep(3600)
+    _at_work.append(0)
+    if tail.endswith(CROWD):
+        seen, until = len(_at_work), time.monotonic() + CROWD_SECONDS
+        while time.monotonic() < until:
+            if len(_at_work) > seen:
+                os.kill(os.getpid(), signal.SIGSEGV)
     # Where it decodes: the supervisor knows this module too, and loads no decoder.
     from btpipe.data import decoding  # noqa: PLC0415
 
-    return decoding.decode(content, gpu)
+    return decoding.decode(content)

@@ -212,10 +212,11 @@ def embed(
         typer.Option(help="auto: onnx, and torch for an earlier layer."),
     ] = "auto",
     precision: Annotated[
-        Literal["auto", "fp32", "bf16", "fp16", "int8"],
+        Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"],
         typer.Option(
-            help="auto: onnx takes a bundle's int8 model on a CPU, else fp32; torch takes bf16 if"
-            " the hardware has it."
+            help="auto: what the table there has; else with onnx on a GPU fp16 if the bundle has it"
+            " and its golden images agree, or tf32, on a CPU int8 if it has it, or fp32; with torch"
+            " bf16 if the hardware has it."
         ),
     ] = "auto",
     layer: Annotated[

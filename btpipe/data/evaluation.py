@@ -1,16 +1,19 @@
 """The evaluation view of images, batch by batch. Nothing here needs torch."""
 
-import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
 from btpipe.data import decoding, reading, runs, views
+from btpipe.data.decoding import Encoded, Pixels
 from btpipe.data.index import Index
 
 
@@ -30,10 +33,22 @@ class EvaluationBatch:
     known: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
-_KNOWN = "known"
-"""Stands for pixels that are not needed."""
-Decode = Callable[[int, NDArray[np.uint8]], reading.Content]
-"""(row, encoded bytes) -> pixels (H, W, 3), or for a GPU the bytes; or why there are none."""
+Decode = Callable[[NDArray[np.uint8]], reading.Content]
+"""Encoded bytes -> pixels (H, W, 3), or why there are none: `decoding.decode`, or a stand-in."""
+Mark = Callable[[Sequence[int], bool], AbstractContextManager[None]]
+"""A context in which rows are in a decoder's hands; whether they are one file, decoded alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """Of a row whose pixels are not needed."""
+
+
+_Content: TypeAlias = Pixels | str | _Known
+
+
+def _no_mark(_rows: Sequence[int], _alone: bool) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 def evaluation_batches(
@@ -65,59 +80,108 @@ def evaluation_stream(
     batch_size: int,
     threads: int,
     gpu: int | None = None,
-    decode: Decode | None = None,
+    decode: Decode = decoding.decode,
     is_known: Callable[[int, str, int], bool] = lambda _row, _digest, _bytes: False,
+    is_apart: Callable[[int], bool] = lambda _row: False,
+    mark: Mark = _no_mark,
 ) -> Iterator[EvaluationBatch]:
-    """`evaluation_batches` of tasks of at most `batch_size` rows that may become known by and by.
+    """`evaluation_batches` of tasks of rows that may become known by and by.
+
+    Every batch has `batch_size` good rows but for the last one, whatever is bad or known and
+    wherever tasks end. What is bad or known comes with the batch that follows, or in one without
+    good rows where there are many.
 
     `decode` stands in for DALI's decoder. `is_known` says of a row, its file's sha256 and length
-    whether its pixels are not needed.
+    whether its pixels are not needed, `is_apart` that a row must not be decoded in a GPU's batch.
     """
+    decoder = None if gpu is None else decoding.batch_decoder(gpu, threads)
     digests: dict[int, str] = {}
-    rejected: dict[int, list[tuple[int, str]]] = collections.defaultdict(list)
 
-    def plain(_: int, content: NDArray[np.uint8]) -> reading.Content:
-        return content if gpu is not None else decoding.decode(content, None)
-
-    def read(row: int) -> reading.Content:
+    def read(row: int) -> Encoded | _Content:
         content = reading.read_file(index, row)
         if isinstance(content, str):
             return content
         digests[row] = hashlib.sha256(content.data).hexdigest()
-        return (
-            _KNOWN if is_known(row, digests[row], len(content)) else (decode or plain)(row, content)
-        )
+        if is_known(row, digests[row], len(content)):
+            return _Known()
+        encoded = decoding.parse(content) if decoder and not is_apart(row) else None
+        if encoded is not None:
+            return encoded
+        with mark((row,), True):
+            return decode(content)
 
-    def fit(load: runs.Load, sizes: NDArray[np.int64]) -> runs.Load:
-        inputs = views.evaluation_inputs(geometry, sizes)
-        return dataclasses.replace(load, sizes=sizes, inputs=inputs)
+    def finish(rows: NDArray[np.int64], contents: Sequence[Encoded | _Content]) -> list[_Content]:
+        if decoder is None:
+            return [content for content in contents if not isinstance(content, Encoded)]
+        good = {i: content for i, content in enumerate(contents) if _is_image(content)}
+        with mark([int(rows[i]) for i, c in good.items() if isinstance(c, Encoded)], False):
+            images = dict(zip(good, decoder.decode(list(good.values())), strict=True))
+        return [images.get(i, content) for i, content in enumerate(contents)]
 
-    def drop(load: runs.Load, bad: dict[int, str]) -> runs.Load:
-        rejected[load.number] += [(int(load.rows[i]), reason) for i, reason in bad.items()]
-        good = [i for i in range(len(load.rows)) if i not in bad]
-        files = [load.files[i] for i in good]
-        kept = dataclasses.replace(load, rows=load.rows[good], files=files)
-        return fit(kept, load.sizes[good])
-
-    def loads() -> Iterator[runs.Load]:
-        for number, part, contents in reading.read_ahead(enumerate(tasks), read, pool):
-            listed = np.stack([index.heights[part], index.widths[part]], axis=1).astype(np.int64)
-            bad = {i: content for i, content in enumerate(contents) if isinstance(content, str)}
-            files = [np.zeros(0, np.uint8) if isinstance(c, str) else c for c in contents]
-            load = runs.Load(number, part, files, runs.sizes_of(files, listed), {})
-            yield drop(load, bad)
-
-    def build() -> Pipeline:
-        return views.evaluation_pipeline(geometry, batch_size=batch_size, threads=threads, gpu=gpu)
-
+    packed = _Packed(geometry, batch_size)
     with concurrent.futures.ThreadPoolExecutor(threads + 2, "btpipe-read") as pool:
-        for load, outputs in runs.run(loads(), build, mend=drop, resize=fit, pool=pool, gpu=gpu):
+        whole = reading.read_ahead(enumerate(tasks), read, finish, pool)
+
+        def build() -> Pipeline:
+            return views.evaluation_pipeline(
+                geometry, batch_size=batch_size, threads=threads, gpu=gpu
+            )
+
+        loads = packed.loads((rows, contents) for _, rows, contents in whole)
+        for load, outputs in runs.run(loads, build, decoder.stream if decoder else None):
             empty = np.zeros((0, geometry.size, geometry.size, 3), np.uint8)
             pixels = runs.copied(outputs[0]) if outputs else empty
-            names = [digests.pop(int(row)) for row in load.rows]
-            dropped = rejected.pop(load.number, [])
-            known = [(row, digests.pop(row)) for row, reason in dropped if reason == _KNOWN]
-            bad = [(row, reason) for row, reason in dropped if reason != _KNOWN]
+            names = [digests.pop(row) for row in load.rows.tolist()]
+            bad, known = packed.beside.pop(load.number)
             for row, _ in bad:
                 digests.pop(row, None)
-            yield EvaluationBatch(load.rows, pixels, names, bad, load.sizes, known)
+            named = [(row, digests.pop(row)) for row in known]
+            yield EvaluationBatch(load.rows, pixels, names, bad, load.sizes, named)
+
+
+def _is_image(content: Encoded | _Content) -> TypeGuard[Encoded | NDArray[np.uint8]]:
+    return not isinstance(content, str | _Known)
+
+
+class _Packed:
+    """Good rows packed into loads of `batch_size`.
+
+    `beside` keeps for each load's number the rows that are bad, and why, and those that are known.
+    """
+
+    def __init__(self, geometry: views.Geometry, batch_size: int) -> None:
+        self._geometry, self._batch_size = geometry, batch_size
+        self._number = 0
+        self._rows: list[int] = []
+        self._images: list[Pixels] = []
+        self._bad: list[tuple[int, str]] = []
+        self._known: list[int] = []
+        self.beside: dict[int, tuple[list[tuple[int, str]], list[int]]] = {}
+
+    def loads(
+        self, tasks: Iterator[tuple[NDArray[np.int64], Sequence[_Content]]]
+    ) -> Iterator[runs.Load]:
+        for rows, contents in tasks:
+            for row, content in zip(rows.tolist(), contents, strict=True):
+                if isinstance(content, str):
+                    self._bad.append((row, content))
+                elif isinstance(content, _Known):
+                    self._known.append(row)
+                else:
+                    self._rows.append(row)
+                    self._images.append(content)
+                if len(self._rows) == self._batch_size:
+                    yield self._load(self._batch_size)
+            if len(self._bad) + len(self._known) >= self._batch_size:
+                yield self._load(0)
+        if self._rows or self._bad or self._known:
+            yield self._load(len(self._rows))
+
+    def _load(self, count: int) -> runs.Load:
+        """The first `count` good rows, and all that is bad or known."""
+        rows, images = np.array(self._rows[:count], np.int64), self._images[:count]
+        self._rows, self._images = self._rows[count:], self._images[count:]
+        self.beside[self._number] = self._bad, self._known
+        self._bad, self._known, self._number = [], [], self._number + 1
+        inputs = views.evaluation_inputs(self._geometry, runs.sizes_of(images)) if count else {}
+        return runs.Load(self._number - 1, rows, images, inputs)

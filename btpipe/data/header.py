@@ -7,6 +7,8 @@ import warnings
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 SUPPORTED = {
@@ -26,7 +28,7 @@ MAX_PIXELS = 178_956_970
 """Two times 1024^3 / 4 / 3, where Pillow speaks of a decompression bomb."""
 MAX_SCANNED_PIXELS = 10 * MAX_PIXELS
 """Pixels times scans of a JPEG: about a second on one core. Progressive ones have ten scans."""
-_START_OF_SCAN = b"\xff\xda"
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 EXTENSIONS = frozenset(
     b".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .dib .ppm .pgm .pbm .pnm .jp2 .j2k .jpx .j2c"
     b" .gif .avif .heic .heif .ico .svg .psd .jxl .tga .exr .hdr .qoi .mpo".split()
@@ -187,6 +189,18 @@ def scan_bomb(content: bytes) -> str:
         return ""
     size = f"{found.width} x {found.height}"
     return f"scan bomb: {scans} scans of {size} pixels, which take too long to decode"
+
+
+def has_end(jpeg: NDArray[np.uint8]) -> bool:
+    """Whether the last scan of a JPEG (n,) is followed by the end that every whole file has.
+
+    Compressed data holds neither marker.
+    """
+    end = _END_OF_IMAGE
+    if bytes(jpeg[-len(end) :]) == end:  # as nearly all files; the others are searched
+        return True
+    content = jpeg.tobytes()
+    return content.rfind(end) > content.rfind(_START_OF_SCAN)
 
 
 def _bomb(found: str) -> Refusal:

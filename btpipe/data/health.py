@@ -59,7 +59,7 @@ def examine(content: bytes) -> Verdict:
     found = header.parse(io.BytesIO(content), content)
     if isinstance(found, header.Refusal):
         return Verdict(digest, 0, 0, is_flat=False, reason=found.reason)
-    pixels = decoding.decode(np.frombuffer(content, dtype=np.uint8), None)
+    pixels = decoding.decode(np.frombuffer(content, dtype=np.uint8))
     if isinstance(pixels, str):
         return Verdict(digest, 0, 0, is_flat=False, reason=pixels)
     height, width = pixels.shape[:2]

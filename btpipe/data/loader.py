@@ -6,7 +6,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ from nvidia.dali import Pipeline
 
 from btpipe import runtime
 from btpipe.data import decoding, header, order, params, reading, runs, views
+from btpipe.data.decoding import Encoded, Pixels
 from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index
 from btpipe.errors import BudgetError, UsageError
@@ -77,9 +78,11 @@ class TrainingLoader:
             found, fix = f"run.micro_batch {micro} over {world_size} ranks", "set run.micro_batch"
             raise UsageError(found, expected=f"a multiple of {world_size}", fix=fix)
         self._own = (np.arange(size).reshape(-1, world_size, micro // world_size))[:, rank].ravel()
-        self._sizes = np.stack([index.heights, index.widths], axis=1).astype(np.int64)
         self._threads = recipe.data.threads or runtime.cores()
         self._gpu = None if device.type == "cpu" else device.index or 0
+        self._decoder = (
+            None if self._gpu is None else decoding.batch_decoder(self._gpu, self._threads)
+        )
         self._pool = concurrent.futures.ThreadPoolExecutor(self._threads + 2, "btpipe-read")
 
     def __enter__(self) -> "TrainingLoader":
@@ -109,15 +112,8 @@ class TrainingLoader:
                 gpu=self._gpu,
             )
 
-        finished = runs.run(
-            self._loads(),
-            build,
-            mend=self._mend,
-            resize=self._redraw,
-            pool=self._pool,
-            gpu=self._gpu,
-        )
-        for load, outputs in finished:
+        stream = self._decoder.stream if self._decoder else None
+        for load, outputs in runs.run(self._loads(), build, stream):
             yield Batch(load.number, load.rows, tuple(self._tensor(one) for one in outputs))
 
     def _tensor(self, output: runs.Output) -> "torch.Tensor":
@@ -137,11 +133,8 @@ class TrainingLoader:
         """The loads from `start_step` on, read ahead; what cannot be read is replaced here."""
         steps = range(self.start_step, self.steps)
         tasks = ((step, self._rows(step)) for step in steps)
-        for step, rows, contents in reading.read_ahead(tasks, self._read, self._pool):
-            bad = {i: content for i, content in enumerate(contents) if isinstance(content, str)}
-            files = [np.zeros(0, np.uint8) if isinstance(c, str) else c for c in contents]
-            load = runs.Load(step, rows, files, runs.sizes_of(files, self._sizes[rows]), {})
-            yield self._mend(load, bad) if bad else self._drawn(load)
+        for step, rows, contents in reading.read_ahead(tasks, self._read, self._finish, self._pool):
+            yield self._load(step, rows, list(contents))
 
     def _epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
@@ -172,50 +165,49 @@ class TrainingLoader:
         )
         return next(candidate for candidate in candidates if candidate not in self.quarantine)
 
-    def _read(self, row: int) -> reading.Content:
+    def _read(self, row: int) -> Encoded | reading.Content:
+        """A file's pixels, the file as a GPU's batch takes it, or why there is neither."""
         content = reading.read_file(self.index, row)
         if isinstance(content, str):
             return content
         if bomb := header.scan_bomb(content.tobytes()):
             return bomb
-        return content if self._gpu is not None else decoding.decode(content, None)
+        encoded = decoding.parse(content) if self._decoder else None
+        return encoded or decoding.decode(content)
 
-    def _drawn(self, load: runs.Load) -> runs.Load:
-        epoch, seed = self._epoch(load.number), self.recipe.seed
+    def _finish(
+        self, _: NDArray[np.int64], contents: Sequence[Encoded | reading.Content]
+    ) -> list[Pixels | str]:
+        """The pixels of a batch where its views are made, or why there are none."""
+        good = [content for content in contents if not isinstance(content, str)]
+        images = iter(self._decoder.decode(good) if self._decoder else good)
+        return [content if isinstance(content, str) else next(images) for content in contents]
+
+    def _load(self, step: int, rows: NDArray[np.int64], contents: list[Pixels | str]) -> runs.Load:
+        """The batch with its draws: bad images quarantined, readable ones in their places."""
+        epoch, planned = self._epoch(step), self._planned(step)
+        images: list[Pixels] = []
+        for position, content in enumerate(contents):
+            image = content
+            while isinstance(image, str):
+                self._reject(int(rows[position]), image)
+                rows[position] = self._substitute(epoch, int(planned[position]))
+                (image,) = self._finish(rows, [self._read(int(rows[position]))])
+            images.append(image)
+        sizes, seed = runs.sizes_of(images), self.recipe.seed
         draws = [
             params.draw(
                 view,
                 seed=seed,
                 epoch=epoch,
                 view_number=number,
-                images=load.rows,
-                widths=load.sizes[:, 1],
-                heights=load.sizes[:, 0],
+                images=rows,
+                widths=sizes[:, 1],
+                heights=sizes[:, 0],
             )
             for number, view in enumerate(self.recipe.views)
         ]
-        return dataclasses.replace(load, inputs=views.training_inputs(draws, load.sizes))
-
-    def _redraw(self, load: runs.Load, sizes: NDArray[np.int64]) -> runs.Load:
-        """The index had another size: the crop is drawn again for the one that was decoded."""
-        self._sizes[load.rows] = sizes
-        return self._drawn(dataclasses.replace(load, sizes=sizes))
-
-    def _mend(self, load: runs.Load, bad: dict[int, str]) -> runs.Load:
-        """Quarantines the bad files and puts readable stand-ins in their places."""
-        epoch, planned = self._epoch(load.number), self._planned(load.number)
-        rows, files = load.rows.copy(), list(load.files)
-        for position, reason in bad.items():
-            self._reject(int(rows[position]), reason)
-            content: reading.Content = reason
-            while isinstance(content, str):
-                rows[position] = self._substitute(epoch, int(planned[position]))
-                content = self._read(int(rows[position]))
-                if isinstance(content, str):
-                    self._reject(int(rows[position]), content)
-            files[position] = content
-        sizes = runs.sizes_of(files, self._sizes[rows])
-        return self._drawn(dataclasses.replace(load, rows=rows, files=files, sizes=sizes))
+        return runs.Load(step, rows, images, views.training_inputs(draws, sizes))
 
     def _reject(self, row: int, reason: str) -> None:
         if row in self.quarantine:

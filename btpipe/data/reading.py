@@ -2,8 +2,9 @@
 
 import collections
 import itertools
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ _CHUNK_FILES = 16
 
 Content = NDArray[np.uint8] | str
 """A file's bytes, or why there are none."""
+Read = TypeVar("Read")
+Made = TypeVar("Made")
 
 
 def read_file(index: Index, row: int) -> Content:
@@ -29,23 +32,35 @@ def read_file(index: Index, row: int) -> Content:
 
 def read_ahead(
     tasks: Iterator[tuple[int, NDArray[np.int64]]],
-    read: Callable[[int], Content],
+    read: Callable[[int], Read],
+    finish: Callable[[NDArray[np.int64], Sequence[Read]], Sequence[Made]],
     pool: Executor,
-) -> Iterator[tuple[int, NDArray[np.int64], list[Content]]]:
-    """(number, rows) -> (number, rows, content or reason of each), a few tasks ahead in threads."""
+) -> Iterator[tuple[int, NDArray[np.int64], Sequence[Made]]]:
+    """(number, rows) -> (number, rows, what was made of each row), a few tasks ahead in threads.
 
-    def read_all(rows: NDArray[np.int64]) -> list[Content]:
+    `read` is called for each row in the threads of `pool`, `finish` for each task's rows together
+    in a thread of its own, one task after the other.
+    """
+
+    def read_all(rows: NDArray[np.int64]) -> list[Read]:
         return [read(int(row)) for row in rows]
 
-    ahead: collections.deque[tuple[int, NDArray[np.int64], list[Future[list[Content]]]]] = (
+    def whole(rows: NDArray[np.int64], reads: list[Future[list[Read]]]) -> Sequence[Made]:
+        return finish(rows, [content for chunk in reads for content in chunk.result()])
+
+    ahead: collections.deque[tuple[int, NDArray[np.int64], Future[Sequence[Made]]]] = (
         collections.deque()
     )
-    while True:
-        for number, rows in itertools.islice(tasks, TASKS_AHEAD + 1 - len(ahead)):
-            chunks = range(0, len(rows), _CHUNK_FILES)
-            reads = [pool.submit(read_all, rows[i : i + _CHUNK_FILES]) for i in chunks]
-            ahead.append((number, rows, reads))
-        if not ahead:
-            return
-        number, rows, reads = ahead.popleft()
-        yield number, rows, [content for chunk in reads for content in chunk.result()]
+    finishing = ThreadPoolExecutor(1, "btpipe-finish")
+    try:
+        while True:
+            for number, rows in itertools.islice(tasks, TASKS_AHEAD + 1 - len(ahead)):
+                chunks = range(0, len(rows), _CHUNK_FILES)
+                reads = [pool.submit(read_all, rows[i : i + _CHUNK_FILES]) for i in chunks]
+                ahead.append((number, rows, finishing.submit(whole, rows, reads)))
+            if not ahead:
+                return
+            number, rows, made = ahead.popleft()
+            yield number, rows, made.result()
+    finally:
+        finishing.shutdown(cancel_futures=True)

@@ -152,7 +152,7 @@ class _Work:
         def read(row: int) -> reading.Content:
             return reading.read_file(self._listed, row)
 
-        for _, part, contents in reading.read_ahead(tasks, read, pool):
+        for _, part, contents in reading.read_ahead(tasks, read, lambda _, read: read, pool):
             for row, content in zip(part.tolist(), contents, strict=True):
                 if isinstance(content, str):
                     self._reject(row, Reject(self._path(row), "decode", content))

@@ -85,7 +85,7 @@ def shrink(content: NDArray[np.uint8], options: Options) -> Small | str:
 
     What is a JPEG already, upright and small enough, is kept byte for byte, once it has decoded.
     """
-    pixels = decoding.decode(content, None)
+    pixels = decoding.decode(content)
     if isinstance(pixels, str):
         return pixels
     height, width = pixels.shape[:2]

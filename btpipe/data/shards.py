@@ -213,7 +213,7 @@ def _decode_rates(index: Index, out: Path, done: Sequence[Shard]) -> tuple[float
     members = [(number, member) for number, made in enumerate(done) for member in made.members]
     chosen = members[:: max(1, len(members) // _SAMPLE_IMAGES)]
     seconds, count = np.zeros(2), 0
-    decoding.decode(np.frombuffer(_content(out, *chosen[0]), dtype=np.uint8), None)  # builds it
+    decoding.decode(np.frombuffer(_content(out, *chosen[0]), dtype=np.uint8))  # builds it
     for number, member in chosen:
         original = reading.read_file(index, member.row)
         if isinstance(original, str):
@@ -221,7 +221,7 @@ def _decode_rates(index: Index, out: Path, done: Sequence[Shard]) -> tuple[float
         small = np.frombuffer(_content(out, number, member), dtype=np.uint8)
         for i, content in enumerate((original, small)):
             started = time.process_time()
-            decoding.decode(content, None)
+            decoding.decode(content)
             seconds[i] += time.process_time() - started
         count += 1
     slow, fast = (per_second(count, float(taken)) for taken in seconds)

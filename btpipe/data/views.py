@@ -1,8 +1,8 @@
 """The DALI graphs: the training views of an image, its evaluation view, and decoding alone.
 
-`gpu=None` runs on the CPU without a driver; with a GPU's number the same graph decodes with the
-"mixed" backend and works there. EXIF orientation is applied everywhere (the published code ignores
-it). Every graph takes `serial` in and gives it back, so that no output is matched by position.
+Views are made of decoded images, on the CPU without a driver (`gpu=None`) or on a GPU: the same
+graph. EXIF orientation is applied everywhere (the published code ignores it). Every graph of views
+takes `serial` in and gives it back, so that no output is matched by position.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ def training_pipeline(
     threads: int,
     gpu: int | None,
 ) -> Pipeline:
-    """Outputs: each view (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
+    """Outputs: each view (n, size, size, 3) uint8, and serial (n, 1)."""
 
     def graph() -> tuple[DataNode, ...]:
-        image, shape = _image(gpu)
+        image = _image(gpu)
         # DALI rewrites this function: a plain index is what it takes.
         outputs = [_training_view(image, views[i], f"{i}.", sizes[i]) for i in range(len(views))]
-        return (*outputs, _input("serial", 1, types.INT64), shape)
+        return (*outputs, _input("serial", 1, types.INT64))
 
     return _defined(graph, batch_size, threads, gpu)
 
@@ -85,12 +85,11 @@ def training_inputs(draws: Sequence[Draws], sizes: NDArray[np.int64]) -> Inputs:
 def evaluation_pipeline(
     geometry: Geometry, *, batch_size: int, threads: int, gpu: int | None
 ) -> Pipeline:
-    """Outputs: pixels (n, size, size, 3) uint8, serial (n, 1), decoded shape (n, 3)."""
+    """Outputs: pixels (n, size, size, 3) uint8, and serial (n, 1)."""
 
     def graph() -> tuple[DataNode, ...]:
-        image, shape = _image(gpu)
-        pixels = _resized(image, "", geometry.size, types.INTERP_LINEAR)
-        return pixels, _input("serial", 1, types.INT64), shape
+        pixels = _resized(_image(gpu), "", geometry.size, types.INTERP_LINEAR)
+        return pixels, _input("serial", 1, types.INT64)
 
     return _defined(graph, batch_size, threads, gpu)
 
@@ -108,13 +107,20 @@ def evaluation_inputs(geometry: Geometry, sizes: NDArray[np.int64]) -> Inputs:
     return {"start": start.astype(np.float32), "end": end.astype(np.float32)}
 
 
-def decoding_pipeline(*, gpu: int | None) -> Pipeline:
-    """Decodes one file: what it raises on is what the other graphs raise on, on a GPU."""
+def decoding_pipeline() -> Pipeline:
+    """Decodes one file on the CPU."""
 
     def graph() -> tuple[DataNode, ...]:
-        return (_decoded("encoded", gpu),)
+        decoded = fn.decoders.image(
+            _input("encoded", 1, types.UINT8),
+            device="cpu",
+            output_type=types.RGB,
+            adjust_orientation=True,
+            jpeg_fancy_upsampling=True,  # as libjpeg
+        )
+        return (decoded,)
 
-    return _defined(graph, 1, 1, gpu)
+    return _defined(graph, 1, 1, None)
 
 
 def _defined(
@@ -140,23 +146,10 @@ def _input(name: str, dimensions: int, dtype: types.DALIDataType) -> DataNode:
     return fn.external_source(name=name, ndim=dimensions, dtype=dtype)
 
 
-def _image(gpu: int | None) -> tuple[DataNode, DataNode]:
-    """The image and its shape: decoded on a GPU, taken as decoded on a CPU (see `decoding`)."""
-    if gpu is None:
-        image = fn.external_source(name="image", ndim=3, dtype=types.UINT8, layout="HWC")
-    else:
-        image = _decoded("image", gpu)
-    return image, image.shape(dtype=types.INT64)
-
-
-def _decoded(name: str, gpu: int | None) -> DataNode:
-    return fn.decoders.image(
-        _input(name, 1, types.UINT8),
-        device="cpu" if gpu is None else "mixed",
-        output_type=types.RGB,
-        adjust_orientation=True,
-        jpeg_fancy_upsampling=True,  # as libjpeg, on "mixed" as on "cpu"
-    )
+def _image(gpu: int | None) -> DataNode:
+    """The decoded image, in the memory of the host or of the GPU (see `decoding`)."""
+    device = "cpu" if gpu is None else "gpu"
+    return fn.external_source(name="image", ndim=3, dtype=types.UINT8, layout="HWC", device=device)
 
 
 def _resized(

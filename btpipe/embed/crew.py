@@ -5,7 +5,6 @@ The process that supervises decodes nothing and runs no network, so no file can 
 
 import collections
 import dataclasses
-import functools
 import multiprocessing
 import os
 import signal
@@ -14,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 
 from btpipe import runtime
-from btpipe.data import reading, supervisor
+from btpipe.data import reading
 from btpipe.data.index import Index
+from btpipe.embed import culprits
 from btpipe.embed.orders import (
     Advanced,
     Begin,
@@ -28,7 +28,6 @@ from btpipe.embed.orders import (
     Wanted,
     Written,
     serve,
-    try_alone,
 )
 from btpipe.errors import MachineError
 from btpipe.events import Report, Warned
@@ -40,7 +39,7 @@ FRUITLESS = 5
 LOSSES = 10
 """Workers lost over one part, after which it is the machine, or a file that cannot be told."""
 DEATHS = 3
-"""Workers that were lost with a file in hand that is well alone, after which it is refused."""
+"""Workers that were lost with a file in hand that is well alone, after which it is kept apart."""
 _TURN_SECONDS = 0.5
 Answer = Ready | Wanted | Advanced | Written | Failed
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy other threads' locks
@@ -77,6 +76,7 @@ class Crew:
         self._deaths: collections.Counter[int] = collections.Counter()
         self._losses: collections.Counter[int] = collections.Counter()
         self._guilty: dict[int, str] = {}
+        self._apart: set[int] = set()
         self._members: list[_Member] = []
 
     def __enter__(self) -> "Crew":
@@ -131,7 +131,8 @@ class Crew:
         order = self._waiting.popleft()
         rows = range(order.first, order.end)
         guilty = {row: why for row, why in self._guilty.items() if row in rows}
-        member.give(dataclasses.replace(order, excluded=guilty))
+        apart = frozenset(row for row in self._apart if row in rows)
+        member.give(dataclasses.replace(order, excluded=guilty, apart=apart))
 
     def _hear(self, member: "_Member") -> Iterator[Written | Advanced]:
         for message in member.messages():
@@ -172,34 +173,32 @@ class Crew:
             fix = "run the same command again: it goes on; if nobody killed it, memory is short"
             raise MachineError(f"workers are lost one after the other; the last {how}", fix=fix)
         self._report(Warned(f"a worker {how}: it is replaced, and its work done again"))
-        self._judge(rows, how)
+        self._judge(rows, member.setup, how)
         assert self._begin is not None
         fresh = _Member(member.setup)
         fresh.say(self._begin)
         return fresh
 
-    def _judge(self, rows: Sequence[int], how: str) -> None:
-        """Decodes the files that the lost worker had in hand, each alone; refuses the guilty."""
+    def _judge(self, rows: Sequence[int], setup: Setup, how: str) -> None:
+        """Refuses the files that end a process with the worker's decoder, out of those it had.
+
+        Files that are well, but were there when workers were lost, are decoded apart from then on:
+        one that was decoded apart, alone, is found when it takes another worker along.
+        """
         contents = ((row, reading.read_file(self._index, row)) for row in rows)
-        tasks = ((row, found.tobytes()) for row, found in contents if not isinstance(found, str))
-        answers = supervisor.supervise(
-            functools.partial(try_alone, self._members[0].setup.decode),
-            tasks,
-            processes=1,
-            limit_seconds=self._limit_seconds,
-            should_stop=self._is_stopped,
-        )
+        files = {row: found.tobytes() for row, found in contents if not isinstance(found, str)}
         try:
-            for row, answer in answers:
-                if isinstance(answer, supervisor.Lost):
-                    self._guilty[row] = answer.reason
+            limit, stop = self._limit_seconds, self._is_stopped
+            self._guilty |= culprits.find(files, setup, limit_seconds=limit, should_stop=stop)
         except MachineError:
             if not self._is_stopped():  # what asks every process to stop ends one that starts
                 raise
-        for row in rows:
-            self._deaths[row] += "SIGKILL" not in how  # that is somebody's, or want of memory
-            if self._deaths[row] >= DEATHS:
-                self._guilty.setdefault(row, f"decoding it, {DEATHS} workers {how}")
+        if "SIGKILL" in how:  # that is somebody's, or want of memory
+            return
+        if len(rows) == 1 and rows[0] in self._apart:
+            self._guilty.setdefault(rows[0], f"decoding it, {DEATHS + 1} workers {how}")
+        self._deaths.update(rows)
+        self._apart |= {row for row in rows if self._deaths[row] >= DEATHS} - self._guilty.keys()
 
 
 class _Member:

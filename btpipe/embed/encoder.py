@@ -16,8 +16,8 @@ from btpipe.embed import files, precisions
 from btpipe.embed.files import Image
 from btpipe.embed.precisions import Asked, Engine, Layer, Precision
 from btpipe.errors import IntegrityError, UsageError
-from btpipe.export import contract
-from btpipe.export.session import Device, Session, resolve_device
+from btpipe.export import contract, golden
+from btpipe.export.session import Device, Session
 
 Interpolation = Literal["bilinear"]
 Batch = TypeVar("Batch", bound="HasPixels")
@@ -79,32 +79,33 @@ class Encoder:
         self.digest = self.bundle.digest
         self.layer, self.normalize = settings.layer, settings.normalize
         self.engine = precisions.engine(settings.engine, settings.layer)
-        self.device = resolve_device(settings.device) if self.engine == "onnx" else settings.device
+        self.device = runtime.resolve_device(settings.device)
         self.precision: Precision
         self.precision, self.why = precisions.choose(
-            self.bundle, self.engine, settings.precision, self.device
+            self.bundle, self.engine, settings.precision, self.device, self._fp16_agrees
         )
         self._open()
         self.lanes = 1 if self.device == "cuda" else settings.threads or runtime.cores()
         self._pool = ThreadPoolExecutor(self.lanes, "btpipe-network")
+
+    def _fp16_agrees(self) -> bool:
+        return golden.agrees(self.bundle, "fp16", device=self.device)
 
     def _open(self) -> None:
         if self.engine == "torch":
             # Here and not above: torch takes seconds, and onnxruntime's engine needs none of it.
             from btpipe.embed.torch_engine import TorchEngine  # noqa: PLC0415
 
-            torch_engine = TorchEngine(
-                self.bundle, self.settings.device, self.precision, self.layer
-            )
-            self.device, self.dimension = torch_engine.device, torch_engine.dimension
-            self._network: Session | TorchEngine = torch_engine
+            engine = TorchEngine(self.bundle, self.device, self.precision, self.layer)
+            self._network: Session | TorchEngine = engine
+            self.dimension = engine.dimension
             return
-        assert self.precision != "bf16"
-        model = self.bundle.model_of(self.precision)
+        model = precisions.model_of(self.bundle, self.precision)
         # One thread within a call: as many calls run at once as there are cores, and none waits
         # for the others in the middle of an operator (84 to 96 against 78 CPU-ms an image).
-        session = Session(model, device=self.device, threads=1)
-        self.device, self.dimension = session.device, session.dimension
+        tf32 = self.precision == "tf32"
+        session = Session(model, device=self.device, threads=1, tf32=tf32)
+        self.dimension = session.dimension
         found = (session.size, session.dimension)
         if found != (self.geometry.size, self.bundle.dimension):
             raise IntegrityError(
@@ -121,6 +122,11 @@ class Encoder:
             return GPU_BATCH_IMAGES
         return max(1, min(CPU_BATCH_IMAGES, CPU_BATCH_PIXELS // self.geometry.size**2))
 
+    @property
+    def gpu(self) -> int | None:
+        """The GPU that decodes, resizes and computes; None on a CPU."""
+        return 0 if self.device == "cuda" else None
+
     def embed(self, images: NDArray[np.uint8] | Sequence[Image]) -> NDArray[np.float32]:
         """Images -> float32 `(n, D)`, row for row.
 
@@ -135,9 +141,9 @@ class Encoder:
             starts = range(0, len(images), self.batch_size)
             batches = (_Pixels(images[start : start + self.batch_size]) for start in starts)
         else:
-            views = files.pixels(images, self.geometry, self.batch_size)
+            views = files.pixels(images, self.geometry, self.batch_size, self.gpu)
             batches = (_Pixels(pixels) for pixels in views)
-        parts = [vectors for _, vectors in self.stream(batches)]
+        parts = [vectors for _, vectors in self.stream(batches, self.batch_size)]
         return np.concatenate([np.zeros((0, self.dimension), np.float32), *parts])
 
     def _check(self, images: NDArray[np.uint8]) -> None:
@@ -148,17 +154,18 @@ class Encoder:
                 expected=f"uint8 (n, {size}, {size}, 3), or a list of images of any size",
             )
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
+    def stream(
+        self, batches: Iterable[Batch], batch_size: int
+    ) -> Iterator[tuple[Batch, NDArray[np.float32]]]:
         """Each batch with its vectors `(n, D)`, in order.
 
         `batches` is asked for more while the network works: a batch for each core is in it, and one
-        more is ready. A GPU always gets as many images as the first batch has.
+        more is ready. A GPU gets `batch_size` images in every call, the last ones of a batch with
+        black ones beside them.
         """
         running: collections.deque[tuple[Batch, Future[NDArray[np.float32]]]] = collections.deque()
-        rows = 0
         for batch in batches:
-            rows = rows or len(batch.pixels)
-            running.append((batch, self._pool.submit(self._run, batch.pixels, rows)))
+            running.append((batch, self._pool.submit(self._run, batch.pixels, batch_size)))
             # Not before another is there to take its place.
             if len(running) > self.lanes + 1:
                 first, vectors = running.popleft()
@@ -166,13 +173,13 @@ class Encoder:
         for first, vectors in running:
             yield first, vectors.result()
 
-    def _run(self, pixels: NDArray[np.uint8], rows: int) -> NDArray[np.float32]:
+    def _run(self, pixels: NDArray[np.uint8], batch_size: int) -> NDArray[np.float32]:
         """(n, S, S, 3) -> (n, D), in calls of one shape where another has other algorithms.
 
         torch's are seen to differ in the last bit; onnxruntime's on a CPU are not.
         """
         if self.device == "cuda":
-            calls = _calls(pixels, rows)
+            calls = _calls(pixels, batch_size)
         elif self.engine == "torch":
             calls = _calls(pixels, min(TORCH_CALL_IMAGES, self.batch_size))
         else:

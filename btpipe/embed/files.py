@@ -1,7 +1,7 @@
 """Images that somebody names or holds one by one, as the evaluation view's pixels."""
 
 import concurrent.futures
-import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,9 +9,11 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
+from nvidia.dali import Pipeline
 
 from btpipe import runtime
 from btpipe.data import decoding, header, runs, views
+from btpipe.data.decoding import Encoded, Pixels
 from btpipe.data.views import Geometry
 from btpipe.errors import UsageError
 
@@ -20,9 +22,11 @@ Image = Path | str | NDArray[np.uint8] | PIL.Image.Image
 
 
 def pixels(
-    images: Sequence[Image], geometry: Geometry, batch_size: int
+    images: Sequence[Image], geometry: Geometry, batch_size: int, gpu: int | None
 ) -> Iterator[NDArray[np.uint8]]:
     """Batches of uint8 `(n, S, S, 3)`, one row for each image, in their order.
+
+    `gpu`: which one decodes and resizes, as in an embedding job; None: the CPU.
 
     Raises:
         UsageError: a file that is missing, no image, or damaged, or an array of another shape or
@@ -31,39 +35,37 @@ def pixels(
     if not images:
         return
     threads = runtime.cores()
-
-    def load(number: int, decoded: list[NDArray[np.uint8]]) -> runs.Load:
-        sizes = np.array([image.shape[:2] for image in decoded], np.int64)
-        inputs = views.evaluation_inputs(geometry, sizes)
-        return runs.Load(number, np.arange(len(decoded)), decoded, sizes, inputs)
+    decoder = None if gpu is None else decoding.batch_decoder(gpu, threads)
+    read = functools.partial(_read, in_batches=decoder is not None)
 
     def loads() -> Iterator[runs.Load]:
         for number, start in enumerate(range(0, len(images), batch_size)):
             part = images[start : start + batch_size]
-            places = range(start, start + len(part))
-            yield load(number, list(pool.map(_decoded, places, part)))
+            contents = list(pool.map(read, range(start, start + len(part)), part))
+            decoded = decoder.decode(contents) if decoder else contents
+            made = [_whole(content, image) for content, image in zip(decoded, part, strict=True)]
+            inputs = views.evaluation_inputs(geometry, runs.sizes_of(made))
+            yield runs.Load(number, np.arange(len(made)), made, inputs)
 
-    def resize(found: runs.Load, sizes: NDArray[np.int64]) -> runs.Load:
-        return dataclasses.replace(
-            found, sizes=sizes, inputs=views.evaluation_inputs(geometry, sizes)
-        )
+    def build() -> Pipeline:
+        return views.evaluation_pipeline(geometry, batch_size=batch_size, threads=threads, gpu=gpu)
 
     with concurrent.futures.ThreadPoolExecutor(threads, "btpipe-decode") as pool:
-        for _, outputs in runs.run(
-            loads(),
-            lambda: views.evaluation_pipeline(
-                geometry, batch_size=batch_size, threads=threads, gpu=None
-            ),
-            mend=lambda found, _: found,
-            resize=resize,
-            pool=pool,
-            gpu=None,
-        ):
+        for _, outputs in runs.run(loads(), build, decoder.stream if decoder else None):
             yield runs.copied(outputs[0])
 
 
-def _decoded(place: int, image: Image) -> NDArray[np.uint8]:
-    """Upright RGB pixels `(H, W, 3)`."""
+def _whole(content: Encoded | Pixels | str, image: Image) -> Pixels:
+    """The pixels; raises UsageError where a file has none."""
+    assert not isinstance(content, Encoded)
+    if isinstance(content, str):
+        assert isinstance(image, str | Path)
+        raise UsageError(content, where=image)
+    return content
+
+
+def _read(place: int, image: Image, *, in_batches: bool) -> Encoded | NDArray[np.uint8]:
+    """Upright RGB pixels `(H, W, 3)`, or a file that is decoded in a batch."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UsageError(
@@ -79,7 +81,9 @@ def _decoded(place: int, image: Image) -> NDArray[np.uint8]:
         raise UsageError(f"cannot be read: {error.strerror}", where=path) from error
     if isinstance(found, header.Refusal):
         raise UsageError(found.reason, where=path, expected="an image file")
-    decoded = decoding.decode(np.frombuffer(content, np.uint8), None)
+    file = np.frombuffer(content, np.uint8)
+    encoded = decoding.parse(file) if in_batches else None
+    decoded = encoded or decoding.decode(file)
     if isinstance(decoded, str):
         raise UsageError(decoded, where=path)
     return decoded

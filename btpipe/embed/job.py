@@ -7,11 +7,12 @@ the last one. A table that is there gives its vectors to files whose content is 
 
 import contextlib
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from btpipe import artifact, runtime
 from btpipe.data.index import Index, build
@@ -98,16 +99,16 @@ def embed(
     """
     started = time.monotonic()
     outputs.check(out)
-    choice = Choice(bundle, device, engine, precision, layer, normalize)
-    setup = Setup(choice, threads, decode=decode)
+    asked = Choice(bundle, device, engine, precision, layer, normalize)
     with runtime.StopSignals() as signals, contextlib.ExitStack() as stack:
         hands = (limit_seconds, report, signals)
+        run = _Run(out, asked, Share.parse(shard), dtype, _Ear(report, signals), overwrite)
+        setup = Setup(run.choice, threads, decode=decode)
         crew: Crew | RayCrew
         if cluster == "ray":
             crew = stack.enter_context(RayCrew(setup, workers, *hands))
         else:
             crew = stack.enter_context(Crew(setups(setup, workers), *hands))
-        run = _Run(out, choice, Share.parse(shard), dtype, _Ear(report, signals))
         run.look_at_table(overwrite=overwrite, repair=repair)
         if run.before is None:
             crew.hire()  # a worker starts in seconds: while the inputs are listed
@@ -145,11 +146,23 @@ class _Run:
     """One call of `embed`, from what is there already to the table."""
 
     def __init__(
-        self, out: Path, choice: Choice, share: Share, dtype: table.Dtype, report: _Ear
+        self,
+        out: Path,
+        asked: Choice,
+        share: Share,
+        dtype: table.Dtype,
+        report: _Ear,
+        overwrite: bool,
     ) -> None:
         self._out, self._folder, self._report = out, work.folder_of(out), report
         self._share = share
-        self._footer = _footer(choice, share, dtype, report)
+        if not asked.bundle.is_dir():
+            fix = "make one first: btpipe export --onnx"
+            raise UsageError("no bundle there", where=asked.bundle, fix=fix)
+        opened = contract.open_bundle(asked.bundle)
+        earlier = {} if overwrite else _settings_there(out)
+        self.choice = _resolved(opened, asked, earlier, report)
+        self._footer = _footer(opened, self.choice, share, dtype)
         self.before: Mapping[str, str] | None = None
         self._is_finished, self._repair = False, False
         self._reused, self._dropped = 0, -1
@@ -247,28 +260,52 @@ class _Run:
         )
 
 
-def _footer(choice: Choice, share: Share, dtype: table.Dtype, report: Report) -> table.Footer:
-    """What the table says of its vectors; `input` and `root` are not known yet."""
-    if not choice.bundle.is_dir():
-        fix = "make one first: btpipe export --onnx"
-        raise UsageError("no bundle there", where=choice.bundle, fix=fix)
-    bundle = contract.open_bundle(choice.bundle)
-    engine = precisions.engine(choice.engine, choice.layer)
-    has_gpu = choice.device != "cpu" and runtime.gpu_count() > 0
-    device = "cuda" if has_gpu or choice.device == "cuda" else "cpu"
-    precision, why = precisions.choose(bundle, engine, choice.precision, device)
+def _settings_there(out: Path) -> Mapping[str, str]:
+    """What the table that is there, or the unfinished one, says of its vectors."""
+    try:
+        found = outputs.footer_of(out)
+    except IntegrityError:
+        found = None
+    plan = work.read_plan(work.folder_of(out))
+    return found or (plan.settings if plan else {})
+
+
+def _resolved(
+    bundle: contract.Bundle, asked: Choice, earlier: Mapping[str, str], report: Report
+) -> Choice:
+    """The engine and precision that "auto" means here: for vectors that are there, theirs."""
+    device = runtime.resolve_device(asked.device)
+    engine = precisions.engine(asked.engine, asked.layer)
+    agrees = functools.partial(precisions.fp16_agrees_apart, asked.bundle)
+    precision, why = asked.precision, ""
+    ours = (bundle.digest, engine) == (earlier.get(table.BUNDLE), earlier.get("btpipe.engine"))
+    if precision == "auto" and ours:
+        for known in get_args(precisions.Precision):
+            if known == earlier.get("btpipe.precision"):
+                with contextlib.suppress(UsageError):  # this machine does not compute in it
+                    precision, _ = precisions.choose(bundle, engine, known, device, agrees)
+                    why = f"{precision}: as the vectors that are there"
+    if not why:
+        precision, why = precisions.choose(bundle, engine, asked.precision, device, agrees)
     report(Note(why))
+    return dataclasses.replace(asked, device=device, engine=engine, precision=precision)
+
+
+def _footer(
+    bundle: contract.Bundle, choice: Choice, share: Share, dtype: table.Dtype
+) -> table.Footer:
+    """What the table says of its vectors; `input` and `root` are not known yet."""
     return table.Footer(
         bundle=bundle.digest,
         input="",
         preprocessing=bundle.preprocessing.text(),
-        precision=precision,
+        precision=choice.precision,
         root="",
         dimension=precisions.dimension(bundle, choice.layer),
         dtype=dtype,
         normalize=choice.normalize,
         layer=choice.layer,
-        engine=engine,
+        engine=choice.engine,
         shard=share.text,
     )
 

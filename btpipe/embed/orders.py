@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from btpipe.embed.precisions import Asked, Engine, Layer
     from btpipe.export.session import Device
 
-    Decode = Callable[[NDArray[np.uint8], int | None], NDArray[np.uint8] | str]
+    Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8] | str]
     """`decoding.decode`, or a function of a module that stands in for it."""
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -74,12 +74,16 @@ class Begin:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A part to make: rows `first` to `end` of the index, without those that are `excluded`."""
+    """A part to make: rows `first` to `end` of the index, without those that are `excluded`.
+
+    Rows that are `apart` are decoded alone, on the CPU, while no other is.
+    """
 
     part: int
     first: int
     end: int
     excluded: Mapping[int, str]
+    apart: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,13 +203,3 @@ def serve(ours: Connection, setup: Setup, memory: Array[ctypes.c_longlong], pare
     except Exception:
         text = f"a bug, met by a worker:\n{traceback.format_exc()}"
         ours.send(Failed(BtpipeError, text, "", "", ""))
-
-
-def try_alone(decode: Decode | None, content: bytes) -> bool:
-    """Decodes one file and forgets it: what counts is whether the process survives."""
-    import numpy as np  # noqa: PLC0415
-
-    from btpipe.data import decoding  # noqa: PLC0415
-
-    (decode or decoding.decode)(np.frombuffer(content, dtype=np.uint8), None)
-    return True

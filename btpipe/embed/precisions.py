@@ -1,14 +1,22 @@
-"""Which engine computes, and in what: asked for, or chosen and told."""
+"""Which engine computes, and in what: asked for, or chosen and told.
 
+One rule for both engines: fp32 is float32 throughout, tf32 is float32 whose products a GPU rounds
+to ten bits of mantissa.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, get_args
 
 from btpipe import runtime
+from btpipe.data import supervisor
 from btpipe.errors import UsageError
 from btpipe.export import contract
 
 Engine = Literal["auto", "onnx", "torch"]
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
-Asked = Literal["auto", "fp32", "bf16", "fp16", "int8"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
+Asked = Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"]
 Layer = Literal["pooled", "layer1", "layer2", "layer3", "layer4"]
 
 LAYERS: tuple[Layer, ...] = get_args(Layer)
@@ -37,36 +45,83 @@ def dimension(bundle: contract.Bundle, layer: Layer) -> int:
     return bundle.dimension >> (0 if layer == "pooled" else stages - LAYERS.index(layer))
 
 
-def choose(
-    bundle: contract.Bundle, engine: Literal["onnx", "torch"], asked: Asked, device: str
-) -> tuple[Precision, str]:
-    """The precision, and why.
-
-    "auto" with onnxruntime: int8 on a CPU that multiplies in it, if the bundle holds an int8 model:
-    who exported with `--precision int8` allowed it, and it passed its gate. Else fp32. With torch:
-    bf16 where the hardware has it, else fp32.
+def model_of(bundle: contract.Bundle, precision: Precision) -> Path:
+    """The ONNX model that is run to compute in a precision.
 
     Raises:
-        UsageError: the engine does not compute in it, or the bundle has no such model.
+        UsageError: the bundle was exported without it, or no ONNX model computes in it.
     """
-    if engine == "torch":
-        return _of_torch(asked, device)
-    if asked == "bf16":
+    if precision == "bf16":
         raise UsageError(
             "--precision bf16 with --engine onnx",
             expected=f"--precision {' or '.join(bundle.precisions)}",
             fix="take --engine torch for bf16",
         )
+    return bundle.model_of("fp32" if precision == "tf32" else precision)
+
+
+def choose(
+    bundle: contract.Bundle,
+    engine: Literal["onnx", "torch"],
+    asked: Asked,
+    device: Literal["cpu", "cuda"],
+    fp16_agrees: Callable[[], bool],
+) -> tuple[Precision, str]:
+    """The precision, and why.
+
+    "auto" with onnxruntime: on a GPU fp16, where the bundle holds such a model and `fp16_agrees`
+    says that this GPU gives the bundle's golden vectors in it, else tf32; on a CPU that multiplies
+    in int8 the int8 model, if there is one: who exported with `--precision int8` allowed it, and it
+    passed its gate; else fp32. With torch: bf16 where the hardware has it, else fp32.
+
+    Raises:
+        UsageError: the engine or the device does not compute in it, or the bundle has no such
+            model.
+    """
+    if asked == "tf32" and device == "cpu":
+        raise UsageError(
+            "--precision tf32 on a CPU", expected="a GPU, or --precision fp32", fix="take fp32"
+        )
+    if engine == "torch":
+        return _of_torch(asked, device)
     if asked != "auto":
-        bundle.model_of(asked)
+        model_of(bundle, asked)
         return asked, f"{asked}: asked for"
+    if device == "cuda":
+        return _of_gpu(bundle, fp16_agrees)
     if "int8" not in bundle.precisions:
         return "fp32", "fp32: the bundle has no int8 model (btpipe export --precision fp32,int8)"
-    if device == "cuda":
-        return "fp32", "fp32: the int8 model is for CPUs"
     if not runtime.cpu_has_int8():
         return "fp32", "fp32: this CPU has no int8 instructions, in which int8 is faster"
     return "int8", "int8: the bundle was exported with it, it passed its gate, and this is a CPU"
+
+
+def _of_gpu(bundle: contract.Bundle, fp16_agrees: Callable[[], bool]) -> tuple[Precision, str]:
+    rounded = "tf32: float32 whose products the GPU rounds to ten bits"
+    if "fp16" not in bundle.precisions:
+        fix = "btpipe export --precision fp32,fp16"
+        return "tf32", f"{rounded}; the bundle has no fp16 model ({fix})"
+    if not fp16_agrees():
+        return "tf32", f"{rounded}; in fp16 this GPU does not give the bundle's golden vectors"
+    return "fp16", "fp16: in it this GPU gives the bundle's golden vectors"
+
+
+GOLDEN_SECONDS = 180.0
+"""For the golden images: CUDA's libraries are loaded, a decoder and a model opened."""
+
+
+def fp16_agrees_apart(bundle: Path) -> bool:
+    """`golden.agrees` of the fp16 model on the GPU, in a process of its own."""
+    work = functools.partial(_fp16_agrees, bundle)
+    answers = supervisor.supervise(work, iter([(0, 0)]), processes=1, limit_seconds=GOLDEN_SECONDS)
+    return any(answer is True for _, answer in answers)
+
+
+def _fp16_agrees(bundle: Path, _: int) -> bool:
+    # DALI and onnxruntime are this process's business, not the job's.
+    from btpipe.export import golden  # noqa: PLC0415
+
+    return golden.agrees(contract.open_bundle(bundle), "fp16", device="cuda")
 
 
 def _of_torch(asked: Asked, device: str) -> tuple[Precision, str]:

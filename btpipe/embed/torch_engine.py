@@ -11,16 +11,21 @@ from torchvision.models.resnet import ResNet
 from btpipe.embed.precisions import LAYERS, Layer, Precision
 from btpipe.errors import MachineError
 from btpipe.export import contract, weights
-from btpipe.export.session import Device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 class TorchEngine:
     """uint8 `(n, S, S, 3)` -> float32 `(n, D)`, like `Session`. A call computes in one thread.
 
     fp32 is the very network that the gate compares with. In bf16 and fp16 batch norm is folded into
-    the convolutions and memory lies channels last. On a GPU fp32 switches TF32 off in the process.
+    the convolutions and memory lies channels last. On a GPU tf32 switches TF32 on in the process,
+    and fp32 off.
 
     Raises:
         IntegrityError: weights that do not fit what the bundle says.
@@ -28,9 +33,16 @@ class TorchEngine:
     """
 
     def __init__(
-        self, bundle: contract.Bundle, device: Device, precision: Precision, layer: Layer
+        self,
+        bundle: contract.Bundle,
+        device: Literal["cpu", "cuda"],
+        precision: Precision,
+        layer: Layer,
     ) -> None:
-        self.device: Literal["cpu", "cuda"] = resolve_device(device)
+        if device == "cuda" and not torch.cuda.is_available():
+            fix = "install a torch for this driver (btpipe doctor), or use the CPU"
+            raise MachineError("torch sees no GPU", where="device cuda", fix=fix)
+        self.device = device
         self.layer, self._dtype = layer, DTYPES[precision]
         network = weights.load(bundle.folder / contract.WEIGHTS, weights.described(bundle))
         assert isinstance(network, ResNet)
@@ -40,10 +52,10 @@ class TorchEngine:
         self.dimension = bundle.dimension >> (len(stages) - wanted)
         stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
         whole: nn.Module = nn.Sequential(stem, *stages[:wanted])
-        if precision != "fp32":
+        if self._dtype != torch.float32:
             whole = weights.folded(whole).to(self._dtype).to(memory_format=torch.channels_last)
         elif self.device == "cuda":
-            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
         self._network = whole.to(self.device)
         prepared = bundle.preprocessing
         # As in the ONNX model: onnx.Normalized.
@@ -64,16 +76,3 @@ class TorchEngine:
             vectors = nn.functional.adaptive_avg_pool2d(maps.float(), 1).flatten(1)
             array: NDArray[np.float32] = vectors.cpu().numpy()
             return array
-
-
-def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
-    """ "auto" is the GPU where torch sees one.
-
-    Raises:
-        MachineError: "cuda" was asked for and there is none.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MachineError(
-            "torch sees no GPU", where="device cuda", fix="use the CPU, or install what is missing"
-        )
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

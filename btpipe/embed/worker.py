@@ -1,10 +1,11 @@
 """A worker: a part's rows through reading, decoding, the network and onto the disk, at once."""
 
 import collections
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 
@@ -13,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from btpipe import artifact, runtime
-from btpipe.data import decoding, reading
+from btpipe.data import decoding
 from btpipe.data.evaluation import EvaluationBatch, evaluation_stream
 from btpipe.data.index import open_index
 from btpipe.embed import table, work
@@ -95,8 +96,7 @@ class _Worker:
         self._known = Known(begin.folder, begin.footer)
         self._bytes = self._index.table["bytes"]
         self._batch_size = begin.batch_size or encoder.batch_size
-        self._flying, self._slots = flying, dict[int, int]()
-        self._gpu = 0 if encoder.device == "cuda" else None
+        self._flying, self._decoders, self._apart = flying, _Decoders(), set[int]()
         self._decode = setup.decode or decoding.decode
         self._parts: collections.deque[_Part] = collections.deque()
         self._saying = threading.Lock()
@@ -109,23 +109,29 @@ class _Worker:
             self._index,
             self._tasks(first),
             self._encoder.geometry,
-            batch_size=self._batch_size,
+            # A part is the most that a kill can cost.
+            batch_size=min(self._batch_size, first.end - first.first),
             threads=self._setup.threads or runtime.cores(),
-            gpu=self._gpu,
-            decode=self._mark_and_decode,
+            gpu=self._encoder.gpu,
+            decode=self._decode,
             is_known=self._is_known,
+            is_apart=self._apart.__contains__,
+            mark=self._mark,
         )
         writing: Future[None] | None = None
         clock = _Clock()
         with ThreadPoolExecutor(1, "btpipe-write") as pool:
-            watched = clock.watch(batches, self._slots, self._flying)
-            for batch, vectors in self._encoder.stream(watched):
+            for batch, vectors in self._encoder.stream(clock.watch(batches), self._batch_size):
                 self._add(batch, vectors)
                 self._say(Advanced(_count(batch), clock.taken()))
-                while self._parts and self._parts[0].is_complete:
+                for part in self._complete():
                     if writing is not None:
                         writing.result()
-                    writing = pool.submit(self._write, self._parts.popleft())
+                    writing = pool.submit(self._write, part)
+            for part in self._complete():  # those without a row
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(self._write, part)
             if writing is not None:
                 writing.result()
         assert not self._parts, "every row of a part is embedded or rejected"
@@ -135,42 +141,50 @@ class _Worker:
         order: Order | Flush = first
         while isinstance(order, Order):
             self._parts.append(_Part(order, rejects=list(order.excluded.items())))
+            self._apart |= order.apart
             wanted = (row for row in range(order.first, order.end) if row not in order.excluded)
             rows = np.fromiter(wanted, np.int64)
-            for start in range(0, max(len(rows), 1), self._batch_size):
-                yield rows[start : start + self._batch_size]  # an empty one has the part written
+            for start in range(0, len(rows), self._batch_size):
+                yield rows[start : start + self._batch_size]
             self._say(Wanted())
             order = self._connection.recv()
 
-    def _mark_and_decode(self, row: int, content: NDArray[np.uint8]) -> reading.Content:
-        if self._gpu is not None:
-            self._slots[row] = self._flying.enter(row, timed=False)
-            return content
-        slot = self._flying.enter(row, timed=True)
-        try:
-            return self._decode(content, None)
-        finally:
-            self._flying.leave(slot)
+    def _complete(self) -> Iterator[_Part]:
+        """The parts in front of which every input is a row or a reject; they are made."""
+        while self._parts and self._parts[0].is_complete:
+            yield self._parts.popleft()
+
+    @contextlib.contextmanager
+    def _mark(self, rows: Sequence[int], is_alone: bool) -> Iterator[None]:
+        """Shows the supervisor which rows are in a decoder's hands; one file's time is limited."""
+        with self._decoders.at_work(alone=not self._apart.isdisjoint(rows)):
+            slots = [self._flying.enter(row, timed=is_alone) for row in rows]
+            try:
+                yield
+            finally:
+                for slot in slots:
+                    self._flying.leave(slot)
 
     def _is_known(self, row: int, digest: str, count: int) -> bool:
         """Whether the vector is known; a file that is not as listed is decoded for its size."""
         return count == self._bytes[row].as_py() and self._known.find(digest) is not None
 
     def _add(self, batch: EvaluationBatch, vectors: NDArray[np.float32]) -> None:
-        """Puts the rows of a batch, which are one part's, where they belong."""
-        known = [self._known.find(digest) for _, digest in batch.known]
-        rows = np.array([row for row, _ in batch.known], np.int64)
-        seen = [*batch.rows.tolist(), *rows.tolist(), *(row for row, _ in batch.rejected)]
-        if not seen:
-            return
-        part = next(p for p in self._parts if p.order.first <= seen[0] < p.order.end)
-        part.rows += [batch.rows, rows]
-        listed = np.stack([self._index.heights[rows], self._index.widths[rows]], axis=1)
-        part.sizes += [batch.sizes, listed.astype(np.int64)]
-        part.digests += [*batch.digests, *(digest for _, digest in batch.known)]
-        part.vectors += [vectors, *(v[None] for v in known if v is not None)]
-        part.rejects += batch.rejected
-        part.reused += len(known)
+        """Puts the rows of a batch into their parts."""
+        for part in self._parts:
+            inside = range(part.order.first, part.order.end)
+            good = np.flatnonzero((batch.rows >= inside.start) & (batch.rows < inside.stop))
+            known = [(row, digest) for row, digest in batch.known if row in inside]
+            found = [self._known.find(digest) for _, digest in known]
+            rows = np.array([row for row, _ in known], np.int64)
+            part.rows += [batch.rows[good], rows]
+            listed = np.stack([self._index.heights[rows], self._index.widths[rows]], axis=1)
+            part.sizes += [batch.sizes[good], listed.astype(np.int64)]
+            part.digests += [batch.digests[i] for i in good]
+            part.digests += [digest for _, digest in known]
+            part.vectors += [vectors[good], *(v[None] for v in found if v is not None)]
+            part.rejects += [(row, why) for row, why in batch.rejected if row in inside]
+            part.reused += len(known)
 
     def _write(self, part: _Part) -> None:
         """Writes a part and says so."""
@@ -207,22 +221,41 @@ class _Worker:
             self._connection.send(message)
 
 
+class _Decoders:
+    """Lets decoders work side by side, or one of them alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._at_work, self._is_reserved = 0, False
+
+    @contextlib.contextmanager
+    def at_work(self, *, alone: bool) -> Iterator[None]:
+        """Waits until a decoder may work, and has the others wait where it is to be alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_reserved)
+            self._is_reserved = alone
+            self._changed.wait_for(lambda: not alone or not self._at_work)
+            self._at_work += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._at_work -= 1
+                self._is_reserved &= not alone
+                self._changed.notify_all()
+
+
 class _Clock:
     """Measures how long batches are waited for."""
 
     def __init__(self) -> None:
         self._waited = 0.0
 
-    def watch(
-        self, batches: Iterator[EvaluationBatch], slots: dict[int, int], flying: InFlight
-    ) -> Iterator[EvaluationBatch]:
-        """The same batches; what was marked as being decoded in the graph no longer is."""
+    def watch(self, batches: Iterator[EvaluationBatch]) -> Iterator[EvaluationBatch]:
+        """The same batches."""
         asked = time.monotonic()
         for batch in batches:
             self._waited += time.monotonic() - asked
-            for row in (*batch.rows.tolist(), *(row for row, _ in batch.rejected)):
-                if row in slots:
-                    flying.leave(slots.pop(row))
             yield batch
             asked = time.monotonic()
 

@@ -16,11 +16,11 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from PIL import Image
 
-from btpipe import artifact, neighbours
+from btpipe import artifact, neighbours, runtime
+from btpipe.data.evaluation import evaluation_batches
 from btpipe.data.index import build
-from btpipe.data.loader import evaluation_batches
 from btpipe.data.views import Geometry
-from btpipe.errors import NumericsError
+from btpipe.errors import MachineError, NumericsError
 from btpipe.events import Tabled
 from btpipe.export import contract
 from btpipe.export.contract import MODELS, Precision, Preprocessing
@@ -44,17 +44,23 @@ def write(folder: Path, preprocessing: Preprocessing, precisions: Sequence[Preci
     place.mkdir()
     for name, content in _drawn().items():
         artifact.write_file(place / name, content)
-    pixels = _pixels(place, preprocessing)
+    pixels = _pixels(place, preprocessing, None)
     vectors: dict[str, NDArray[np.float32]] = {
         name: Session(folder / MODELS[name], device="cpu").run(pixels) for name in precisions
     }
     artifact.write_file(place / VECTORS, safetensors.numpy.save(vectors))
 
 
-def compare(bundle: contract.Bundle, *, device: Device = "cpu") -> dict[str, float]:
+def compare(
+    bundle: contract.Bundle,
+    *,
+    device: Device = "cpu",
+    precisions: Sequence[Precision] | None = None,
+) -> dict[str, float]:
     """The least cosine, for each precision, of the vectors here with those that were shipped.
 
-    Empty for a bundle from before there were golden images.
+    Of all models of the bundle, or of `precisions`. Files go through the decoder of `device`. Empty
+    for a bundle from before there were golden images.
 
     Raises:
         MachineError: the device was asked for and cannot be used.
@@ -63,13 +69,24 @@ def compare(bundle: contract.Bundle, *, device: Device = "cpu") -> dict[str, flo
     if not (place / VECTORS).is_file():
         return {}
     wanted = safetensors.numpy.load_file(place / VECTORS)
-    pixels = _pixels(place, bundle.preprocessing)
+    gpu = 0 if runtime.resolve_device(device) == "cuda" else None
+    pixels = _pixels(place, bundle.preprocessing, gpu)
     least: dict[str, float] = {}
-    for precision in bundle.precisions:
+    for precision in bundle.precisions if precisions is None else precisions:
         found = Session(bundle.model_of(precision), device=device).run(pixels)
-        a, b = neighbours.normalize(found), neighbours.normalize(wanted[precision])
+        with np.errstate(invalid="ignore"):  # vectors of zeros have no cosine: not a number
+            a, b = neighbours.normalize(found), neighbours.normalize(wanted[precision])
         least[precision] = float((a * b).sum(axis=1).min())
     return least
+
+
+def agrees(bundle: contract.Bundle, precision: Precision, *, device: Device) -> bool:
+    """Whether this machine makes the shipped vectors in a precision; False where none were."""
+    try:
+        least = compare(bundle, device=device, precisions=(precision,))
+    except MachineError:
+        return False
+    return least.get(precision, 0.0) >= LEAST_COSINE
 
 
 def require(bundle: contract.Bundle, *, device: Device = "cpu") -> Tabled:
@@ -113,10 +130,10 @@ def _drawn() -> dict[str, bytes]:
     return files
 
 
-def _pixels(place: Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+def _pixels(place: Path, preprocessing: Preprocessing, gpu: int | None) -> NDArray[np.uint8]:
     """The images in the evaluation view, in the order of their names: (n, S, S, 3)."""
     index, _ = build(place)
     rows = np.arange(len(index), dtype=np.int64)
     geometry = Geometry.for_size(preprocessing.size)
-    batches = evaluation_batches(index, rows, geometry, batch_size=len(rows), threads=1)
+    batches = evaluation_batches(index, rows, geometry, batch_size=len(rows), threads=1, gpu=gpu)
     return np.concatenate([batch.pixels for batch in batches])

@@ -14,23 +14,27 @@ from btpipe import runtime
 from btpipe.errors import IntegrityError, MachineError, UsageError
 from btpipe.export.contract import INPUT, OUTPUT, Preprocessing
 
-Device = Literal["auto", "cpu", "cuda"]
+Device = runtime.AskedDevice
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class Session:
     """uint8 `(n, S, S, 3)` -> float32 `(n, D)`. `device` is "cpu" or "cuda", as it really runs.
 
-    `threads` are onnxruntime's own, within an operator; 0: one for each core.
+    `threads` are onnxruntime's own, within an operator; 0: one for each core. `tf32`: a GPU may
+    round what it multiplies to ten bits of mantissa.
 
     Raises:
         IntegrityError: the model is not one, keeps data outside its file, or takes other input.
         MachineError: the device was asked for and cannot be used.
     """
 
-    def __init__(self, model: Path, *, device: Device = "auto", threads: int = 0) -> None:
-        self.device: Literal["cpu", "cuda"] = resolve_device(device)
-        self._session = _opened(model, self.device, threads)
+    def __init__(
+        self, model: Path, *, device: Device = "auto", threads: int = 0, tf32: bool = False
+    ) -> None:
+        self.device: Literal["cpu", "cuda"] = runtime.resolve_device(device)
+        self._model = model
+        self._session = _opened(model, self.device, threads, tf32=tf32)
         self._check_provider()
         self.size, self.dimension = self._geometry(model)
 
@@ -39,6 +43,7 @@ class Session:
 
         Raises:
             UsageError: pixels of another shape or type than the model takes.
+            MachineError: onnxruntime, or a library that it calls, fails.
         """
         expected = (self.size, self.size, 3)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != expected:
@@ -48,7 +53,10 @@ class Session:
             )
         if len(pixels) == 0:
             return np.zeros((0, self.dimension), np.float32)
-        (embedding,) = self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(pixels)})
+        try:
+            (embedding,) = self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(pixels)})
+        except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+            raise _failed(error, self._model, self.device) from error
         return np.asarray(embedding, np.float32)
 
     def _check_provider(self) -> None:
@@ -102,7 +110,7 @@ class FloatSession:
 
 
 def _opened(
-    model: Path, device: Literal["cpu", "cuda"], threads: int
+    model: Path, device: Literal["cpu", "cuda"], threads: int, *, tf32: bool = False
 ) -> onnxruntime.InferenceSession:
     """A model in one file in onnxruntime."""
     refuse_external_data(model)
@@ -112,40 +120,48 @@ def _opened(
     # Threads that wait spin: a fifth of an int8 network's CPU time on two cores, for nothing.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device == "cuda":
+        if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+            raise MachineError(
+                "this onnxruntime is built without CUDA",
+                where="device cuda",
+                fix="pip uninstall onnxruntime; pip install onnxruntime-gpu; or --device cpu",
+            )
         onnxruntime.preload_dlls()
     try:
-        return onnxruntime.InferenceSession(str(model), options, providers=_providers(device))
-    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        # Without `enable_fallback` the Python class goes on on the CPU where CUDA fails, here and
+        # in `run`.
+        return onnxruntime.InferenceSession(
+            str(model), options, providers=_providers(device, tf32=tf32), enable_fallback=0
+        )
+    except Exception as error:  # as above
+        if device == "cuda":
+            raise _failed(error, model, device) from error
         raise IntegrityError(
             f"onnxruntime cannot load it ({error})", where=model, fix="export the run again"
         ) from error
 
 
-def resolve_device(device: Device) -> Literal["cpu", "cuda"]:
-    """ "auto" is the GPU when the driver shows one and onnxruntime was built for it.
-
-    Raises:
-        MachineError: "cuda" was asked for and one of the two is missing.
-    """
-    if device == "cpu":
-        return "cpu"
-    built = PROVIDERS["cuda"] in onnxruntime.get_available_providers()
-    usable = built and runtime.gpu_count() > 0
-    if device == "cuda" and not usable:
-        missing = "the driver shows no GPU" if built else "this onnxruntime is built without CUDA"
-        raise MachineError(
-            missing, where="device cuda", fix="use the CPU, or install what is missing"
-        )
-    return "cuda" if usable else "cpu"
+def _failed(error: Exception, model: Path, device: str) -> MachineError:
+    """onnxruntime's error in a sentence."""
+    text = " ".join(str(error).split())
+    what = f"onnxruntime fails on {'the GPU' if device == 'cuda' else 'the CPU'}: {text[:300]}"
+    fix = (
+        "see that its CUDA and cuDNN libraries fit (btpipe doctor), take a smaller --batch-size if"
+        " memory is short, or --device cpu"
+        if device == "cuda"
+        else "free some memory, or take a smaller --batch-size"
+    )
+    return MachineError(what, where=model, fix=fix)
 
 
-def _providers(device: Literal["cpu", "cuda"]) -> list[str | tuple[str, dict[str, str]]]:
+def _providers(
+    device: Literal["cpu", "cuda"], *, tf32: bool
+) -> list[str | tuple[str, dict[str, str]]]:
     if device == "cpu":
         return [PROVIDERS["cpu"]]
     # HEURISTIC: an exhaustive search for every new shape costs more than it gains here.
-    # No TF32: a model that says fp32 computes in it, as on the CPU where the gate ran.
-    cuda = (PROVIDERS["cuda"], {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0"})
-    return [cuda, PROVIDERS["cpu"]]
+    options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": str(int(tf32))}
+    return [(PROVIDERS["cuda"], options), PROVIDERS["cpu"]]
 
 
 def refuse_external_data(model: Path) -> None:

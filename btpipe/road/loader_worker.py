@@ -1,7 +1,7 @@
 """What the processes of `bench loader` run: each function makes an action that can be repeated."""
 
-import concurrent.futures
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +19,10 @@ from btpipe.data.loader import TrainingLoader
 from btpipe.events import ignore
 from btpipe.pretrain import network
 from btpipe.recipe import Recipe
-from btpipe.road import published_views
+from btpipe.road import probe, published_views
 from btpipe.road.seat import PeakMemory, Prepared
+
+GPU = torch.device("cuda", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,48 @@ def core_loader(load: Load, normalised: bool) -> Prepared:
     return _prepared(action)
 
 
+def published_gpu_loader(load: Load) -> Prepared:
+    """`published_loader`, each batch copied to the GPU from pinned memory."""
+    index = open_index(load.index)
+    pairs = published_views.Pairs(index, load.image_size)
+    batches = [rows.tolist() for rows in rows_of(load, index)]
+
+    def action() -> None:
+        for made in published_views.loader(pairs, batches, load.workers, pinned=True):
+            [view.to(GPU, non_blocking=True) for view in made]
+
+    return Prepared(action, PeakMemory(GPU), load.batches)
+
+
+def core_gpu_loader(load: Load, normalised: bool) -> Prepared:
+    """The loader that `pretrain` uses on a GPU, `batches` more batches in each action."""
+    memory = PeakMemory(GPU)
+    recipe = load.recipe(len(open_index(load.index)))
+    supply = probe.supply(probe.at(recipe, load.batch), load.index, GPU)
+
+    def action() -> None:
+        for batch in itertools.islice(supply, load.batches):
+            if normalised:
+                [network.normalise(view, torch.float32) for view in batch.views]
+
+    return Prepared(action, memory, load.batches)
+
+
+def batch_decode(load: Load) -> Prepared:
+    """A batch through the decoder that `pretrain` uses on a GPU."""
+    memory = PeakMemory(GPU)
+    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(load)]
+    decoder = decoding.batch_decoder(0, load.workers)
+    stream = torch.cuda.ExternalStream(decoder.stream)  # type: ignore[no-untyped-call]
+
+    def action() -> None:
+        contents = (decoding.parse(file) or decoding.decode(file) for file in files)
+        decoder.decode([content for content in contents if not isinstance(content, str)])
+        stream.synchronize()
+
+    return Prepared(action, memory)
+
+
 def gpu_decode(load: Load, hw_decoder_load: float | None) -> Prepared:
     """A batch through DALI's decoder for a GPU; None decodes on the CPU and copies to the GPU.
 
@@ -97,7 +141,7 @@ def gpu_decode(load: Load, hw_decoder_load: float | None) -> Prepared:
         pipeline.schedule_run()
         pipeline.outputs()
 
-    return Prepared(action, PeakMemory(torch.device("cuda", 0)))
+    return Prepared(action, PeakMemory(GPU))
 
 
 def published_decode(load: Load) -> Prepared:
@@ -117,7 +161,7 @@ def core_decode(load: Load) -> Prepared:
 
     def action() -> None:
         for file in files * load.batches:
-            decoding.decode(file, None)
+            decoding.decode(file)
 
     return _prepared(action)
 
@@ -159,18 +203,12 @@ def core_augment(load: Load) -> Prepared:
             for i, view in enumerate(recipe.views)
         ]
         inputs = views.training_inputs(draws, sizes)
-        return runs.Load(number, rows, images, sizes, inputs)
-
-    def refuse(load: runs.Load, _: object) -> runs.Load:
-        raise AssertionError(f"load {load.number} is whole")
+        return runs.Load(number, rows, [*images], inputs)
 
     def action() -> None:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            loads = (drawn(number) for number in range(load.batches))
-            for _, outputs in runs.run(
-                loads, build, mend=refuse, resize=refuse, pool=pool, gpu=None
-            ):
-                [runs.copied(output) for output in outputs]
+        loads = (drawn(number) for number in range(load.batches))
+        for _, outputs in runs.run(loads, build):
+            [runs.copied(output) for output in outputs]
 
     return _prepared(action)
 

@@ -122,7 +122,7 @@ def _short(recipe: Recipe, count: int, epoch: int) -> Recipe:
 def _decoded(found: index.Index, row: int) -> NDArray[np.uint8]:
     """The pixels of an image that the loader has just decoded."""
     content = reading.read_file(found, row)
-    pixels = content if isinstance(content, str) else decoding.decode(content, None)
+    pixels = content if isinstance(content, str) else decoding.decode(content)
     if isinstance(pixels, str):
         where = found.table["path"][row].as_py()
         raise UsageError(f"changed while it was read: {pixels}", where=where)

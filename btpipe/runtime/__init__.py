@@ -17,6 +17,7 @@ from btpipe.runtime.collectives import (
     sum_gradients,
     world_size,
 )
+from btpipe.runtime.device import AskedDevice, resolve_device
 from btpipe.runtime.launcher import launch
 from btpipe.runtime.machine import (
     DALI_PACKAGES,
@@ -39,6 +40,7 @@ from btpipe.runtime.machine import (
 from btpipe.runtime.nvjpeg import mapped_nvjpegs
 from btpipe.runtime.place import FIRST_PORT, PORTS
 from btpipe.runtime.signals import StopSignals
+from btpipe.runtime.stream import gpu_stream
 from btpipe.runtime.tf32 import require_float32_products
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "FIRST_PORT",
     "PORTS",
     "Agreement",
+    "AskedDevice",
     "Member",
     "Precision",
     "Runtime",
@@ -62,6 +65,7 @@ __all__ = [
     "gather",
     "gather_rows",
     "gpu_count",
+    "gpu_stream",
     "is_rank",
     "keep_compiled_code",
     "keep_to",
@@ -74,6 +78,7 @@ __all__ = [
     "ray_cluster",
     "require_float32_products",
     "require_ray",
+    "resolve_device",
     "start",
     "sum_gradients",
     "world_size",

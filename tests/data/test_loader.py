@@ -422,12 +422,7 @@ def test_bad_images_are_rejected_with_their_reason_and_the_others_kept(folder: P
     assert rejected[9] == "cannot be read: No such file or directory"
     assert rejected[10] == "empty file"
     assert rejected[11] == "not an image"
-    assert [sorted(row for row, _ in batch.rejected) for batch in got] == [
-        [1, 2],
-        [9, 10, 11],
-        [],
-        [],
-    ]
+    assert [len(batch.rows) for batch in got] == [8, 8, 5]
     for row, pixels in kept.items():
         np.testing.assert_array_equal(pixels, clean[row])
 

@@ -49,10 +49,10 @@ def mark(text):
     with marks.open("a") as file:
         file.write(text + "\\n")
 
-def decode(content, gpu):
+def decode(content):
     from btpipe.data import decoding
     mark("decoded")
-    return decoding.decode(content, gpu)
+    return decoding.decode(content)
 
 def outlive(*_):
     kernel, number = ctypes.CDLL(None), ctypes.c_int()

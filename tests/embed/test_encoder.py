@@ -125,7 +125,7 @@ def test_a_vector_is_the_same_to_the_bit_in_any_batch_on_any_number_of_threads(
         assert np.array_equal(encoder.embed(few[4:5]), wanted[4:5])
         for size in sizes:
             batches = [Batch(few[start : start + size]) for start in range(0, len(few), size)]
-            streamed = list(encoder.stream(batches))
+            streamed = list(encoder.stream(batches, size))
             assert [batch for batch, _ in streamed] == batches
             found = np.concatenate([vectors for _, vectors in streamed])
             assert found.dtype == np.float32
@@ -148,7 +148,7 @@ def test_the_network_works_while_the_next_batches_are_made(
             yield Batch(pixels)
 
     encoder = load(bundle, device="cpu", threads=2)
-    stream = encoder.stream(batches())
+    stream = encoder.stream(batches(), len(pixels))
     next(stream)
     assert len(made) == 4  # one that is done, two in the network, one ready
     assert len(list(stream)) == 8
@@ -224,7 +224,7 @@ def test_what_an_engine_cannot_do_is_refused_with_what_to_do(bundle: Path) -> No
             )
         assert fix in refusal.value.fix
     if not torch.cuda.is_available():
-        with pytest.raises(MachineError, match="torch sees no GPU"):
+        with pytest.raises(MachineError, match="the driver shows no GPU"):
             load(bundle, device="cuda", engine="torch")
 
 
@@ -233,13 +233,44 @@ def test_auto_takes_int8_only_from_a_bundle_that_holds_it_and_says_why(bundle: P
     assert (opened.engine, opened.precision) == ("onnx", "fp32")
     assert "no int8 model" in opened.why
     both = dataclasses.replace(opened.bundle, precisions=("fp32", "int8"))
-    chosen, why = precisions.choose(both, "onnx", "auto", "cpu")
+    chosen, why = precisions.choose(both, "onnx", "auto", "cpu", yes)
     assert chosen == ("int8" if runtime.cpu_has_int8() else "fp32")
     assert "exported with it" in why or "no int8 instructions" in why
-    assert precisions.choose(both, "onnx", "fp32", "cpu") == ("fp32", "fp32: asked for")
-    assert precisions.choose(both, "onnx", "auto", "cuda")[0] == "fp32"
-    chosen, _ = precisions.choose(both, "torch", "auto", "cpu")
+    assert precisions.choose(both, "onnx", "fp32", "cpu", yes) == ("fp32", "fp32: asked for")
+    chosen, _ = precisions.choose(both, "torch", "auto", "cpu", yes)
     assert chosen == ("bf16" if runtime.cpu_has_bf16() else "fp32")
+
+
+def yes() -> bool:
+    return True
+
+
+def no() -> bool:
+    return False
+
+
+def test_auto_on_a_gpu_takes_fp16_where_the_golden_images_agree_and_else_says_tf32(
+    bundle: Path,
+) -> None:
+    opened = load(bundle, device="cpu").bundle
+    every = dataclasses.replace(opened, precisions=("fp32", "fp16", "int8"))
+    assert precisions.choose(every, "onnx", "auto", "cuda", yes)[0] == "fp16"
+    chosen, why = precisions.choose(every, "onnx", "auto", "cuda", no)
+    assert (chosen, "does not give the bundle's golden vectors" in why) == ("tf32", True)
+    chosen, why = precisions.choose(opened, "onnx", "auto", "cuda", yes)
+    assert (chosen, "--precision fp32,fp16" in why) == ("tf32", True)
+    assert "int8" not in why
+    assert precisions.choose(every, "torch", "auto", "cuda", yes)[0] == "bf16"
+
+
+def test_fp32_never_means_tf32_and_tf32_is_for_gpus(bundle: Path) -> None:
+    opened = load(bundle, device="cpu").bundle
+    assert precisions.choose(opened, "onnx", "fp32", "cuda", yes)[0] == "fp32"
+    assert precisions.model_of(opened, "tf32") == opened.model_of("fp32")
+    engines: tuple[precisions.Engine, ...] = ("onnx", "torch")
+    for engine in engines:
+        with pytest.raises(UsageError, match="tf32 on a CPU"):
+            load(bundle, device="cpu", engine=engine, precision="tf32")
 
 
 def test_small_images_come_in_larger_batches(bundle: Path) -> None:

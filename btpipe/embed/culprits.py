@@ -1,0 +1,73 @@
+"""Which files end a process: found by halves, with the decoder of the worker that was lost."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+from btpipe import runtime
+from btpipe.data import supervisor
+from btpipe.embed.orders import Setup
+
+GPU_SECONDS = 60.0
+"""Beside the time of a decode: CUDA's libraries are loaded and a decoder is made."""
+
+
+def find(
+    files: Mapping[int, bytes],
+    setup: Setup,
+    *,
+    limit_seconds: float,
+    should_stop: Callable[[], bool],
+) -> dict[int, str]:
+    """The rows of those of the files that end or hang a process, and how.
+
+    On a CPU each file is decoded alone, as a worker does. On a GPU all of them are decoded
+    together, and where the process is lost each half of them, down to single files; a file that
+    ends a process only beside others is not found, and nor are the others.
+
+    Raises:
+        MachineError: a process cannot start.
+    """
+    in_batches = setup.gpu is not None
+    groups = [sorted(files)] if in_batches else [[row] for row in sorted(files)]
+    guilty: dict[int, str] = {}
+    while groups:
+        tasks = ((i, [files[row] for row in group]) for i, group in enumerate(groups))
+        lost = {
+            i: answer.reason
+            for i, answer in supervisor.supervise(
+                functools.partial(decode_together, setup),
+                tasks,
+                processes=1,
+                limit_seconds=limit_seconds + GPU_SECONDS * in_batches,
+                should_stop=should_stop,
+            )
+            if isinstance(answer, supervisor.Lost)
+        }
+        guilty |= {groups[i][0]: how for i, how in lost.items() if len(groups[i]) == 1}
+        halves = [half for i in lost if len(groups[i]) > 1 for half in _halves(groups[i])]
+        groups = halves
+    return guilty
+
+
+def decode_together(setup: Setup, contents: Sequence[bytes]) -> bool:
+    """Decodes files as a worker does and forgets them: what counts is whether it survives."""
+    if setup.cores:
+        runtime.keep_to(setup.cores, setup.gpu)
+    # DALI is this process's business, not the job's.
+    import numpy as np  # noqa: PLC0415
+
+    from btpipe.data import decoding  # noqa: PLC0415
+
+    files = [np.frombuffer(content, dtype=np.uint8) for content in contents]
+    if setup.gpu is None or setup.decode:
+        for file in files:
+            (setup.decode or decoding.decode)(file)
+    else:
+        encoded = [found for file in files if (found := decoding.parse(file)) is not None]
+        decoding.batch_decoder(0, setup.threads or runtime.cores()).decode(encoded)
+    return True
+
+
+def _halves(group: list[int]) -> tuple[list[int], list[int]]:
+    middle = len(group) // 2
+    return group[:middle], group[middle:]
