@@ -27,7 +27,11 @@ from btpipe.road.seat import Turn, take_turns
 
 DRAWN_SHORTER_SIDE = 400
 """Pixels of the images that are drawn where none are named; a set that `shard` made has that."""
+GPU_BATCHES = 10
+"""Times as many batches in a turn on a GPU: starting the published loader is part of a turn."""
 HARDWARE_LOADS = (0.0, 0.3, 0.5, 0.65, 0.8, 0.9, 1.0)
+
+CLOCK = "Seconds by the clock, the GPU waited for."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +49,9 @@ QUICK = Options(batch=4, image_size=32, workers=1, batches=2, turns=1)
 
 
 def run(options: Options, data: Path | None, report: Report) -> None:
-    """Measures and reports: the whole loader, decoding alone, augmenting alone; a GPU's decoder.
+    """Measures and reports: the whole loader, decoding alone, augmenting alone.
+
+    Where there is a GPU also the loader that fills it, and decoders for it.
 
     Raises:
         UsageError: no images in `data`, or fewer than a batch.
@@ -56,6 +62,8 @@ def run(options: Options, data: Path | None, report: Report) -> None:
         report(_loader_table(load, options, source))
         report(_parts_table(load, options, source))
         if torch.cuda.is_available():
+            longer = dataclasses.replace(load, batches=GPU_BATCHES * load.batches)
+            report(_gpu_loader_table(longer, options, source))
             report(_gpu_table(load, options, source))
     text = f"{options.turns} turns a row, on {benchmark.machine('cpu')}"
     report(Finished("bench loader", text, time.perf_counter() - started))
@@ -121,25 +129,48 @@ def _parts_table(load: Load, options: Options, source: str) -> Tabled:
     return Tabled(f"Parts of the loader, one thread each, {source}", columns, tuple(cells))
 
 
+def _gpu_loader_table(load: Load, options: Options, source: str) -> Tabled:
+    named: dict[str, Prepare] = {
+        "published transform, DataLoader": functools.partial(worker.published_gpu_loader, load),
+        "this loader": functools.partial(worker.core_gpu_loader, load, False),
+        "this loader, cast and normalised": functools.partial(worker.core_gpu_loader, load, True),
+    }
+    rows = _take_turns(named, options)
+    title = (
+        f"Pairs of views at {load.image_size} pixels in the memory of {benchmark.machine('cuda')},"
+        f" {load.batches} batches of {load.batch}, {load.workers} workers, {source},"
+        f" {options.turns} turns"
+    )
+    columns = ("loader", "times faster", "pairs/s", "CPU ms a pair")
+    note = (
+        f"{CLOCK} Ours decodes and augments on the GPU, as pretrain does; the published one starts"
+        " its workers in each turn. An image is decoded for each pair: the decoders below are"
+        " their limit."
+    )
+    cells = [_gpu_cells(row, rows[0], load.batch * load.batches) for row in rows]
+    return Tabled(title, columns, tuple(cells), note)
+
+
 def _gpu_table(load: Load, options: Options, source: str) -> Tabled:
     """Decoding for a GPU: on the CPU, and on the GPU with each share for its hardware decoder."""
-    named: dict[str, Prepare] = {"CPU": functools.partial(worker.gpu_decode, load, None)}
+    named: dict[str, Prepare] = {
+        "CPU": functools.partial(worker.gpu_decode, load, None),
+        "nvImageCodec, as pretrain uses it": functools.partial(worker.batch_decode, load),
+    }
     for share in HARDWARE_LOADS:
-        name = f"mixed, hw_decoder_load {share:g}"
+        name = f"DALI, mixed, hw_decoder_load {share:g}"
         named[name] = functools.partial(worker.gpu_decode, load, share)
     rows = [_take_turns({name: prepare}, options)[0] for name, prepare in named.items()]
     title = f"Decoding a batch of {load.batch} for {benchmark.machine('cuda')}, {source}"
-    cells = [
-        (
-            row.name,
-            benchmark.faster(row, rows[0], "cuda"),
-            _rate(row, load.batch),
-            number(1000 * _median_cpu(row.turns) / load.batch),
-        )
-        for row in rows
-    ]
+    cells = [_gpu_cells(row, rows[0], load.batch) for row in rows]
     columns = ("decoder", "times faster", "images/s", "CPU ms an image")
-    return Tabled(title, columns, tuple(cells), "Times between two CUDA events.")
+    return Tabled(title, columns, tuple(cells), CLOCK)
+
+
+def _gpu_cells(row: Row, base: Row, count: int) -> tuple[str, ...]:
+    cpu_milliseconds = 1000 * _median_cpu(row.turns) / count
+    faster = benchmark.faster(row, base, "cuda")
+    return row.name, faster, _rate(row, count), number(cpu_milliseconds)
 
 
 def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:

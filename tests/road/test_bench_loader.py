@@ -29,12 +29,18 @@ BURNT_SECONDS = 0.5
 def test_the_quick_benchmark_shows_its_tables() -> None:
     result = CliRunner().invoke(app, ["bench", "loader", "--quick", "--json"])
     assert result.exit_code == 0, result.output
-    loaders, parts, end = (json.loads(line) for line in result.stdout.splitlines())
+    loaders, parts, *of_gpu, end = (json.loads(line) for line in result.stdout.splitlines())
     assert end["event"] == "Finished"
     assert loaders["rows"][0][1] == "1.00"
     assert len(loaders["rows"]) == 3
     assert [row[1] for row in parts["rows"]][::2] == ["1.00", "1.00"]
     assert all(float(row[2]) > 0 for row in loaders["rows"] + parts["rows"])
+    if torch.cuda.is_available():
+        filled, decoders = of_gpu
+        names = [row[0] for row in filled["rows"]]
+        assert names == [row[0] for row in loaders["rows"]]
+        assert filled["columns"][2:] == ["pairs/s", "CPU ms a pair"]
+        assert decoders["rows"][1][0] == "nvImageCodec, as pretrain uses it"
 
 
 def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
