@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -83,11 +83,16 @@ def bench_loader(
 def bench_embed(
     data: Annotated[Path | None, typer.Option(help="Images; drawn ones if none.")] = None,
     model: Annotated[Path | None, typer.Option(help="Bundle; a random network if none.")] = None,
-    images: Annotated[int, typer.Option(min=2, help="Images in a turn.")] = 64,
+    images: Annotated[
+        int | None, typer.Option(min=2, help="Images in a turn; 64, or 4096 on a GPU.")
+    ] = None,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 3,
     workers: Annotated[int, typer.Option(min=0, help="Processes of the DataLoader.")] = 2,
     backbone: Annotated[str, typer.Option(help="Of the random network.")] = "resnet50",
     size: Annotated[int, typer.Option(min=16, help="Its pixels of a side.")] = 224,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Which to measure; auto: a GPU if any.")
+    ] = "auto",
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
     ] = False,
@@ -96,11 +101,10 @@ def bench_embed(
     """Measure embedding against torchvision behind a DataLoader, and against its own limit."""
     from btpipe import progress
     from btpipe.road import bench_embed as bench
-    from btpipe.road.benchmark import parse_backbone
 
-    asked = bench.Options(images, turns, workers, parse_backbone(backbone), size)
+    options = bench.options(images, turns, workers, backbone, size, device=device, quick=quick)
     with progress.show("json" if as_json else "auto") as report:
-        bench.run(bench.QUICK if quick else asked, data, model, report)
+        bench.run(options, data, model, report)
 
 
 @app.command()
