@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -25,10 +25,20 @@ class Check:
         return self.measured <= self.tolerance
 
 
+def tried(name: str, tolerance: float, about: str, measure: Callable[[], float]) -> Check:
+    """What `measure` finds; an error is a check that does not hold, and says what it was."""
+    try:
+        return Check(name, measure(), tolerance, about)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        said = f"{type(error).__name__}: {text[0] if text else ''}"
+        return Check(name, math.nan, tolerance, said)
+
+
 def table(checks: Iterable[Check], device: torch.device) -> Tabled:
     """The checks for people."""
     rows = tuple(
-        (c.name, f"{c.measured:.1e}", f"{c.tolerance:.0e}", "ok" if c.is_ok else "FAILED", c.about)
+        (c.name, f"{c.measured:.1e}", f"{c.tolerance:g}", "ok" if c.is_ok else "FAILED", c.about)
         for c in checks
     )
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -55,7 +65,12 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     """max |found - expected| / max |expected|; not a number where either holds one."""
     expected = expected.double().cpu()
     error = (found.double().cpu() - expected).abs().max()
-    return float(error / expected.abs().max())
+    return relative(float(error), float(expected.abs().max()))
+
+
+def relative(error: float, largest: float) -> float:
+    """error / largest; not a number where all are zero, which is what a broken device leaves."""
+    return error / largest if largest else math.nan
 
 
 def worst(errors: Iterable[float]) -> float:

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from btpipe.cli import app
 from btpipe.errors import NumericsError
-from btpipe.road import checks
+from btpipe.road import checks, selftest_road
 from btpipe.road.checks import Check
 
-CPU_SECONDS = 60
+GPU = torch.cuda.is_available()
+CPU_SECONDS = 300 if GPU else 60
 """The promise of the self-test, in CPU time of this process: wall time moves too much."""
 
 
@@ -25,9 +26,13 @@ def test_the_self_test_passes_on_this_machine_in_under_a_minute() -> None:
     shown, end = (json.loads(line) for line in result.stdout.splitlines())
     assert end["event"] == "Finished"
     names = [row[0] for row in shown["rows"]]
-    for part in ("loss, gram", "loss, cross", "LARS", "schedule", "step, fp32", "step, bf16"):
+    of_gpus = ("compiled step, fp64", "compiled step, bf16", "training views", "evaluation view")
+    for part in (
+        *("loss, gram", "loss, cross", "LARS", "schedule", "step, fp32", "step, bf16"),
+        *("masked update", "onnxruntime", "ranks, 1 and 2 CPU processes"),
+        *(of_gpus if GPU else ()),
+    ):
         assert any(name.startswith(part) for name in names), part
-    assert {"masked update on cpu", "ranks, 1 and 2 CPU processes"} <= set(names)
     assert {row[3] for row in shown["rows"]} == {"ok"}
 
 
@@ -47,3 +52,28 @@ def test_a_difference_is_relative_to_the_largest_value_and_sees_what_is_no_numbe
     expected = torch.tensor([0.0, -200.0])
     assert checks.difference(torch.tensor([1.0, -200.0]), expected) == 0.005
     assert math.isnan(checks.difference(torch.tensor([math.nan, -200.0]), expected))
+
+
+def test_results_that_are_all_zero_are_a_check_that_fails() -> None:
+    """What a GPU leaves that computes nothing: the gradient of one rank and of several."""
+    zeros = torch.zeros(2)
+    assert math.isnan(checks.relative(0.0, 0.0))
+    assert math.isnan(checks.difference(zeros, zeros))
+    assert not Check("ranks", checks.relative(0.0, 0.0), 1e-10, "").is_ok
+
+
+def test_an_error_is_a_check_that_fails_and_says_which() -> None:
+    def measure() -> float:
+        raise RuntimeError("no kernel image is available\nsecond line")
+
+    failed = checks.tried("compiled step", 1e-10, "gradient", measure)
+    assert not failed.is_ok
+    assert failed.about == "RuntimeError: no kernel image is available"
+    assert checks.tried("compiled step", 1e-10, "gradient", lambda: 1e-11).is_ok
+
+
+def test_a_compiler_is_asked_for_gpus_alone() -> None:
+    """For a CPU it takes minutes, and proves no GPU."""
+    (only,) = selftest_road.checks(torch.device("cpu"))
+    assert (only.name, only.is_ok) == ("onnxruntime on cpu", True)
+    assert only.measured > 0  # other arithmetic than the one that it is compared with
