@@ -129,7 +129,7 @@ def _dali() -> Finding:
     found = f"{', '.join(installed) or f'DALI {version}'}: decodes"
     nvjpeg = next(iter(runtime.mapped_nvjpegs()), None)
     if nvjpeg:
-        found += f"; nvJPEG is {'/'.join(nvjpeg.resolve().parts[-4:])}"
+        found += f"; nvJPEG is {str(nvjpeg.resolve()).rpartition('-packages/')[2]}"
     if nvjpeg and nvjpeg.parent.name == "torchvision.libs" and runtime.gpu_count():
         fix = (
             "pip install --force-reinstall nvidia-nvjpeg, or nvidia-nvjpeg-cu12: DALI's is not used"

@@ -44,7 +44,7 @@ def test_here_everything_works_that_tests_need(tmp_path: Path) -> None:
     assert code == 0
     assert "decodes" in rows["DALI"][0]
     mapped = [path.resolve() for path in runtime.mapped_nvjpegs()]
-    assert not mapped or str(Path(*mapped[0].parts[-4:])) in rows["DALI"][0]
+    assert not mapped or mapped[0].name in rows["DALI"][0]
     assert "CPUExecution" in rows["onnxruntime"][0]
     assert str(tmp_path) in rows["disk"][0]
     assert all(verdict != "broken" for _, verdict, _ in rows.values())
