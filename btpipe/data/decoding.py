@@ -34,7 +34,7 @@ from btpipe.data import header, views
 Pixels: TypeAlias = NDArray[np.uint8] | Image
 """Upright RGB pixels (height, width, 3), in the memory of the host or of a GPU."""
 
-_OPTIONS = ":fancy_upsampling=1"  # as libjpeg, and as every decoder on a CPU
+OPTIONS = ":fancy_upsampling=1"  # as libjpeg, and as every decoder on a CPU
 _threads = threading.local()
 
 
@@ -83,7 +83,7 @@ def parse(file: NDArray[np.uint8]) -> Encoded | None:
 
 
 @functools.cache
-def batch_decoder(gpu: int, threads: int) -> "BatchDecoder":
+def batch_decoder(gpu: int | None, threads: int) -> "BatchDecoder":
     """The decoder of this process for a GPU: one for each number of threads that is asked for."""
     return BatchDecoder(gpu, threads)
 
@@ -92,17 +92,25 @@ class BatchDecoder:
     """Files into the memory of a GPU, a batch at a time; it may be used by several threads.
 
     What it does is in order on `stream`, a CUDA stream of its own: no other work waits for it. With
-    `gpu=None` the same library decodes on the CPU, into the memory of the host.
+    `gpu=None` the same library decodes on the CPU, into the memory of the host. `backends`: which of
+    its decoders it may take, and how much each of them; None: all of them, as it likes.
     """
 
-    def __init__(self, gpu: int | None, threads: int) -> None:
+    def __init__(
+        self,
+        gpu: int | None,
+        threads: int,
+        *,
+        backends: Sequence[Backend] | None = None,
+        options: str = OPTIONS,
+    ) -> None:
         self._gpu = gpu
         self.stream = 0 if gpu is None else runtime.gpu_stream(gpu)
         self._decoder = Decoder(
             device_id=NVIMGCODEC_DEVICE_CPU_ONLY if gpu is None else gpu,
             max_num_cpu_threads=min(threads, runtime.cores()),  # of more it takes one
-            backends=[Backend(BackendKind.CPU_ONLY)] if gpu is None else None,
-            options=_OPTIONS,
+            backends=[Backend(BackendKind.CPU_ONLY)] if gpu is None else backends,
+            options=options,
         )
         self._params = DecodeParams(apply_exif_orientation=True, color_spec=ColorSpec.SRGB)
         self._one_at_a_time = threading.Lock()

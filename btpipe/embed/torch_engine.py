@@ -43,6 +43,7 @@ class TorchEngine:
             fix = "install a torch for this driver (btpipe doctor), or use the CPU"
             raise MachineError("torch sees no GPU", where="device cuda", fix=fix)
         self.device = device
+        torch.backends.cudnn.benchmark = device == "cuda"  # all calls have one shape
         self.layer, self._dtype = layer, DTYPES[precision]
         network = weights.load(bundle.folder / contract.WEIGHTS, weights.described(bundle))
         assert isinstance(network, ResNet)

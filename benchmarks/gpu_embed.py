@@ -1,0 +1,231 @@
+"""Stages of `benchmarks.gpu`: the bundle's gate, the golden images, and embedding jobs."""
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from benchmarks.gpu_step import pretrain
+from benchmarks.place import Place
+from benchmarks.stage import Ended, Require, btpipe, gpu, judged, rate, tell
+from btpipe import neighbours
+from btpipe.embed import precisions
+from btpipe.embed.encoder import load
+from btpipe.export import contract, golden
+
+GOLDEN_COSINE = 0.999
+SAME_COSINE = 0.999
+"""Between a GPU's vectors and a CPU's, both in float32: decoders differ by half a grey level."""
+AGAIN_IMAGES = 300
+CALL_IMAGES = 256
+
+
+def bundle_of(place: Place) -> Path:
+    return place.work / "exports" / "gpu"
+
+
+def stage_export(place: Place) -> None:
+    """`btpipe export --onnx` of the newest run, in fp32 and fp16; the gates tell."""
+    if not list(place.work.glob("runs/*/checkpoints/step-*")):
+        tell("a run to export", exit_code=pretrain(place, 15.0).code)
+    with judged() as require:
+        words = ("--precision", "fp32,fp16", "--images", str(place.photos), "--overwrite")
+        out = ("--out", str(bundle_of(place)))
+        ended = btpipe("export", "--onnx", *words, *out, folder=place.work)
+        tell("export", exit_code=ended.code)
+        require(ended.code == 0, f"export ended with {ended.code}")
+        gates = contract.open_bundle(bundle_of(place)).manifest.origin["gates"]
+        assert isinstance(gates, dict)
+        for name, gate in gates.items():
+            shown = ("provider", "mean_cosine", "min_cosine", "agreement")
+            tell(f"gate, {name}", **{key: gate[key] for key in shown})
+        if gpu() is not None:
+            require(gates["fp16"]["provider"] == "cuda", "the fp16 gate did not run on the GPU")
+
+
+def stage_golden(place: Place) -> None:
+    """The least cosine of the golden images on this device, and what "auto" takes."""
+    bundle, device = contract.open_bundle(bundle_of(place)), _device()
+    with judged() as require:
+        for precision, cosine in golden.compare(bundle, device=device).items():
+            tell(f"golden images, {precision} on {device}", least_cosine=cosine)
+            require(cosine >= GOLDEN_COSINE, f"golden images in {precision}: {cosine:.4f}")
+        opened = load(bundle.folder)
+        tell("auto", device=opened.device, precision=opened.precision, why=opened.why)
+
+
+def _device() -> Literal["cpu", "cuda"]:
+    return "cpu" if gpu() is None else "cuda"
+
+
+def stage_embed(place: Place) -> None:
+    """`btpipe embed` of the drawn images: as the README types it, and in each precision."""
+    cases: dict[str, tuple[str, ...]] = {"as the README types it": ()}
+    if gpu() is not None:
+        cases |= {
+            "onnxruntime fp32": ("--precision", "fp32"),
+            "onnxruntime tf32": ("--precision", "tf32"),
+            "torch": ("--engine", "torch"),
+        }
+    with judged() as require:
+        for name, options in cases.items():
+            out = place.work / "vectors.parquet"
+            _remove(out)
+            ended = _embed(place, place.jpegs, out, *options)
+            _told(f"embed, {name}", ended)
+            require(ended.code == 0, f"{name}: ended with {ended.code}")
+
+
+def _embed(place: Place, source: Path, out: Path, *options: str) -> Ended:
+    words = (str(source), "--out", str(out), "--model", str(bundle_of(place)), *options)
+    return btpipe("embed", *words, folder=place.work, seconds=80.0)
+
+
+def _told(name: str, ended: Ended) -> None:
+    progress, finished = ended.of("Progressed"), ended.of("Finished")
+    notes = [str(event["text"]) for event in ended.of("Note")]
+    tell(
+        name,
+        exit_code=ended.code,
+        images_per_second=round(float(str(progress[-1]["images_per_second"]))) if progress else 0,
+        data_wait=progress[-1]["data_wait"] if progress else None,
+        said=str(finished[-1]["text"]) if finished else ended.text[-200:],
+        precision=notes[:1],
+        warnings=len(ended.of("Warned")),
+    )
+
+
+def _remove(out: Path) -> None:
+    for path in out.parent.glob(f"{out.stem}.*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def stage_again(place: Place) -> None:
+    """A rerun after one more image; and bad files beside good ones, whose vectors are the CPU's."""
+    folder, out = place.work / "again", place.work / "again.parquet"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    _remove(out)
+    files = sorted(place.jpegs.glob("*"))[:AGAIN_IMAGES]
+    for path in files:
+        shutil.copy(path, folder)
+    with judged() as require:
+        _told("first run", _embed(place, folder, out))
+        content = files[0].read_bytes()
+        (folder / "new.jpg").write_bytes(content[:2] + b"\xff\xfe\x00\x06new!" + content[2:])
+        again = _embed(place, folder, out)
+        _told("second run, one image more", again)
+        wanted = f"1 embedded, {len(files)} as they were"
+        require(wanted in again.text, f"the second run did not say: {wanted}")
+        _among_bad_files(place, require)
+
+
+def _among_bad_files(place: Place, require: Require) -> None:
+    bad = sorted(path.name for path in place.nasty.iterdir() if path.name.startswith("bad-"))
+    tables: list[dict[str, NDArray[np.float32]]] = []
+    for device in dict.fromkeys((_device(), "cpu")):
+        out = place.work / f"nasty-{device}.parquet"
+        _remove(out)
+        ended = _embed(place, place.nasty, out, "--device", device, "--precision", "fp32")
+        _told(f"bad files, {device}", ended)
+        rejects = pq.read_table(out.with_name(f"{out.stem}.rejects.parquet"))["path"].to_pylist()
+        require(sorted(rejects) == bad, f"{device}: {len(rejects)} rejects of {len(bad)} bad files")
+        tables.append(_vectors(out))
+    least = min(_cosines(tables[0], tables[-1]), default=0.0)
+    tell("bad files' neighbours, vectors against the CPU's", least_cosine=round(least, 6))
+    require(least >= SAME_COSINE, f"vectors differ from the CPU's: cosine {least:.4f}")
+
+
+def _vectors(table: Path) -> dict[str, NDArray[np.float32]]:
+    read = pq.read_table(table)
+    rows = np.stack(read["embedding"].to_numpy(zero_copy_only=False))
+    return dict(zip(read["path"].to_pylist(), rows, strict=True))
+
+
+def _cosines(
+    first: dict[str, NDArray[np.float32]], second: dict[str, NDArray[np.float32]]
+) -> list[float]:
+    assert first.keys() == second.keys()
+    names = list(first)
+    a, b = (neighbours.normalize(np.stack([t[n] for n in names])) for t in (first, second))
+    return [float(value) for value in (a * b).sum(axis=1)]
+
+
+def stage_compare(place: Place) -> None:
+    """The table against `btpipe.load` to the bit; the GPU against the CPU."""
+    out = place.work / "photos.parquet"
+    _remove(out)
+    with judged() as require:
+        require(_embed(place, place.photos, out).code == 0, "embed failed")
+        table = _vectors(out)
+        names = list(table)
+        devices: tuple[Literal["auto", "cpu"], ...] = ("auto", "cpu")
+        for device in devices:
+            encoder = load(bundle_of(place), device=device)
+            found = encoder.embed([place.photos / name for name in names])
+            same = bool((found == np.stack([table[name] for name in names])).all())
+            least = min(_cosines(table, dict(zip(names, found, strict=True))))
+            tell(
+                f"embed against load({device}), {encoder.precision}",
+                same_bits=same,
+                least_cosine=round(least, 7),
+            )
+            require(same or device == "cpu", "btpipe.load gives other bits than embed")
+            require(least >= GOLDEN_COSINE, f"load({device}) differs: cosine {least:.4f}")
+
+
+def stage_ort(place: Place) -> None:
+    """onnxruntime's own settings, one by one: images/s with arrays copied, and with bound ones."""
+    bundle = contract.open_bundle(bundle_of(place))
+    size = bundle.preprocessing.size
+    shape = (8 if place.small else CALL_IMAGES, size, size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    settings: tuple[dict[str, str], ...] = ({},)
+    if gpu() is not None:
+        onnxruntime.preload_dlls()
+        nhwc, search = {"prefer_nhwc": "1"}, {"cudnn_conv_algo_search": "EXHAUSTIVE"}
+        settings = ({}, nhwc, search, {**nhwc, **search}, {"use_tf32": "1"})
+    wanted: tuple[precisions.Precision, ...] = ("fp16", "fp32")
+    for precision in wanted:
+        for extra in settings:
+            _option(precisions.model_of(bundle, precision), precision, extra, pixels, place)
+
+
+def _option(
+    model: Path, name: str, extra: dict[str, str], pixels: NDArray[np.uint8], place: Place
+) -> None:
+    provider = "CPUExecutionProvider" if gpu() is None else "CUDAExecutionProvider"
+    options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", **extra}
+    given = {} if gpu() is None else options
+    about = f"onnxruntime {name}, {extra or 'as btpipe opens it'}"
+    try:
+        session = onnxruntime.InferenceSession(
+            str(model), providers=[(provider, given)], enable_fallback=0
+        )
+        feed = {session.get_inputs()[0].name: pixels}
+        seconds = 0.2 if place.small else 1.5
+        copied = rate(lambda: session.run(None, feed), len(pixels), seconds)
+        bound = session.io_binding()
+        memory = "cpu" if gpu() is None else "cuda"
+        held = onnxruntime.OrtValue.ortvalue_from_numpy(pixels, memory, 0)
+        bound.bind_ortvalue_input(session.get_inputs()[0].name, held)
+        bound.bind_output(session.get_outputs()[0].name, memory)
+
+        def run_bound() -> None:
+            session.run_with_iobinding(bound)
+            bound.synchronize_outputs()
+
+        on_device = rate(run_bound, len(pixels), seconds)
+    except Exception as error:  # a setting that this version refuses is a result as well
+        tell(about, refused=str(error)[:200])
+        return
+    tell(
+        about,
+        images_per_second=round(copied.per_second),
+        bound=round(on_device.per_second),
+        provider=session.get_providers()[0],
+    )

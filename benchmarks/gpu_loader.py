@@ -1,0 +1,183 @@
+"""Stages of `benchmarks.gpu`: how fast files become views, and each part of it alone."""
+
+import concurrent.futures
+import functools
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia import nvimgcodec
+from nvidia.dali import Pipeline, fn, pipeline_def, types
+
+from benchmarks.place import Place
+from benchmarks.stage import (
+    Rate,
+    cores,
+    device,
+    files_of,
+    gpu,
+    index_of,
+    judged,
+    loader_of,
+    rate,
+    recipe_of,
+    tell,
+)
+from btpipe import recipe
+from btpipe.data import decoding, params, reading
+from btpipe.data.decoding import BatchDecoder
+
+BATCH = 256
+PAIRS_PER_SECOND = {224: 2500, 32: 16_000}
+"""What training at these pixels is to take from 16 cores."""
+HOST_CORES = 16
+
+
+def stage_decode(place: Place) -> None:
+    """Decoding a batch that is in memory: btpipe's decoder, its settings, and DALI's graph."""
+    seconds = 0.3 if place.small else 2.5
+    files = files_of(place.jpegs, 16 if place.small else BATCH)
+    parsed = [found for file in files if (found := decoding.parse(file))]
+    for name, decoder in decoders():
+        taken = rate(functools.partial(decoder.decode, parsed), len(parsed), seconds)
+        tell(f"decode alone, {name}", images_per_second=round(taken.per_second), **_host(taken))
+    if gpu() is None:
+        return
+    for share, fancy in ((0.65, True), (1.0, True), (0.65, False)):
+        pipeline = _dali_decoder(len(files), share, fancy=fancy)
+
+        def feed(pipeline: Pipeline = pipeline) -> None:
+            pipeline.feed_input("encoded", files)
+            pipeline.schedule_run()
+
+        def turn(pipeline: Pipeline = pipeline) -> None:
+            pipeline.outputs()
+            feed(pipeline)
+
+        feed()
+        feed()
+        taken = rate(turn, len(files), seconds)
+        name = f"decode alone, DALI mixed, hw_decoder_load {share:g}, fancy {int(fancy)}"
+        tell(name, images_per_second=round(taken.per_second), **_host(taken))
+
+
+def decoders() -> list[tuple[str, BatchDecoder]]:
+    """btpipe's own, and on a GPU others with less or more hardware, and with plain upsampling."""
+    tries: list[tuple[str, BatchDecoder]] = [("as btpipe", decoding.batch_decoder(gpu(), cores()))]
+    if gpu() is None:
+        return tries
+    kinds = nvimgcodec.BackendKind
+    others = (kinds.GPU_ONLY, kinds.HYBRID_CPU_GPU, kinds.CPU_ONLY)
+    for share, fancy in ((0.0, 1), (0.5, 1), (1.0, 1), (0.5, 0)):
+        hardware = nvimgcodec.Backend(kinds.HW_GPU_ONLY, load_hint=share)
+        backends = [hardware, *(nvimgcodec.Backend(kind) for kind in others)]
+        options = f":fancy_upsampling={fancy}"
+        decoder = BatchDecoder(gpu(), cores(), backends=backends, options=options)
+        tries.append((f"hardware {share:g}, fancy {fancy}", decoder))
+    return tries
+
+
+def _dali_decoder(count: int, share: float, *, fancy: bool) -> Pipeline:
+    def graph() -> object:
+        encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
+        return fn.decoders.image(
+            encoded,
+            device="mixed",
+            output_type=types.RGB,
+            hw_decoder_load=share,
+            jpeg_fancy_upsampling=fancy,
+        )
+
+    define = pipeline_def(
+        graph, batch_size=count, num_threads=cores(), device_id=gpu(), prefetch_queue_depth=1
+    )
+    return define()
+
+
+def stage_loader(place: Place) -> None:
+    """The training loader alone: pairs of views from files, into tensors."""
+    cases = (
+        ("JPEG 400, 224 pixels", place.jpegs, "imagenet-1gpu.toml", 512),
+        ("JPEG 400, 224 pixels", place.jpegs, "imagenet-1gpu.toml", 256),
+        ("PNG 32, 32 pixels", place.pngs, "cifar10.toml", 128),
+        ("PNG 32, 32 pixels", place.pngs, "cifar10.toml", 512),
+    )
+    with judged() as require:
+        for name, folder, file, batch in cases:
+            size = 8 if place.small else batch
+            settings = (f"data.batch_size={size}", "optim.epochs=200", f"data.threads={cores()}")
+            described = recipe_of(place, file, *settings)
+            with loader_of(index_of(folder), described, device()) as loader:
+                batches = functools.partial(next, iter(loader))
+                taken = rate(batches, size, 0.5 if place.small else 5.0, warm_ups=4)
+                require(not loader.quarantine, f"good images rejected: {loader.quarantine}")
+            tell(
+                f"loader alone, {name}, batch {size}",
+                pairs_per_second=round(taken.per_second),
+                **_host(taken),
+            )
+
+
+def stage_host(place: Place) -> None:
+    """The host's share alone: files read and handed over, and the draws, a second and core."""
+    seconds = 0.5 if place.small else 2.0
+    for name, folder in (("JPEG 400", place.jpegs), ("PNG 32", place.pngs)):
+        _readers(name, folder, seconds)
+    _drawing(seconds)
+
+
+def _readers(name: str, folder: Path, seconds: float) -> None:
+    """Files through the reading threads and nvImageCodec's parser, and no further."""
+    index = index_of(folder)
+    rows = np.arange(min(len(index), 1024))
+    mean = float(np.mean([index.table["bytes"][int(row)].as_py() for row in rows[:64]]))
+
+    def read(row: int) -> object:
+        content = reading.read_file(index, row)
+        return content if isinstance(content, str) else decoding.parse(content)
+
+    def action() -> None:
+        tasks = enumerate(np.array_split(rows, max(1, len(rows) // BATCH)))
+        for _ in reading.read_ahead(tasks, read, lambda _, contents: contents, pool):
+            pass
+
+    with concurrent.futures.ThreadPoolExecutor(cores() + 2) as pool:
+        found = rate(action, len(rows), seconds)
+    a_core = found.per_second / found.cores
+    tell(
+        f"readers, {name}, {mean / 1000:.1f} kB a file",
+        files_per_second_and_core=round(a_core),
+        files_per_second=round(found.per_second),
+        cores=round(found.cores, 2),
+    )
+
+
+def _drawing(seconds: float) -> None:
+    """Both views' draws of a batch, in one thread, against what training takes of a core."""
+    default = recipe.Recipe()
+    rows = np.arange(BATCH)
+    for size, wanted in PAIRS_PER_SECOND.items():
+        sides = np.full(BATCH, 32 if size == 32 else 480, np.int64)
+
+        def action(sides: NDArray[np.int64] = sides) -> None:
+            for number, view in enumerate(default.views):
+                params.draw(
+                    view,
+                    seed=0,
+                    epoch=0,
+                    view_number=number,
+                    images=rows,
+                    widths=sides,
+                    heights=sides,
+                )
+
+        found = rate(action, BATCH, seconds)
+        tell(
+            f"draws for {size} pixels",
+            pairs_per_second_and_core=round(found.per_second / found.cores),
+            training_takes=round(wanted / HOST_CORES),
+        )
+
+
+def _host(found: Rate) -> dict[str, float]:
+    return {"cores": round(found.cores, 2), "this_thread": round(found.thread, 2)}

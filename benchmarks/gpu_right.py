@@ -1,0 +1,302 @@
+"""Stages of `benchmarks.gpu`: what the card is, and whether what it computes is right."""
+
+import hashlib
+import io
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.gpu_loader import decoders
+from benchmarks.place import PROJECT, Place
+from benchmarks.stage import (
+    Require,
+    btpipe,
+    cores,
+    device,
+    files_of,
+    gpu,
+    index_of,
+    judged,
+    loader_of,
+    rate,
+    recipe_of,
+    synchronize,
+    tell,
+)
+from btpipe import runtime
+from btpipe.data import decoding, views
+from btpipe.data.evaluation import evaluation_batches
+from btpipe.data.sources import synthetic
+
+DECODE_LEVELS, EVALUATION_LEVELS, VIEW_LEVELS = 0.5, 0.5, 1.5
+"""Grey levels, mean over a set: decoders of a GPU round otherwise, views stretch colours."""
+COPY_BYTES = 2**30
+DRAWN_JPEGS, DRAWN_PNGS = 4096, 10_000
+REPEATS = 6
+FUZZED = 1000
+HEADER_BYTES = 700
+
+
+def stage_probe(place: Place) -> None:
+    """The machine; a copy within the card; a DALI graph on it."""
+    on = device()
+    name = torch.cuda.get_device_name() if on.type == "cuda" else "no GPU"
+    tell("machine", card=name, cores=cores(), **_versions())
+    if on.type == "cuda" and not place.small:
+        report = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, check=False)
+        wanted = ("Driver Version", "JPEG", "SM  ", "Persistence")
+        print("\n".join(x for x in report.stdout.splitlines() if any(w in x for w in wanted)))
+    count = COPY_BYTES // 4 // (1024 if place.small else 1)
+    source, target = torch.empty(count, device=on), torch.empty(count, device=on)
+    copied = rate(lambda: target.copy_(source), 8 * count, 0.3)  # read and written
+    tell("copy", TB_per_second=round(copied.per_second / 1e12, 3))
+    pipeline = views.evaluation_pipeline(
+        views.Geometry.for_size(32), batch_size=1, threads=1, gpu=gpu()
+    )
+    pipeline.build()
+    decoding.batch_decoder(gpu(), 1)
+    tell("DALI", graph="built", nvjpeg=[str(path) for path in runtime.mapped_nvjpegs()])
+
+
+def _versions() -> dict[str, object]:
+    import nvidia.dali  # noqa: PLC0415 - named by what is there
+
+    found: dict[str, object] = {"torch": torch.__version__, "DALI": nvidia.dali.__version__}
+    try:
+        import onnxruntime  # noqa: PLC0415
+
+        found["onnxruntime"] = onnxruntime.__version__
+        found["providers"] = onnxruntime.get_available_providers()
+    except ImportError:
+        found["onnxruntime"] = "none"
+    return found
+
+
+def stage_prepare(place: Place) -> None:
+    """Draws the images, once; each JPEG has a comment that makes its content its own."""
+    done = place.work / "drawn" / "done"
+    if done.exists():
+        tell("drawn", images="there already")
+        return
+    place.jpegs.mkdir(parents=True, exist_ok=True)
+    place.pngs.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    side = 96 if place.small else 400
+    with ProcessPoolExecutor(cores()) as pool:
+        numbers = range(synthetic.DIFFERENT)
+        different = list(pool.map(synthetic.jpeg, numbers, [side] * len(numbers)))
+    jpegs = 64 if place.small else DRAWN_JPEGS
+    for i in range(jpegs):
+        content = different[i % len(different)]
+        comment = b"\xff\xfe\x00\x06" + i.to_bytes(4, "big")
+        (place.jpegs / f"{i:05d}.jpg").write_bytes(content[:2] + comment + content[2:])
+    draws = np.random.default_rng(0)
+    pngs = 64 if place.small else DRAWN_PNGS
+    for i in range(pngs):
+        made = Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((32, 32))
+        content_of = io.BytesIO()
+        made.save(content_of, "PNG")
+        (place.pngs / f"{i:05d}.png").write_bytes(content_of.getvalue())
+    done.touch()
+    tell("drawn", jpegs=jpegs, pngs=pngs, seconds=round(time.perf_counter() - started, 1))
+
+
+def stage_doctor(place: Place) -> None:
+    """`btpipe doctor`, which computes and compares on the card."""
+    with judged() as require:
+        ended = btpipe("doctor", folder=place.work, json_lines=False)
+        tell("doctor", exit_code=ended.code)
+        require(ended.code == 0, f"doctor ended with {ended.code}")
+
+
+def stage_selftest(place: Place) -> None:
+    """`btpipe selftest`."""
+    with judged() as require:
+        ended = btpipe("selftest", folder=place.work, json_lines=False)
+        tell("selftest", exit_code=ended.code, failed=ended.text.count("FAILED"))
+        require(ended.code == 0, f"selftest ended with {ended.code}")
+
+
+def stage_pixels(place: Place) -> None:
+    """Decoders, the evaluation view and the training views on the GPU against the CPU."""
+    with judged() as require:
+        _decoders(place, require)
+        _evaluation_view(place, require)
+        _training_views(place, require)
+
+
+def _decoders(place: Place, require: Require) -> None:
+    files = [*files_of(place.photos), *files_of(place.jpegs, 32)]
+    parsed = [found for file in files if (found := decoding.parse(file))]
+    expected = [decoding.decode(found.file) for found in parsed]
+    tell("files for a batch", count=len(parsed), of=len(files))
+    for name, decoder in decoders():
+        hashes = set()
+        for turn in range(REPEATS):
+            _keep_busy(20 * turn)
+            images = [np.asarray(_on_host(image)) for image in decoder.decode(parsed)]
+            hashes.add(hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest())
+        synchronize()
+        shapes = sum(a.shape != np.shape(b) for a, b in zip(images, expected, strict=True))
+        pairs = [(a, b) for a, b in zip(images, expected, strict=True) if a.shape == np.shape(b)]
+        errors = [_levels(a, b) for a, b in pairs if not isinstance(b, str)]
+        tell(
+            f"decode, {name}",
+            mean=round(float(np.mean(errors)), 4),
+            worst_file=round(max(errors), 3),
+            other_shapes=shapes,
+            different_results_of_6=len(hashes),
+        )
+        if name == "as btpipe":
+            mean = float(np.mean(errors))
+            require(shapes == 0, "decoded images of another shape")
+            require(mean <= DECODE_LEVELS, f"decoded images differ by {mean:.2f} levels")
+            require(len(hashes) == 1, "the same files were decoded to different pixels")
+
+
+def _keep_busy(products: int) -> None:
+    """Gives the GPU, if there is one, other work at the same time."""
+    if device().type == "cuda":
+        matrix = torch.randn(2048, 2048, device=device())
+        for _ in range(products):
+            torch.mm(matrix, matrix)
+
+
+def _on_host(image: decoding.Pixels | str) -> object:
+    assert not isinstance(image, str), image
+    return image if isinstance(image, np.ndarray) else image.cpu()
+
+
+def _levels(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
+    return float(np.abs(a.astype(np.int16) - b.astype(np.int16)).mean())
+
+
+def _evaluation_view(place: Place, require: Require) -> None:
+    index, geometry = index_of(place.photos), views.Geometry.for_size(224)
+    rows = np.arange(len(index))
+    both = [
+        np.concatenate(
+            [
+                batch.pixels
+                for batch in evaluation_batches(
+                    index, rows, geometry, batch_size=64, threads=cores(), gpu=on
+                )
+            ]
+        )
+        for on in (None, gpu())
+    ]
+    require(both[0].shape == both[1].shape, f"views of {both[0].shape} and {both[1].shape}")
+    error = _levels(both[0], both[1])
+    tell("evaluation view, GPU against CPU", mean=round(error, 4))
+    require(error <= EVALUATION_LEVELS, f"evaluation views differ by {error:.2f} levels")
+
+
+def _training_views(place: Place, require: Require) -> None:
+    index = index_of(place.photos)
+    size = f"data.batch_size={8 if place.small else min(64, len(index))}"
+    described = recipe_of(place, "imagenet-1gpu.toml", size, f"data.threads={cores()}")
+    batches = []
+    for on in (torch.device("cpu"), device()):
+        with loader_of(index, described, on) as loader:
+            batches.append(next(iter(loader)))
+    require((batches[0].images == batches[1].images).all().item(), "batches of other images")
+    for i in range(2):
+        a, b = (batch.views[i].cpu().numpy() for batch in batches)
+        each = np.abs(a.astype(np.int16) - b.astype(np.int16)).mean(axis=(1, 2, 3))
+        tell(
+            f"training view {i}, GPU against CPU",
+            mean=round(float(each.mean()), 4),
+            worst_image=round(float(each.max()), 3),
+            over_3_levels=int((each > 3).sum()),
+            images=len(each),
+        )
+        require(each.mean() <= VIEW_LEVELS, f"view {i} differs by {each.mean():.2f} levels")
+
+
+def stage_badfiles(place: Place) -> None:
+    """Junk among good files, through the training loader and as damaged headers in a batch."""
+    bad = sorted(path.name for path in place.nasty.iterdir() if path.name.startswith("bad-"))
+    with judged() as require:
+        for threads in (8,) if place.small else (2, 8, 16):
+            code = _TRAIN_OVER_JUNK.format(folder=str(place.nasty), threads=threads)
+            ended = _python(code)
+            named = [line for line in ended.stdout.splitlines() if line.startswith("bad: ")]
+            tell(f"loader over junk, {threads} threads", exit_code=ended.returncode, bad=len(named))
+            print(ended.stdout[-2000:], ended.stderr[-2000:])
+            require(ended.returncode == 0, f"{threads} threads: ended with {ended.returncode}")
+            names = sorted(line.removeprefix("bad: ") for line in named)
+            require(names == bad, f"{threads} threads: {len(names)} of {len(bad)} bad files named")
+        ended = _python(_FUZZ.format(folder=str(place.photos), count=FUZZED, bytes=HEADER_BYTES))
+        print(ended.stdout[-2000:], ended.stderr[-2000:])
+        last = ended.stdout.splitlines()[-1:] or [""]
+        tell("damaged headers beside good files", exit_code=ended.returncode, result=last[0])
+        require(ended.returncode == 0, f"damaged headers: ended with {ended.returncode}")
+
+
+def _python(code: str) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), *sys.path[1:]])}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+_TRAIN_OVER_JUNK = """
+from pathlib import Path
+from benchmarks import gpu_right
+gpu_right.train_over(Path({folder!r}), {threads})
+"""
+_FUZZ = """
+from pathlib import Path
+from benchmarks import gpu_right
+gpu_right.decode_damaged(Path({folder!r}), {count}, {bytes})
+"""
+
+
+def train_over(folder: Path, threads: int) -> None:
+    """Every image of a folder through the training loader; prints the bad ones' names."""
+    from btpipe import recipe  # noqa: PLC0415 - not of a stage
+
+    index = index_of(folder)
+    overrides = ["data.batch_size=32", f"data.threads={threads}", "data.max_bad=1.0"]
+    sizes = ["data.image_size=64", "optim.epochs=40", "optim.warmup_epochs=1"]
+    described = recipe.load(PROJECT / "recipes" / "folder.toml", overrides + sizes)
+    listed = {path.as_py() for path in index.table["path"]}
+    with loader_of(index, described, device()) as loader:
+        for _ in loader:
+            pass
+        quarantined = {index.table["path"][row].as_py() for row in loader.quarantine}
+    refused = {path.name for path in folder.iterdir()} - listed
+    for name in sorted(refused | quarantined):
+        print(f"bad: {name}")
+
+
+def decode_damaged(folder: Path, count: int, header_bytes: int) -> None:
+    """Files of which one to three bytes of the header are changed, beside whole ones."""
+    draws = random.Random(0)
+    good = [file.tobytes() for file in files_of(folder, 30)]
+    decoder = decoding.batch_decoder(gpu(), cores())
+    refused = rejected = decoded = 0
+    for _ in range(count // 16):
+        batch: list[decoding.Encoded] = []
+        for _ in range(16):
+            damaged = bytearray(draws.choice(good))
+            for _ in range(draws.randint(1, 3)):
+                damaged[draws.randrange(min(header_bytes, len(damaged)))] = draws.randrange(256)
+            found = decoding.parse(np.frombuffer(bytes(damaged), np.uint8))
+            refused += found is None
+            whole = decoding.parse(np.frombuffer(draws.choice(good), np.uint8))
+            batch += [one for one in (found, whole) if one]
+        made = decoder.decode(batch)
+        rejected += sum(isinstance(image, str) for image in made)
+        decoded += sum(not isinstance(image, str) for image in made)
+    synchronize()
+    print(f"{refused} kept out, {rejected} rejected, {decoded} decoded")

@@ -1,0 +1,205 @@
+"""Stages of `benchmarks.gpu`: how fast a training step is, and a run from files to checkpoints."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from benchmarks.place import PROJECT, Place
+from benchmarks.stage import Ended, btpipe, device, judged, recipe_of, synchronize, tell
+from btpipe.pretrain import finite, norm, step
+from btpipe.recipe import Recipe
+from btpipe.road import benchmark_worker as worker
+
+WARM_UPS = 3
+LR, BIAS_LR = 0.1, 0.01
+STOPPED = 75
+PROFILED_STEPS = 3
+
+Views = Sequence[torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A step's milliseconds, on the GPU between events and of the host's thread; GiB at most."""
+
+    gpu_ms: float
+    host_ms: float
+    peak_gib: float
+
+
+def stage_resnet(place: Place) -> None:
+    """ResNet-50 at 224 pixels, batch 256: compiled, eager, and the published step."""
+    batch = "data.batch_size=256"
+    compiled = "run.compile=off" if place.small else "run.compile=on"
+    core, views = _measure("ResNet-50, compiled", place, "imagenet-1gpu.toml", batch, compiled)
+    _profile(core, views, place, "resnet")
+    del core, views
+    _free()
+    _measure("ResNet-50, eager", place, "imagenet-1gpu.toml", batch, "run.compile=off", steps=5)
+    _free()
+    sizes = worker.Sizes("resnet18", 32, 8, 64) if place.small else _published_sizes()
+    kind: Literal["cpu", "cuda"] = "cuda" if device().type == "cuda" else "cpu"
+    prepared = worker.published_step(kind, sizes, "fp16" if kind == "cuda" else "fp32")
+    for _ in range(WARM_UPS):
+        prepared.action()
+    synchronize()
+    started, steps = time.perf_counter(), 5
+    for _ in range(steps):
+        prepared.action()
+    synchronize()
+    pairs = steps * sizes.batch / (time.perf_counter() - started)
+    tell("published step, eager, fp16 on a GPU", pairs_per_second=round(pairs))
+
+
+def _published_sizes() -> worker.Sizes:
+    return worker.Sizes("resnet50", 224, 256, 8192)
+
+
+def stage_cifar(place: Place) -> None:
+    """ResNet-18 at 32 pixels, where the host may be what binds."""
+    compiled = "run.compile=off" if place.small else "run.compile=on"
+    for batch in (128, 512):
+        size = f"data.batch_size={batch}"
+        name = f"ResNet-18 at 32 pixels, batch {batch}, compiled"
+        core, views = _measure(name, place, "cifar10.toml", size, compiled, steps=30)
+        if batch == 128:
+            _profile(core, views, place, "cifar")
+    name = "ResNet-18 at 32 pixels, batch 128, eager"
+    _measure(name, place, "cifar10.toml", "data.batch_size=128", "run.compile=off", steps=30)
+
+
+def stage_grouped(place: Place) -> None:
+    """The step with the statistics of both views in one pass, as several ranks have them."""
+    plain = norm.ViewBatchNorm.forward
+
+    def forward(self: norm.ViewBatchNorm, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return plain(self, x)
+        if self.num_batches_tracked is not None and self.tracking:
+            self.num_batches_tracked.add_(self.views)
+        return self._across_replicas(x)
+
+    # Of this process alone.
+    norm.ViewBatchNorm.forward = forward  # type: ignore[method-assign]
+    compiled = "run.compile=off" if place.small else "run.compile=on"
+    sizes = ("data.batch_size=256", compiled)
+    _measure("ResNet-50, compiled, one pass", place, "imagenet-1gpu.toml", *sizes)
+
+
+def _measure(
+    name: str, place: Place, file: str, *overrides: str, steps: int = 10
+) -> tuple[step.Core, Views]:
+    """Tells of a step as `pretrain` takes it, on pixels that are on the device."""
+    described = recipe_of(place, file, *overrides)
+    on = device()
+    torch.backends.cudnn.benchmark = True  # as runtime.start
+    core = step.build(described, on)
+    if core.compiled:
+        step.compile(core)
+    views = _views(described, on)
+    started = time.perf_counter()
+    float(step.update(core, views, LR, BIAS_LR).terms.on_diagonal)
+    first = time.perf_counter() - started
+    found = _timed(core, views, 2 if place.small else steps)
+    batch = described.data.batch_size
+    tell(
+        f"{name}, batch {batch}, {core.precision}",
+        pairs_per_second=round(1000 * batch / found.gpu_ms),
+        gpu_ms=round(found.gpu_ms, 2),
+        host_ms=round(found.host_ms, 2),
+        peak_GiB=round(found.peak_gib, 2),
+        first_step_seconds=round(first, 1),
+    )
+    return core, views
+
+
+def _views(described: Recipe, on: torch.device) -> Views:
+    shape = (described.data.batch_size, *2 * (described.data.image_size,), 3)
+    return [torch.randint(0, 256, shape, dtype=torch.uint8, device=on) for _ in range(2)]
+
+
+def _timed(core: step.Core, views: Views, steps: int) -> Measured:
+    watch = finite.Watch()
+    for i in range(WARM_UPS):
+        watch.stepped(i, step.update(core, views, LR, BIAS_LR).flags, core.scale)
+    synchronize()
+    on_gpu = core.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    host, started = 0.0, time.perf_counter()
+    for i in range(steps):
+        before = time.perf_counter()
+        outcome = step.update(core, views, LR, BIAS_LR)
+        host += time.perf_counter() - before
+        watch.stepped(i, outcome.flags, core.scale)
+    synchronize()
+    # Many steps without a wait between them: the clock is the GPU's time.
+    milliseconds = 1000 * (time.perf_counter() - started) / steps
+    peak = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else 0.0
+    return Measured(milliseconds, 1000 * host / steps, peak)
+
+
+def _profile(core: step.Core, views: Views, place: Place, name: str) -> None:
+    """The kernels of some steps, in a file; which share of the time a kernel runs."""
+    if place.small or device().type != "cuda":
+        return  # the profiler wants a real driver
+    kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as seen:
+        for _ in range(PROFILED_STEPS):
+            step.update(core, views, LR, BIAS_LR)
+        synchronize()
+    table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=40)
+    print(table)
+    kernels = [event for event in seen.events() or [] if str(event.device_type).endswith("CUDA")]
+    if kernels:
+        span = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
+        busy = sum(e.time_range.end - e.time_range.start for e in kernels)
+        launched = round(len(kernels) / PROFILED_STEPS)
+        tell(f"{name}, kernels", a_step=launched, share_of_the_time=round(busy / span, 3))
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def stage_pretrain(place: Place) -> None:
+    """`btpipe pretrain recipes/imagenet.toml` on drawn images: SIGTERM, and the same command."""
+    first, again = (15.0, 15.0) if place.small else (50.0, 25.0)
+    with judged() as require:
+        before = pretrain(place, first)
+        _told("pretrain, first start", before)
+        require(before.code == STOPPED, f"SIGTERM gave exit code {before.code}")
+        after = pretrain(place, again)
+        _told("pretrain, the same command again", after)
+        require(after.code == STOPPED, f"SIGTERM gave exit code {after.code}")
+        saved = [int(str(event["step"])) for event in before.of("CheckpointSaved")]
+        started = [int(str(event["step"])) for event in after.of("RunStarted")]
+        require(bool(saved) and started == saved[-1:], f"saved at {saved}, began at {started}")
+
+
+def pretrain(place: Place, seconds: float) -> Ended:
+    """As the README types it, in the work folder."""
+    settings = [f"data.train={place.jpegs}", "optim.epochs=4000", "run.log_steps=5"]
+    settings += ["data.batch_size=512", *place.sizes]
+    settings += ["run.compile=off"] if place.small else []
+    words = [word for setting in settings for word in ("--set", setting)]
+    recipe = str(PROJECT / "recipes" / "imagenet.toml")
+    return btpipe("pretrain", recipe, *words, folder=place.work, seconds=seconds)
+
+
+def _told(name: str, ended: Ended) -> None:
+    steps = ended.of("StepDone")
+    last = steps[-1] if steps else {}
+    tell(
+        name,
+        exit_code=ended.code,
+        images_per_second=[round(float(str(s["images_per_second"]))) for s in steps[-3:]],
+        data_wait=[round(float(str(s["data_wait"])), 3) for s in steps[-3:]],
+        loss=last.get("loss"),
+        step=last.get("step"),
+        compile_seconds=[round(float(str(e["seconds"])), 1) for e in ended.of("Compiled")],
+    )
