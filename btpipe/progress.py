@@ -247,5 +247,5 @@ def _table(event: events.Tabled) -> Table:
         numbers = i > 0 and all(NUMBER.match(row[i]) for row in event.rows)
         table.add_column(column, justify="right" if numbers else "left")
     for row in event.rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # in plain text rich would take [brackets] for markup
     return table

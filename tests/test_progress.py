@@ -108,12 +108,13 @@ def test_without_a_terminal_only_results_and_warnings_are_written(
         report(STEP)
         report(events.Progressed("embed", 5, 10, 2.0, 0.1))
         report(events.Warned("careful"))
-        report(events.Tabled("title", ("a", "b"), (("x", "1"),), "below"))
+        report(events.Tabled("title", ("a", "b"), (("x[y]", "1"),), "below"))
         report(events.Finished("embed", "10 vectors", 3.2))
     written = capsys.readouterr()
     assert written.err == "warning: careful\n"
     assert "10 vectors (3.2 s)" in written.out
     assert "below" in written.out
+    assert "x[y]" in written.out  # no markup
     assert "epoch" not in written.out
 
 

@@ -92,8 +92,8 @@ class BatchDecoder:
     """Files into the memory of a GPU, a batch at a time; it may be used by several threads.
 
     What it does is in order on `stream`, a CUDA stream of its own: no other work waits for it. With
-    `gpu=None` the same library decodes on the CPU, into the memory of the host. `backends`: which of
-    its decoders it may take, and how much each of them; None: all of them, as it likes.
+    `gpu=None` the same library decodes on the CPU, into the memory of the host. `backends`: which
+    of its decoders it may take, and how much each of them; None: all of them, as it likes.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from btpipe import artifact
 from btpipe.data.index import Index, build
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Finished, Note, Report
-from btpipe.export import contract, golden, onnx, quantize, samples, session, verify, weights
+from btpipe.export import contract, golden, onnx, samples, session, verify, weights
 from btpipe.export import source as sources
 from btpipe.export.card import Card
 from btpipe.export.contract import (
@@ -208,6 +208,9 @@ def _write_models(source: Source, chosen: Samples, folder: Path, wanted: Wanted)
     for precision in wanted.precisions:
         path = folder / MODELS[precision]
         if precision == "int8":
+            # Its importer takes a second, and parts of onnxruntime that nothing else needs.
+            from btpipe.export import quantize  # noqa: PLC0415
+
             float_model = folder / MODELS["fp32"]
             quantize.write(float_model, chosen.calibration, prepared, path, license_name=name)
         else:

@@ -149,8 +149,8 @@ def _onnxruntime() -> Finding:
         raise RuntimeError(f"max(x, 0) of -1 and 2 gave {made.tolist()}")
     providers = engine.get_available_providers()
     found = f"{engine.__version__}: {', '.join(p.removesuffix('Provider') for p in providers)}"
-    both = [n for n in ("onnxruntime", "onnxruntime-gpu") if runtime.package_version(n)]
-    if len(both) == 2:
+    folders = [runtime.package_folder(name) for name in ("onnxruntime", "onnxruntime-gpu")]
+    if folders[0] is not None and folders[0] == folders[1]:
         fix = "pip uninstall onnxruntime; then pip install --force-reinstall onnxruntime-gpu"
         return Finding("onnxruntime", f"{found}; two packages over each other", "broken", fix)
     return Finding("onnxruntime", found)

@@ -263,6 +263,16 @@ def environment() -> dict[str, object]:
     }
 
 
+def package_folder(name: str) -> Path | None:
+    """Where an installed package's files are; None where there is none of this name."""
+    import importlib.metadata
+
+    try:
+        return Path(str(importlib.metadata.distribution(name).locate_file("")))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def package_version(name: str) -> str:
     """The version of an installed package; empty where there is none of this name.
 

@@ -64,6 +64,21 @@ def test_what_is_missing_is_named_with_what_to_type(tmp_path: Path) -> None:
     assert rows["open files"] == ["256 at a time", "look", "ulimit -n 256"]
 
 
+def test_two_packages_of_onnxruntime_are_broken_in_one_folder_alone(tmp_path: Path) -> None:
+    other = tmp_path / "onnxruntime-1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: onnxruntime\nVersion: 1.0\n")
+    _, rows, _ = doctor(tmp_path, PYTHONPATH=str(tmp_path))
+    assert rows["onnxruntime"][1] == "ok"
+    gpu = tmp_path / "onnxruntime_gpu-1.0.dist-info"
+    gpu.mkdir()
+    text = "Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.0\n"
+    (gpu / "METADATA").write_text(text)
+    code, rows, _ = doctor(tmp_path, PYTHONPATH=str(tmp_path))
+    assert (code, rows["onnxruntime"][1]) == (5, "broken")
+    assert "two packages over each other" in rows["onnxruntime"][0]
+
+
 def test_a_folder_that_takes_no_file_is_broken() -> None:
     code, rows, said = doctor(Path("/proc"))
     assert code == 5
