@@ -41,10 +41,10 @@ class Stage:
 
 TRAINING = (
     Stage("probe", "gpu_right", 30, 12, "card, driver, cores, bandwidth, do DALI's kernels load"),
-    Stage("prepare", "gpu_right", 40, 15, "drawn JPEGs of 400 x 533 and PNGs of 32 pixels"),
+    Stage("prepare", "gpu_images", 40, 15, "drawn JPEGs of 400 x 533 and PNGs of 32 pixels"),
     Stage("doctor", "gpu_right", 40, 15, "what the card computes is what a CPU computes"),
     Stage("badfiles", "gpu_right", 45, 25, "junk ends no process, every bad file is named"),
-    Stage("pixels", "gpu_right", 60, 35, "decoders and views, GPU against CPU; repeatable"),
+    Stage("pixels", "gpu_pixels", 60, 35, "decoders and views, GPU against CPU; repeatable"),
     Stage("decode", "gpu_loader", 50, 30, "images/s and cores of decoding alone"),
     Stage("loader", "gpu_loader", 50, 35, "pairs/s of files to views alone"),
     Stage(
@@ -58,7 +58,7 @@ TRAINING = (
 )
 EMBEDDING = (
     Stage("probe", "gpu_right", 30, 12, "card, driver, cores, providers"),
-    Stage("prepare", "gpu_right", 40, 2, "as in a, where it is not there yet"),
+    Stage("prepare", "gpu_images", 40, 2, "as in a, where it is not there yet"),
     Stage("doctor", "gpu_right", 40, 15, "as in a, with onnxruntime on the card"),
     Stage("export", "gpu_embed", 90, 40, "btpipe export --onnx, fp32 and fp16; the gates"),
     Stage("golden", "gpu_embed", 40, 15, "the golden images in fp16, fp32 and tf32 on this card"),
@@ -145,7 +145,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
     parser.add_argument("call", choices=[*CALLS, "stage", "list"])
     parser.add_argument("seconds", nargs="?", default="600", help="of the call, or a stage's name")
-    parser.add_argument("--data", type=Path, default=None, help="holds photos/ and nasty/")
+    parser.add_argument(
+        "--data", type=Path, default=None, help="holds photos/ and nasty/; else drawn"
+    )
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "gpu")
     parser.add_argument("--out", type=Path, default=Path("build", "gpu"))
     parser.add_argument("--small", action="store_true", help="sizes of a dry run")

@@ -1,26 +1,17 @@
 """Stages of `benchmarks.gpu`: what the card is, and whether what it computes is right."""
 
-import hashlib
-import io
 import os
 import random
-import shutil
 import subprocess
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
-from benchmarks.gpu_loader import decoders
 from benchmarks.place import PROJECT, Place
 from benchmarks.stage import (
     Ended,
-    Require,
     btpipe,
     cores,
     device,
@@ -30,20 +21,13 @@ from benchmarks.stage import (
     judged,
     loader_of,
     rate,
-    recipe_of,
     synchronize,
     tell,
 )
 from btpipe import runtime
 from btpipe.data import decoding, views
-from btpipe.data.evaluation import evaluation_batches
-from btpipe.data.sources import synthetic
 
-DECODE_LEVELS, EVALUATION_LEVELS, VIEW_LEVELS = 0.5, 0.5, 1.5
-"""Grey levels, mean over a set: decoders of a GPU round otherwise, views stretch colours."""
 COPY_BYTES = 2**30
-DRAWN_JPEGS, DRAWN_PNGS = 4096, 10_000
-REPEATS = 6
 FUZZED = 1000
 HEADER_BYTES = 700
 
@@ -83,41 +67,6 @@ def _versions() -> dict[str, object]:
     return found
 
 
-def stage_prepare(place: Place) -> None:
-    """Draws the images, once; each JPEG has a comment that makes its content its own.
-
-    The photographs are copied to where a later call finds them.
-    """
-    kept = place.work / "data"
-    if place.data != kept and not kept.exists():
-        shutil.copytree(place.data, kept)
-    done = place.work / "drawn" / "done"
-    if done.exists():
-        tell("drawn", images="there already")
-        return
-    place.jpegs.mkdir(parents=True, exist_ok=True)
-    place.pngs.mkdir(exist_ok=True)
-    started = time.perf_counter()
-    side = 96 if place.small else 400
-    with ProcessPoolExecutor(cores()) as pool:
-        numbers = range(synthetic.DIFFERENT)
-        different = list(pool.map(synthetic.jpeg, numbers, [side] * len(numbers)))
-    jpegs = 64 if place.small else DRAWN_JPEGS
-    for i in range(jpegs):
-        content = different[i % len(different)]
-        comment = b"\xff\xfe\x00\x06" + i.to_bytes(4, "big")
-        (place.jpegs / f"{i:05d}.jpg").write_bytes(content[:2] + comment + content[2:])
-    draws = np.random.default_rng(0)
-    pngs = 64 if place.small else DRAWN_PNGS
-    for i in range(pngs):
-        made = Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((32, 32))
-        content_of = io.BytesIO()
-        made.save(content_of, "PNG")
-        (place.pngs / f"{i:05d}.png").write_bytes(content_of.getvalue())
-    done.touch()
-    tell("drawn", jpegs=jpegs, pngs=pngs, seconds=round(time.perf_counter() - started, 1))
-
-
 def stage_doctor(place: Place) -> None:
     """`btpipe doctor`, which computes and compares on the card."""
     with judged() as require:
@@ -146,102 +95,6 @@ def _named_behind(words: str, between: str, ended: Ended) -> list[str]:
     names = [name.strip() for name in found[0].split(between)] if found else []
     provider = "CUDAExecutionProvider" in str(_versions().get("providers"))
     return [name for name in names if provider or not name.startswith("onnxruntime")]
-
-
-def stage_pixels(place: Place) -> None:
-    """Decoders, the evaluation view and the training views on the GPU against the CPU."""
-    with judged() as require:
-        _decoders(place, require)
-        _evaluation_view(place, require)
-        _training_views(place, require)
-
-
-def _decoders(place: Place, require: Require) -> None:
-    files = [*files_of(place.photos), *files_of(place.jpegs, 32)]
-    parsed = [found for file in files if (found := decoding.parse(file))]
-    expected = [decoding.decode(found.file) for found in parsed]
-    tell("files for a batch", count=len(parsed), of=len(files))
-    for name, decoder in decoders():
-        hashes = set()
-        for turn in range(REPEATS):
-            _keep_busy(20 * turn)
-            images = [np.asarray(_on_host(image)) for image in decoder.decode(parsed)]
-            hashes.add(hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest())
-        synchronize()
-        shapes = sum(a.shape != np.shape(b) for a, b in zip(images, expected, strict=True))
-        pairs = [(a, b) for a, b in zip(images, expected, strict=True) if a.shape == np.shape(b)]
-        errors = [_levels(a, b) for a, b in pairs if not isinstance(b, str)]
-        tell(
-            f"decode, {name}",
-            mean=round(float(np.mean(errors)), 4),
-            worst_file=round(max(errors), 3),
-            other_shapes=shapes,
-            different_results_of_6=len(hashes),
-        )
-        if name == "as btpipe":
-            mean = float(np.mean(errors))
-            require(shapes == 0, "decoded images of another shape")
-            require(mean <= DECODE_LEVELS, f"decoded images differ by {mean:.2f} levels")
-            require(len(hashes) == 1, "the same files were decoded to different pixels")
-
-
-def _keep_busy(products: int) -> None:
-    """Gives the GPU, if there is one, other work at the same time."""
-    if device().type == "cuda":
-        matrix = torch.randn(2048, 2048, device=device())
-        for _ in range(products):
-            torch.mm(matrix, matrix)
-
-
-def _on_host(image: decoding.Pixels | str) -> object:
-    assert not isinstance(image, str), image
-    return image if isinstance(image, np.ndarray) else image.cpu()
-
-
-def _levels(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    return float(np.abs(a.astype(np.int16) - b.astype(np.int16)).mean())
-
-
-def _evaluation_view(place: Place, require: Require) -> None:
-    index, geometry = index_of(place.photos), views.Geometry.for_size(224)
-    rows = np.arange(len(index))
-    both = [
-        np.concatenate(
-            [
-                batch.pixels
-                for batch in evaluation_batches(
-                    index, rows, geometry, batch_size=64, threads=cores(), gpu=on
-                )
-            ]
-        )
-        for on in (None, gpu())
-    ]
-    require(both[0].shape == both[1].shape, f"views of {both[0].shape} and {both[1].shape}")
-    error = _levels(both[0], both[1])
-    tell("evaluation view, GPU against CPU", mean=round(error, 4))
-    require(error <= EVALUATION_LEVELS, f"evaluation views differ by {error:.2f} levels")
-
-
-def _training_views(place: Place, require: Require) -> None:
-    index = index_of(place.photos)
-    size = f"data.batch_size={8 if place.small else min(64, len(index))}"
-    described = recipe_of(place, "imagenet-1gpu.toml", size, f"data.threads={cores()}")
-    batches = []
-    for on in (torch.device("cpu"), device()):
-        with loader_of(index, described, on) as loader:
-            batches.append(next(iter(loader)))
-    require((batches[0].images == batches[1].images).all().item(), "batches of other images")
-    for i in range(2):
-        a, b = (batch.views[i].cpu().numpy() for batch in batches)
-        each = np.abs(a.astype(np.int16) - b.astype(np.int16)).mean(axis=(1, 2, 3))
-        tell(
-            f"training view {i}, GPU against CPU",
-            mean=round(float(each.mean()), 4),
-            worst_image=round(float(each.max()), 3),
-            over_3_levels=int((each > 3).sum()),
-            images=len(each),
-        )
-        require(each.mean() <= VIEW_LEVELS, f"view {i} differs by {each.mean():.2f} levels")
 
 
 def stage_badfiles(place: Place) -> None:
