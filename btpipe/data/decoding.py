@@ -118,6 +118,8 @@ class BatchDecoder:
     def decode(self, contents: Sequence[Encoded | NDArray[np.uint8]]) -> list[Pixels | str]:
         """The pixels of each, or why there are none; pixels of the host are copied to the GPU."""
         streams = [content.stream for content in contents if isinstance(content, Encoded)]
+        if self._gpu is not None:
+            runtime.use_gpu(self._gpu)  # whatever thread this is: copies go to the current one
         with self._one_at_a_time:
             images = iter(
                 self._decoder.decode(streams, params=self._params, cuda_stream=self.stream)

@@ -41,7 +41,7 @@ from btpipe.runtime.machine import (
 from btpipe.runtime.nvjpeg import mapped_nvjpegs
 from btpipe.runtime.place import FIRST_PORT, PORTS
 from btpipe.runtime.signals import StopSignals
-from btpipe.runtime.stream import gpu_stream
+from btpipe.runtime.stream import gpu_stream, use_gpu
 from btpipe.runtime.tf32 import require_float32_products
 
 __all__ = [
@@ -83,5 +83,6 @@ __all__ = [
     "resolve_device",
     "start",
     "sum_gradients",
+    "use_gpu",
     "world_size",
 ]
