@@ -146,3 +146,12 @@ def test_a_task_of_a_slurm_step_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.address == "tcp://head:4000"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert find() is None  # an interactive step of one task
+
+
+def test_the_device_is_the_gpu_where_the_driver_shows_one() -> None:
+    shown = runtime.gpu_count() > 0
+    assert runtime.resolve_device("cpu") == "cpu"
+    assert runtime.resolve_device("auto") == ("cuda" if shown else "cpu")
+    if not shown:
+        with pytest.raises(MachineError, match="the driver shows no GPU"):
+            runtime.resolve_device("cuda")

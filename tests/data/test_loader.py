@@ -1,5 +1,6 @@
 import hashlib
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tiny_run import draw_images
 
 from btpipe import recipe
 from btpipe.data import index
+from btpipe.data.evaluation import evaluation_stream
 from btpipe.data.loader import Batch, EvaluationBatch, TrainingLoader, evaluation_batches
 from btpipe.data.views import Geometry
 from btpipe.errors import BudgetError, UsageError
@@ -425,6 +427,33 @@ def test_bad_images_are_rejected_with_their_reason_and_the_others_kept(folder: P
     assert [len(batch.rows) for batch in got] == [8, 8, 5]
     for row, pixels in kept.items():
         np.testing.assert_array_equal(pixels, clean[row])
+
+
+def test_batches_are_full_whatever_is_known_or_bad_and_wherever_tasks_end(folder: Path) -> None:
+    made, _ = index.build(folder)
+    clean = pixels_of(evaluated(made))
+    known, bad = {0, 1, 2, 3, 4, 5, 6, 7, 12, 20}, {9, 21}
+    for row in bad:
+        truncate(folder / f"{row:02}.jpg")
+    ends = [3, 8, 9, 17, IMAGES]  # of tasks: parts of a job have any size
+    tasks = (np.arange(a, b) for a, b in itertools.pairwise([0, *ends]))
+    got = list(
+        evaluation_stream(
+            made,
+            tasks,
+            GEOMETRY,
+            batch_size=8,
+            threads=2,
+            is_known=lambda row, _digest, _bytes: row in known,
+        )
+    )
+    assert [len(batch.rows) for batch in got if len(batch.rows)] == [8, 6]
+    kept = pixels_of(got)
+    assert list(kept) == [row for row in range(IMAGES) if row not in known | bad]
+    for row, pixels in kept.items():
+        np.testing.assert_array_equal(pixels, clean[row])
+    assert {row for batch in got for row, _ in batch.known} == known
+    assert {row for batch in got for row, _ in batch.rejected} == bad
 
 
 def test_a_batch_of_bad_images_only_is_empty_and_the_next_one_comes(folder: Path) -> None:

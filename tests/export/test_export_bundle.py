@@ -20,7 +20,13 @@ from typer.testing import CliRunner
 
 from btpipe import artifact, recipe
 from btpipe.cli import app
-from btpipe.errors import IntegrityError, NumericsError, RefusedError, UsageError
+from btpipe.errors import (
+    IntegrityError,
+    MachineError,
+    NumericsError,
+    RefusedError,
+    UsageError,
+)
 from btpipe.events import Event, Note, Tabled, ignore
 from btpipe.export import bundle, contract, verify
 from btpipe.export import onnx as onnx_file
@@ -328,6 +334,26 @@ def test_pixels_of_another_shape_are_refused_with_the_one_expected(exported: Pat
     with pytest.raises(UsageError, match=r"uint8 \(n, 32, 32, 3\)"):
         session.run(np.zeros((2, 33, 32, 3), np.uint8))
     assert session.run(np.zeros((0, 32, 32, 3), np.uint8)).shape == (0, 512)
+
+
+def test_an_error_of_onnxruntime_is_a_sentence_and_an_exit_code(tmp_path: Path) -> None:
+    """A model that takes the input of ours and fails when it is run."""
+    images = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.UINT8, ["n", 4, 4, 3])
+    embedding = onnx.helper.make_tensor_value_info("embedding", onnx.TensorProto.FLOAT, ["n", 7])
+    shape = onnx.helper.make_tensor("shape", onnx.TensorProto.INT64, [2], [-1, 7])
+    nodes = [
+        onnx.helper.make_node("Cast", ["images"], ["cast"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Reshape", ["cast", "shape"], ["embedding"]),  # 48 is not 7 times
+    ]
+    graph = onnx.helper.make_graph(nodes, "fails", [images], [embedding], [shape])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=10)
+    onnx.save(model, tmp_path / "encoder.onnx")
+    session = Session(tmp_path / "encoder.onnx", device="cpu")
+    with pytest.raises(MachineError, match="onnxruntime fails on the CPU") as failure:
+        session.run(np.zeros((1, 4, 4, 3), np.uint8))
+    assert failure.value.exit_code == 5
+    assert failure.value.fix
 
 
 def test_opening_a_bundle_and_running_it_loads_no_torch(exported: Path) -> None:
