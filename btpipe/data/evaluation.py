@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
 from btpipe.data import decoding, reading, runs, views
-from btpipe.data.decoding import Encoded, Pixels
+from btpipe.data.decoding import BatchDecoder, Encoded, Pixels
 from btpipe.data.index import Index
 
 
@@ -95,48 +95,65 @@ def evaluation_stream(
     whether its pixels are not needed, `is_apart` that a row must not be decoded in a GPU's batch.
     """
     decoder = None if gpu is None else decoding.batch_decoder(gpu, threads)
-    digests: dict[int, str] = {}
-
-    def read(row: int) -> Encoded | _Content:
-        content = reading.read_file(index, row)
-        if isinstance(content, str):
-            return content
-        digests[row] = hashlib.sha256(content.data).hexdigest()
-        if is_known(row, digests[row], len(content)):
-            return _Known()
-        encoded = decoding.parse(content) if decoder and not is_apart(row) else None
-        if encoded is not None:
-            return encoded
-        with mark((row,), True):
-            return decode(content)
-
-    def finish(rows: NDArray[np.int64], contents: Sequence[Encoded | _Content]) -> list[_Content]:
-        if decoder is None:
-            return [content for content in contents if not isinstance(content, Encoded)]
-        good = {i: content for i, content in enumerate(contents) if _is_image(content)}
-        with mark([int(rows[i]) for i, c in good.items() if isinstance(c, Encoded)], False):
-            images = dict(zip(good, decoder.decode(list(good.values())), strict=True))
-        return [images.get(i, content) for i, content in enumerate(contents)]
-
+    reader = _Reader(index, decoder, decode, is_known, is_apart, mark)
     packed = _Packed(geometry, batch_size)
+
+    def build() -> Pipeline:
+        return views.evaluation_pipeline(geometry, batch_size=batch_size, threads=threads, gpu=gpu)
+
     with concurrent.futures.ThreadPoolExecutor(threads + 2, "btpipe-read") as pool:
-        whole = reading.read_ahead(enumerate(tasks), read, finish, pool)
-
-        def build() -> Pipeline:
-            return views.evaluation_pipeline(
-                geometry, batch_size=batch_size, threads=threads, gpu=gpu
-            )
-
+        whole = reading.read_ahead(enumerate(tasks), reader.read, reader.finish, pool)
         loads = packed.loads((rows, contents) for _, rows, contents in whole)
         for load, outputs in runs.run(loads, build, decoder.stream if decoder else None):
             empty = np.zeros((0, geometry.size, geometry.size, 3), np.uint8)
             pixels = runs.copied(outputs[0]) if outputs else empty
-            names = [digests.pop(row) for row in load.rows.tolist()]
             bad, known = packed.beside.pop(load.number)
+            names = [reader.digests.pop(row) for row in load.rows.tolist()]
+            named = [(row, reader.digests.pop(row)) for row in known]
             for row, _ in bad:
-                digests.pop(row, None)
-            named = [(row, digests.pop(row)) for row in known]
+                reader.digests.pop(row, None)
             yield EvaluationBatch(load.rows, pixels, names, bad, load.sizes, named)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """What becomes of a file: pixels, a reason, or nothing where it is known.
+
+    `digests` keeps the sha256 of each file that could be read.
+    """
+
+    index: Index
+    decoder: BatchDecoder | None
+    decode: Decode
+    is_known: Callable[[int, str, int], bool]
+    is_apart: Callable[[int], bool]
+    mark: Mark
+    digests: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def read(self, row: int) -> Encoded | _Content:
+        """A row's file, decoded where that is not done in a batch."""
+        content = reading.read_file(self.index, row)
+        if isinstance(content, str):
+            return content
+        self.digests[row] = digest = hashlib.sha256(content.data).hexdigest()
+        if self.is_known(row, digest, len(content)):
+            return _Known()
+        encoded = decoding.parse(content) if self.decoder and not self.is_apart(row) else None
+        if encoded is not None:
+            return encoded
+        with self.mark((row,), True):
+            return self.decode(content)
+
+    def finish(
+        self, rows: NDArray[np.int64], contents: Sequence[Encoded | _Content]
+    ) -> list[_Content]:
+        """Those of a task's rows together: what is left is decoded in a batch."""
+        if self.decoder is None:
+            return [content for content in contents if not isinstance(content, Encoded)]
+        good = {i: content for i, content in enumerate(contents) if _is_image(content)}
+        with self.mark([int(rows[i]) for i, c in good.items() if isinstance(c, Encoded)], False):
+            images = dict(zip(good, self.decoder.decode(list(good.values())), strict=True))
+        return [images.get(i, content) for i, content in enumerate(contents)]
 
 
 def _is_image(content: Encoded | _Content) -> TypeGuard[Encoded | NDArray[np.uint8]]:

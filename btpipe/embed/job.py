@@ -7,17 +7,16 @@ the last one. A table that is there gives its vectors to files whose content is 
 
 import contextlib
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 from btpipe import artifact, runtime
 from btpipe.data.index import Index, build
 from btpipe.data.limits import DECODE_SECONDS
-from btpipe.embed import known, outputs, precisions, table, work
+from btpipe.embed import known, outputs, precisions, resolve, table, work
 from btpipe.embed.crew import Crew, setups
 from btpipe.embed.on_ray import RayCrew
 from btpipe.embed.orders import Choice, Setup
@@ -160,8 +159,8 @@ class _Run:
             fix = "make one first: btpipe export --onnx"
             raise UsageError("no bundle there", where=asked.bundle, fix=fix)
         opened = contract.open_bundle(asked.bundle)
-        earlier = {} if overwrite else _settings_there(out)
-        self.choice = _resolved(opened, asked, earlier, report)
+        earlier = {} if overwrite else resolve.settings_there(out)
+        self.choice = resolve.resolve(opened, asked, earlier, report)
         self._footer = _footer(opened, self.choice, share, dtype)
         self.before: Mapping[str, str] | None = None
         self._is_finished, self._repair = False, False
@@ -258,37 +257,6 @@ class _Run:
             reused=self._reused,
             dropped=self._dropped,
         )
-
-
-def _settings_there(out: Path) -> Mapping[str, str]:
-    """What the table that is there, or the unfinished one, says of its vectors."""
-    try:
-        found = outputs.footer_of(out)
-    except IntegrityError:
-        found = None
-    plan = work.read_plan(work.folder_of(out))
-    return found or (plan.settings if plan else {})
-
-
-def _resolved(
-    bundle: contract.Bundle, asked: Choice, earlier: Mapping[str, str], report: Report
-) -> Choice:
-    """The engine and precision that "auto" means here: for vectors that are there, theirs."""
-    device = runtime.resolve_device(asked.device)
-    engine = precisions.engine(asked.engine, asked.layer)
-    agrees = functools.partial(precisions.fp16_agrees_apart, asked.bundle)
-    precision, why = asked.precision, ""
-    ours = (bundle.digest, engine) == (earlier.get(table.BUNDLE), earlier.get("btpipe.engine"))
-    if precision == "auto" and ours:
-        for known in get_args(precisions.Precision):
-            if known == earlier.get("btpipe.precision"):
-                with contextlib.suppress(UsageError):  # this machine does not compute in it
-                    precision, _ = precisions.choose(bundle, engine, known, device, agrees)
-                    why = f"{precision}: as the vectors that are there"
-    if not why:
-        precision, why = precisions.choose(bundle, engine, asked.precision, device, agrees)
-    report(Note(why))
-    return dataclasses.replace(asked, device=device, engine=engine, precision=precision)
 
 
 def _footer(
