@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -170,3 +172,12 @@ def btpipe(*words: str, folder: Path, seconds: float = 300.0, json_lines: bool =
 
 def cores() -> int:
     return runtime.cores()
+
+
+def compile_setting(place: Place) -> str:
+    """`run.compile` for a stage: off in a dry run, and where there is no compiler to call."""
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    found = any(map(shutil.which, ("cc", "gcc", "clang"))) and header.is_file()
+    if not found:
+        tell("no compiler, or no Python.h", run_compile="off")
+    return "run.compile=on" if found and not place.small else "run.compile=off"
