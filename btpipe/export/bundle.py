@@ -222,10 +222,11 @@ def _write_models(source: Source, chosen: Samples, folder: Path, wanted: Wanted)
 def _gates(
     vectors: NDArray[np.float32], source: Source, chosen: Samples, folder: Path, wanted: Wanted
 ) -> dict[str, verify.Gate]:
-    """Each model's gate: fp16 on a GPU where there is one, the others on the CPU."""
+    """Each model's gate: fp16 on a GPU where onnxruntime can use one, the others on the CPU."""
     gates: dict[str, verify.Gate] = {}
+    half: session.Device = "auto" if session.is_built_for_gpus() else "cpu"
     for precision in wanted.precisions:
-        device: session.Device = "auto" if precision == "fp16" else "cpu"
+        device = half if precision == "fp16" else "cpu"
         opened = session.Session(folder / MODELS[precision], device=device)
         gates[precision] = verify.compare(
             vectors,

@@ -18,6 +18,11 @@ Device = runtime.AskedDevice
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
+def is_built_for_gpus() -> bool:
+    """Whether this onnxruntime has the CUDA provider."""
+    return PROVIDERS["cuda"] in onnxruntime.get_available_providers()
+
+
 class Session:
     """uint8 `(n, S, S, 3)` -> float32 `(n, D)`. `device` is "cpu" or "cuda", as it really runs.
 
@@ -120,11 +125,12 @@ def _opened(
     # Threads that wait spin: a fifth of an int8 network's CPU time on two cores, for nothing.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device == "cuda":
-        if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        if not is_built_for_gpus():
             raise MachineError(
                 "this onnxruntime is built without CUDA",
                 where="device cuda",
-                fix="pip uninstall onnxruntime; pip install onnxruntime-gpu; or --device cpu",
+                fix="pip uninstall onnxruntime; pip install onnxruntime-gpu; or take --engine torch"
+                " or --device cpu",
             )
         onnxruntime.preload_dlls()
     try:
