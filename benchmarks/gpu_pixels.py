@@ -58,10 +58,12 @@ def _decoders(place: Place, require: Require) -> None:
             worst_file=round(max(errors), 3),
             other_shapes=shapes,
             different_results_of_6=len(hashes),
+            rescued_by_the_cpu=decoder.rescued,
         )
         if name == "as btpipe":
             mean = float(np.mean(errors))
             require(shapes == 0, "decoded images of another shape")
+            require(not decoder.rescued, f"{decoder.rescued} good files failed in a batch")
             require(mean <= DECODE_LEVELS, f"decoded images differ by {mean:.2f} levels")
             require(len(hashes) == 1, "the same files were decoded to different pixels")
 

@@ -30,6 +30,7 @@ from nvidia.nvimgcodec import (
 
 from btpipe import runtime
 from btpipe.data import header, views
+from btpipe.errors import MachineError
 
 Pixels: TypeAlias = NDArray[np.uint8] | Image
 """Upright RGB pixels (height, width, 3), in the memory of the host or of a GPU."""
@@ -94,6 +95,7 @@ class BatchDecoder:
     What it does is in order on `stream`, a CUDA stream of its own: no other work waits for it. With
     `gpu=None` the same library decodes on the CPU, into the memory of the host. `backends`: which
     of its decoders it may take, and how much each of them; None: all of them, as it likes.
+    `rescued` counts the good files that failed in a batch and were decoded alone.
     """
 
     def __init__(
@@ -105,37 +107,54 @@ class BatchDecoder:
         options: str = OPTIONS,
     ) -> None:
         self._gpu = gpu
+        self.rescued = 0
         self.stream = 0 if gpu is None else runtime.gpu_stream(gpu)
         self._decoder = Decoder(
             device_id=NVIMGCODEC_DEVICE_CPU_ONLY if gpu is None else gpu,
             max_num_cpu_threads=min(threads, runtime.cores()),  # of more it takes one
-            backends=[Backend(BackendKind.CPU_ONLY)] if gpu is None else backends,
+            backends=[Backend(BackendKind.CPU_ONLY)] if gpu is None and not backends else backends,
             options=options,
         )
         self._params = DecodeParams(apply_exif_orientation=True, color_spec=ColorSpec.SRGB)
         self._one_at_a_time = threading.Lock()
 
     def decode(self, contents: Sequence[Encoded | NDArray[np.uint8]]) -> list[Pixels | str]:
-        """The pixels of each, or why there are none; pixels of the host are copied to the GPU."""
+        """The pixels of each, or why there are none; pixels of the host are copied to the GPU.
+
+        A file that fails in the batch is decoded alone, on the CPU, whose word is the last one: a
+        GPU that is short of memory is no reason to call a file damaged.
+
+        Raises:
+            MachineError: the GPU fails.
+        """
         streams = [content.stream for content in contents if isinstance(content, Encoded)]
-        if self._gpu is not None:
-            runtime.use_gpu(self._gpu)  # whatever thread this is: copies go to the current one
-        with self._one_at_a_time:
-            images = iter(
-                self._decoder.decode(streams, params=self._params, cuda_stream=self.stream)
-                if streams
-                else ()
-            )
-            return [
-                _or_damage(next(images), content.file)
-                if isinstance(content, Encoded)
-                else self._copied(content)
-                for content in contents
-            ]
+        try:
+            if self._gpu is not None:
+                runtime.use_gpu(self._gpu)  # whatever thread this is: copies go to the current one
+            with self._one_at_a_time:
+                images = iter(
+                    self._decoder.decode(streams, params=self._params, cuda_stream=self.stream)
+                    if streams
+                    else ()
+                )
+                return [
+                    self._or_alone(next(images), content.file)
+                    if isinstance(content, Encoded)
+                    else self._copied(content)
+                    for content in contents
+                ]
+        except RuntimeError as error:
+            fix = "see nvidia-smi: free some of its memory, or take a smaller batch"
+            raise MachineError(f"nvImageCodec fails on the GPU: {error}", fix=fix) from error
+
+    def _or_alone(self, image: Image | None, file: NDArray[np.uint8]) -> Pixels | str:
+        if image is not None:
+            return image
+        pixels = decode(file)
+        if isinstance(pixels, str):
+            return pixels
+        self.rescued += 1
+        return self._copied(pixels)
 
     def _copied(self, pixels: NDArray[np.uint8]) -> Pixels:
         return pixels if self._gpu is None else as_image(pixels, self.stream).cuda()
-
-
-def _or_damage(image: Image | None, file: NDArray[np.uint8]) -> Pixels | str:
-    return header.damage(file.tobytes()) if image is None else image

@@ -113,8 +113,12 @@ def _torch(number: int) -> None:
 
 def _dali(number: int) -> None:
     """The evaluation view of a few drawn JPEGs."""
+    decoding = importlib.import_module("btpipe.data.decoding")
     pixels = importlib.import_module("btpipe.road.pixels")
     found, expected = (pixels.evaluation_views(gpu) for gpu in (number, None))
+    if rescued := decoding.batch_decoder(number, runtime.cores()).rescued:
+        said = f"{rescued} of {pixels.IMAGES} drawn JPEGs are decoded by the CPU alone"
+        raise Wrong(said, OTHER_DALI)
     apart = pixels.grey_levels(found, expected)
     if not apart <= GREY_LEVELS:
         raise Wrong(

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from nvidia.nvimgcodec import Backend, BackendKind
 from PIL import Image
 
 from btpipe.data import decoding
@@ -129,3 +130,14 @@ def test_a_file_that_fails_in_decoding_costs_no_neighbour(decoder: decoding.Batc
     for image in (first, last):
         assert not isinstance(image, str)
         np.testing.assert_array_equal(pixels_of(image), decoding.decode(array(good)))
+
+
+def test_a_decoder_that_fails_for_every_file_costs_no_good_image() -> None:
+    """As a GPU without memory does: this one may use a GPU alone, and is given none."""
+    failing = decoding.BatchDecoder(None, threads=2, backends=[Backend(BackendKind.GPU_ONLY)])
+    files = [encoded("JPEG", 1), encoded("PNG", 2)]
+    parsed = [found for content in files if (found := decoding.parse(array(content)))]
+    for content, image in zip(files, failing.decode(parsed), strict=True):
+        assert not isinstance(image, str), image
+        np.testing.assert_array_equal(pixels_of(image), decoding.decode(array(content)))
+    assert failing.rescued == len(files)
