@@ -17,18 +17,18 @@ from btpipe.data import reading
 from btpipe.data.index import Index
 from btpipe.embed import culprits
 from btpipe.embed.orders import (
-    Advanced,
-    Begin,
+    Drain,
     Failed,
-    Flush,
     InFlight,
-    Order,
+    JobStarted,
+    PartProgress,
+    PartTask,
+    PartWritten,
     Ready,
-    Setup,
-    Wanted,
-    Written,
-    serve,
+    TaskRequest,
+    WorkerConfig,
 )
+from btpipe.embed.worker_process import serve
 from btpipe.errors import MachineError
 from btpipe.events import Report, Warned
 
@@ -38,66 +38,69 @@ FRUITLESS = 5
 """Workers lost in a row without an image between them, after which it is the machine."""
 LOSSES = 10
 """Workers lost over one part, after which it is the machine, or a file that cannot be told."""
-DEATHS = 3
+CRASHES = 3
 """Workers that were lost with a file in hand that is well alone, after which it is kept apart."""
 _TURN_SECONDS = 0.5
-Answer = Ready | Wanted | Advanced | Written | Failed
+Answer = Ready | TaskRequest | PartProgress | PartWritten | Failed
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy other threads' locks
 
 
-def setups(setup: Setup, workers: int) -> list[Setup]:
-    """One setup for each worker of this machine, with the cores and the GPU that are its own.
+def worker_configs(config: WorkerConfig, workers: int) -> list[WorkerConfig]:
+    """One configuration for each worker of this machine, with its own cores and GPU.
 
     Raises:
         UsageError: more workers than cores.
     """
-    gpus = runtime.gpu_count() if setup.choice.device != "cpu" else 0
+    gpus = runtime.gpu_count() if config.encoder.device != "cpu" else 0
     groups = runtime.core_groups(workers or max(gpus, 1))
     return [
-        dataclasses.replace(setup, cores=cores, gpu=i % gpus if gpus else None)
+        dataclasses.replace(config, cores=cores, gpu=i % gpus if gpus else None)
         for i, cores in enumerate(groups)
     ]
 
 
-class Crew:
+class WorkerPool:
     """Processes that open the bundle at once and make parts when they are told which."""
 
     def __init__(
         self,
-        setups: Sequence[Setup],
+        configs: Sequence[WorkerConfig],
         limit_seconds: float,
         report: Report,
         signals: runtime.StopSignals,
     ) -> None:
-        self._setups = setups
+        self._configs = configs
         self._limit_seconds, self._report, self._signals = limit_seconds, report, signals
-        self._begin: Begin | None = None
+        self._job: JobStarted | None = None
         self._fruitless = 0
-        self._deaths: collections.Counter[int] = collections.Counter()
+        self._crash_counts: collections.Counter[int] = collections.Counter()
         self._losses: collections.Counter[int] = collections.Counter()
-        self._guilty: dict[int, str] = {}
+        self._rejected_rows: dict[int, str] = {}
         self._apart: set[int] = set()
-        self._members: list[_Member] = []
+        self._workers: list[_WorkerProcess] = []
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *_: object) -> None:
         """Kills the processes; parts that are not written are lost."""
-        for member in self._members:
-            member.end()
+        for worker in self._workers:
+            worker.end()
 
-    def hire(self) -> None:
-        """Starts a process for each setup, if that was not done yet."""
-        if not self._members:
-            self._members = [_Member(setup) for setup in self._setups]
+    def start(self) -> None:
+        """Starts a process for each configuration, if that was not done yet."""
+        if not self._workers:
+            self._workers = [_WorkerProcess(config) for config in self._configs]
 
     def _is_stopped(self) -> bool:
         return bool(self._signals.asked)
 
+    def _has_tasks(self) -> bool:
+        return any(worker.tasks for worker in self._workers)
+
     def work(
-        self, begin: Begin, index: Index, orders: Sequence[Order]
-    ) -> Iterator[Written | Advanced]:
+        self, job: JobStarted, index: Index, tasks: Sequence[PartTask]
+    ) -> Iterator[PartWritten | PartProgress]:
         """Has the parts made, and tells of each. When asked to stop, it ends within a second.
 
         It may be asked for more parts of the same plan later.
@@ -106,54 +109,53 @@ class Crew:
             BtpipeError: whatever ended a worker that could say so.
             MachineError: workers die one after the other, and no file is to blame.
         """
-        self._waiting = collections.deque(orders)
-        if self._begin is None:
-            self._begin, self._index = begin, index
-            for member in self._members:
-                member.say(begin)
-        while not self._is_stopped() and (self._waiting or any(m.orders for m in self._members)):
-            for member in self._members:
-                if self._waiting and member.is_idle:
-                    self._hand_out(member)
-            heard = [member.connection for member in self._members]
-            connection.wait(heard, _TURN_SECONDS)
-            for i, member in enumerate(self._members):
-                yield from self._hear(member)
-                how = member.lost(self._limit_seconds)
+        self._waiting = collections.deque(tasks)
+        if self._job is None:
+            self._job, self._index = job, index
+            for worker in self._workers:
+                worker.send(job)
+        while not self._is_stopped() and (self._waiting or self._has_tasks()):
+            for worker in self._workers:
+                if self._waiting and worker.is_idle:
+                    self._assign(worker)
+            connection.wait([worker.connection for worker in self._workers], _TURN_SECONDS)
+            for i, worker in enumerate(self._workers):
+                yield from self._receive(worker)
+                how = worker.lost(self._limit_seconds)
                 if how:
-                    self._members[i] = self._replace(member, how)
+                    self._workers[i] = self._replace(worker, how)
 
-    def _hand_out(self, member: "_Member") -> None:
+    def _assign(self, worker: "_WorkerProcess") -> None:
         """Gives a worker its next part, or says that there is none for now."""
         if not self._waiting:
-            member.flush()
+            worker.drain()
             return
-        order = self._waiting.popleft()
-        rows = range(order.first, order.end)
-        guilty = {row: why for row, why in self._guilty.items() if row in rows}
+        task = self._waiting.popleft()
+        rows = range(task.first, task.end)
+        rejected = {row: why for row, why in self._rejected_rows.items() if row in rows}
         apart = frozenset(row for row in self._apart if row in rows)
-        member.give(dataclasses.replace(order, excluded=guilty, apart=apart))
+        worker.assign(dataclasses.replace(task, excluded=rejected, apart=apart))
 
-    def _hear(self, member: "_Member") -> Iterator[Written | Advanced]:
-        for message in member.messages():
+    def _receive(self, worker: "_WorkerProcess") -> Iterator[PartWritten | PartProgress]:
+        for message in worker.messages():
             match message:
                 case Failed():
                     raise message.raised()
                 case Ready():
                     self._check(message)
-                case Wanted():
-                    self._hand_out(member)
-                case Advanced():
+                case TaskRequest():
+                    self._assign(worker)
+                case PartProgress():
                     self._fruitless = 0
                     yield message
-                case Written():
-                    del member.orders[message.part]
+                case PartWritten():
+                    del worker.tasks[message.part]
                     yield message
 
     def _check(self, ready: Ready) -> None:
         """Raises MachineError where the worker computes otherwise than the plan says."""
-        assert self._begin is not None
-        footer = self._begin.footer
+        assert self._job is not None
+        footer = self._job.footer
         planned = Ready(footer.engine, footer.precision, footer.dimension)
         if ready != planned:
             raise MachineError(
@@ -162,55 +164,57 @@ class Crew:
                 fix="see that onnxruntime (or torch) can use the GPU, or hide the GPU from btpipe",
             )
 
-    def _replace(self, member: "_Member", how: str) -> "_Member":
+    def _replace(self, worker: "_WorkerProcess", how: str) -> "_WorkerProcess":
         """Finds out whether a file did it, and has another process go on."""
-        member.end()
-        rows = [row for row, _ in member.flying.rows()]
-        self._waiting.extendleft(reversed(member.orders.values()))
+        worker.end()
+        rows = [row for row, _ in worker.in_flight.rows()]
+        self._waiting.extendleft(reversed(worker.tasks.values()))
         self._fruitless += 1
-        self._losses.update(list(member.orders)[:1])  # parts are made in order
+        self._losses.update(list(worker.tasks)[:1])  # parts are made in order
         if self._fruitless >= FRUITLESS or max(self._losses.values(), default=0) >= LOSSES:
             fix = "run the same command again: it goes on; if nobody killed it, memory is short"
             raise MachineError(f"workers are lost one after the other; the last {how}", fix=fix)
         self._report(Warned(f"a worker {how}: it is replaced, and its work done again"))
-        self._judge(rows, member.setup, how)
-        assert self._begin is not None
-        fresh = _Member(member.setup)
-        fresh.say(self._begin)
+        self._reject_culprits(rows, worker.config, how)
+        assert self._job is not None
+        fresh = _WorkerProcess(worker.config)
+        fresh.send(self._job)
         return fresh
 
-    def _judge(self, rows: Sequence[int], setup: Setup, how: str) -> None:
+    def _reject_culprits(self, rows: Sequence[int], config: WorkerConfig, how: str) -> None:
         """Refuses the files that end a process with the worker's decoder, out of those it had.
 
         Files that are well, but were there when workers were lost, are decoded apart from then on:
         one that was decoded apart, alone, is found when it takes another worker along.
         """
         contents = ((row, reading.read_file(self._index, row)) for row in rows)
-        files = {row: found.tobytes() for row, found in contents if not isinstance(found, str)}
+        files = {row: file.tobytes() for row, file in contents if not isinstance(file, str)}
+        limit, stop = self._limit_seconds, self._is_stopped
         try:
-            limit, stop = self._limit_seconds, self._is_stopped
-            self._guilty |= culprits.find(files, setup, limit_seconds=limit, should_stop=stop)
+            rejected = culprits.find(files, config, limit_seconds=limit, should_stop=stop)
+            self._rejected_rows |= rejected
         except MachineError:
             if not self._is_stopped():  # what asks every process to stop ends one that starts
                 raise
         if "SIGKILL" in how:  # that is somebody's, or want of memory
             return
         if len(rows) == 1 and rows[0] in self._apart:
-            self._guilty.setdefault(rows[0], f"decoding it, {DEATHS + 1} workers {how}")
-        self._deaths.update(rows)
-        self._apart |= {row for row in rows if self._deaths[row] >= DEATHS} - self._guilty.keys()
+            self._rejected_rows.setdefault(rows[0], f"decoding it, {CRASHES + 1} workers {how}")
+        self._crash_counts.update(rows)
+        suspects = {row for row in rows if self._crash_counts[row] >= CRASHES}
+        self._apart |= suspects - self._rejected_rows.keys()
 
 
-class _Member:
+class _WorkerProcess:
     """One worker's process, and what is in its hands."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+    def __init__(self, config: WorkerConfig) -> None:
+        self.config = config
         self.connection, theirs = _CONTEXT.Pipe()
         memory = _CONTEXT.RawArray("q", 2 * InFlight.SLOTS)
-        self.flying = InFlight(memory)
+        self.in_flight = InFlight(memory)
         self._process = _CONTEXT.Process(
-            target=serve, args=(theirs, setup, memory, os.getpid()), daemon=True
+            target=serve, args=(theirs, config, memory, os.getpid()), daemon=True
         )
         # Held back until the process ignores them: a Ctrl-C reaches every process.
         signal.pthread_sigmask(signal.SIG_BLOCK, runtime.StopSignals.SIGNALS)
@@ -219,41 +223,41 @@ class _Member:
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, runtime.StopSignals.SIGNALS)
         theirs.close()
-        self.orders: dict[int, Order] = {}
-        self._is_flushed, self._is_gone = True, False
-        self._heard = time.monotonic()
+        self.tasks: dict[int, PartTask] = {}
+        self._is_drained, self._is_gone = True, False
+        self._last_message = time.monotonic()
 
-    def say(self, message: Begin | Order | Flush) -> None:
+    def send(self, message: JobStarted | PartTask | Drain) -> None:
         """Sends a message; that the process is dead is noticed by `lost`."""
         try:
             self.connection.send(message)
         except OSError:
             self._is_gone = True
 
-    def give(self, order: Order) -> None:
+    def assign(self, task: PartTask) -> None:
         """Hands over a part."""
-        if not self.orders:
-            self._heard = time.monotonic()
-        self.orders[order.part] = order
-        self._is_flushed = False
-        self.say(order)
+        if not self.tasks:
+            self._last_message = time.monotonic()
+        self.tasks[task.part] = task
+        self._is_drained = False
+        self.send(task)
 
-    def flush(self) -> None:
+    def drain(self) -> None:
         """Says that nothing follows for now."""
-        self._is_flushed = True
-        self.say(Flush())
+        self._is_drained = True
+        self.send(Drain())
 
     @property
     def is_idle(self) -> bool:
         """Whether it waits for a part without having asked for one."""
-        return self._is_flushed and not self.orders
+        return self._is_drained and not self.tasks
 
     def messages(self) -> Iterator[Answer]:
         """What the worker has said since; never waits."""
         try:
             while self.connection.poll():
                 message: Answer = self.connection.recv()
-                self._heard = time.monotonic()
+                self._last_message = time.monotonic()
                 yield message
         except (EOFError, OSError):
             self._is_gone = True
@@ -265,9 +269,9 @@ class _Member:
             code = self._process.exitcode or 0
             ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return f"was lost ({ending})"
-        if any(seconds > limit_seconds for _, seconds in self.flying.rows()):
+        if any(seconds > limit_seconds for _, seconds in self.in_flight.rows()):
             return f"took longer than {limit_seconds:g} s to decode a file"
-        if self.orders and time.monotonic() - self._heard > STALL_SECONDS:
+        if self.tasks and time.monotonic() - self._last_message > STALL_SECONDS:
             return f"said nothing for {STALL_SECONDS:.0f} s"
         return ""
 

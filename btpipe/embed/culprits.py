@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from btpipe import runtime
 from btpipe.data import supervisor
-from btpipe.embed.orders import Setup
+from btpipe.embed.orders import WorkerConfig
 
 GPU_SECONDS = 60.0
 """Beside the time of a decode: CUDA's libraries are loaded and a decoder is made."""
@@ -13,7 +13,7 @@ GPU_SECONDS = 60.0
 
 def find(
     files: Mapping[int, bytes],
-    setup: Setup,
+    config: WorkerConfig,
     *,
     limit_seconds: float,
     should_stop: Callable[[], bool],
@@ -27,15 +27,15 @@ def find(
     Raises:
         MachineError: a process cannot start.
     """
-    in_batches = setup.gpu is not None
+    in_batches = config.gpu is not None
     groups = [sorted(files)] if in_batches else [[row] for row in sorted(files)]
-    guilty: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     while groups:
         tasks = ((i, [files[row] for row in group]) for i, group in enumerate(groups))
         lost = {
             i: answer.reason
             for i, answer in supervisor.supervise(
-                functools.partial(decode_together, setup),
+                functools.partial(decode_together, config),
                 tasks,
                 processes=1,
                 limit_seconds=limit_seconds + GPU_SECONDS * in_batches,
@@ -43,28 +43,28 @@ def find(
             )
             if isinstance(answer, supervisor.Lost)
         }
-        guilty |= {groups[i][0]: how for i, how in lost.items() if len(groups[i]) == 1}
+        reasons |= {groups[i][0]: how for i, how in lost.items() if len(groups[i]) == 1}
         halves = [half for i in lost if len(groups[i]) > 1 for half in _halves(groups[i])]
         groups = halves
-    return guilty
+    return reasons
 
 
-def decode_together(setup: Setup, contents: Sequence[bytes]) -> bool:
+def decode_together(config: WorkerConfig, contents: Sequence[bytes]) -> bool:
     """Decodes files as a worker does and forgets them: what counts is whether it survives."""
-    if setup.cores:
-        runtime.keep_to(setup.cores, setup.gpu)
+    if config.cores:
+        runtime.keep_to(config.cores, config.gpu)
     # DALI is this process's business, not the job's.
     import numpy as np  # noqa: PLC0415
 
     from btpipe.data import decoding  # noqa: PLC0415
 
     files = [np.frombuffer(content, dtype=np.uint8) for content in contents]
-    if setup.gpu is None or setup.decode:
+    if config.gpu is None or config.decode:
         for file in files:
-            (setup.decode or decoding.decode)(file)
+            (config.decode or decoding.decode)(file)
     else:
-        encoded = [found for file in files if (found := decoding.parse(file)) is not None]
-        decoding.batch_decoder(0, setup.threads or runtime.cores()).decode(encoded)
+        encoded = [parsed for file in files if (parsed := decoding.parse(file)) is not None]
+        decoding.batch_decoder(0, config.encoder.threads or runtime.cores()).decode(encoded)
     return True
 
 

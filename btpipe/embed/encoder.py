@@ -14,7 +14,7 @@ from btpipe import neighbours, runtime
 from btpipe.data.views import Geometry
 from btpipe.embed import files, precisions
 from btpipe.embed.files import Image
-from btpipe.embed.precisions import Asked, Engine, Layer, Precision
+from btpipe.embed.precisions import EncoderConfig, Engine, Layer, Precision, RequestedPrecision
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.export import contract, golden
 from btpipe.export.session import Device, Session
@@ -37,24 +37,6 @@ class HasPixels(Protocol):
     def pixels(self) -> NDArray[np.uint8]: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a bundle is opened; picklable, so that another process can open it alike.
-
-    `threads`: how many batches are in the network at a time, each on a core of its own; 0: one for
-    each core. `layer`: the vector is the mean over the last (or an earlier) stage's positions.
-    `normalize`: vectors of length 1.
-    """
-
-    bundle: Path
-    device: Device = "auto"
-    threads: int = 0
-    engine: Engine = "auto"
-    precision: Asked = "auto"
-    layer: Layer = "pooled"
-    normalize: bool = False
-
-
 class Encoder:
     """The encoder of a bundle whose files are all as its manifest says.
 
@@ -67,25 +49,25 @@ class Encoder:
         MachineError: the device was asked for and cannot be used.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        if not settings.bundle.is_dir():
+    def __init__(self, config: EncoderConfig) -> None:
+        if not config.bundle.is_dir():
             raise UsageError(
-                "no bundle there", where=settings.bundle, fix="make one first: btpipe export --onnx"
+                "no bundle there", where=config.bundle, fix="make one first: btpipe export --onnx"
             )
-        self.settings = settings
-        self.bundle = contract.open_bundle(settings.bundle)
+        self.config = config
+        self.bundle = contract.open_bundle(config.bundle)
         self.preprocessing = self.bundle.preprocessing
         self.geometry = _geometry(self.bundle)
         self.digest = self.bundle.digest
-        self.layer, self.normalize = settings.layer, settings.normalize
-        self.engine = precisions.engine(settings.engine, settings.layer)
-        self.device = runtime.resolve_device(settings.device)
+        self.layer, self.normalize = config.layer, config.normalize
+        self.engine = precisions.engine(config.engine, config.layer)
+        self.device = runtime.resolve_device(config.device)
         self.precision: Precision
         self.precision, self.why = precisions.choose(
-            self.bundle, self.engine, settings.precision, self.device, self._fp16_agrees
+            self.bundle, self.engine, config.precision, self.device, self._fp16_agrees
         )
         self._open()
-        self.lanes = 1 if self.device == "cuda" else settings.threads or runtime.cores()
+        self.lanes = 1 if self.device == "cuda" else config.threads or runtime.cores()
         self._pool = ThreadPoolExecutor(self.lanes, "btpipe-network")
 
     def _fp16_agrees(self) -> bool:
@@ -205,12 +187,12 @@ class _Pixels:
 def load(
     bundle: Path | str,
     *,
-    device: Device = Settings.device,
-    threads: int = Settings.threads,
-    engine: Engine = Settings.engine,
-    precision: Asked = Settings.precision,
-    layer: Layer = Settings.layer,
-    normalize: bool = Settings.normalize,
+    device: Device = EncoderConfig.device,
+    threads: int = EncoderConfig.threads,
+    engine: Engine = EncoderConfig.engine,
+    precision: RequestedPrecision = EncoderConfig.precision,
+    layer: Layer = EncoderConfig.layer,
+    normalize: bool = EncoderConfig.normalize,
 ) -> Encoder:
     """Opens a bundle: `btpipe.load("exports/NAME").embed(["a.jpg", "b.jpg"])` is `(2, D)` float32.
 
@@ -220,7 +202,9 @@ def load(
         UsageError: no folder there, or settings that the bundle or an engine cannot serve.
         IntegrityError: no bundle, or one whose bytes changed.
     """
-    return Encoder(Settings(Path(bundle), device, threads, engine, precision, layer, normalize))
+    return Encoder(
+        EncoderConfig(Path(bundle), device, engine, precision, layer, normalize, threads)
+    )
 
 
 def _geometry(bundle: contract.Bundle) -> Geometry:

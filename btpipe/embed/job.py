@@ -17,9 +17,10 @@ from btpipe import artifact, runtime
 from btpipe.data.index import Index, build
 from btpipe.data.limits import DECODE_SECONDS
 from btpipe.embed import known, outputs, precisions, resolve, table, work
-from btpipe.embed.crew import Crew, setups
-from btpipe.embed.on_ray import RayCrew
-from btpipe.embed.orders import Choice, Setup
+from btpipe.embed.crew import WorkerPool, worker_configs
+from btpipe.embed.on_ray import RayPool
+from btpipe.embed.orders import WorkerConfig
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.embed.shares import Share
 from btpipe.embed.writer import Writer
 from btpipe.errors import BudgetError, IntegrityError, Stopped, UsageError
@@ -67,7 +68,7 @@ def embed(
     max_bad: float | None = None,
     device: "Device" = "auto",
     engine: precisions.Engine = "auto",
-    precision: precisions.Asked = "auto",
+    precision: precisions.RequestedPrecision = "auto",
     layer: precisions.Layer = "pooled",
     normalize: bool = False,
     dtype: table.Dtype = "float32",
@@ -98,24 +99,24 @@ def embed(
     """
     started = time.monotonic()
     outputs.check(out)
-    asked = Choice(bundle, device, engine, precision, layer, normalize)
+    requested = EncoderConfig(bundle, device, engine, precision, layer, normalize, threads)
     with runtime.StopSignals() as signals, contextlib.ExitStack() as stack:
         hands = (limit_seconds, report, signals)
-        run = _Run(out, asked, Share.parse(shard), dtype, _Ear(report, signals), overwrite)
-        setup = Setup(run.choice, threads, decode=decode)
-        crew: Crew | RayCrew
+        run = _Run(out, requested, Share.parse(shard), dtype, _Ear(report, signals), overwrite)
+        config = WorkerConfig(run.encoder, decode=decode)
+        pool: WorkerPool | RayPool
         if cluster == "ray":
-            crew = stack.enter_context(RayCrew(setup, workers, *hands))
+            pool = stack.enter_context(RayPool(config, workers, *hands))
         else:
-            crew = stack.enter_context(Crew(setups(setup, workers), *hands))
+            pool = stack.enter_context(WorkerPool(worker_configs(config, workers), *hands))
         run.look_at_table(overwrite=overwrite, repair=repair)
         if run.before is None:
-            crew.hire()  # a worker starts in seconds: while the inputs are listed
+            pool.start()  # a worker starts in seconds: while the inputs are listed
         run.plan(source, part_rows)
         images = 0
         if run.is_due():
-            crew.hire()
-            images = run.make(crew, batch_size, overwrite=overwrite)
+            pool.start()
+            images = run.make(pool, batch_size, overwrite=overwrite)
     summary = run.summary(images, time.monotonic() - started)
     _tell(summary, report)
     _keep_budget(summary, max_bad)
@@ -147,7 +148,7 @@ class _Run:
     def __init__(
         self,
         out: Path,
-        asked: Choice,
+        requested: EncoderConfig,
         share: Share,
         dtype: table.Dtype,
         report: _Ear,
@@ -155,13 +156,13 @@ class _Run:
     ) -> None:
         self._out, self._folder, self._report = out, work.folder_of(out), report
         self._share = share
-        if not asked.bundle.is_dir():
+        if not requested.bundle.is_dir():
             fix = "make one first: btpipe export --onnx"
-            raise UsageError("no bundle there", where=asked.bundle, fix=fix)
-        opened = contract.open_bundle(asked.bundle)
+            raise UsageError("no bundle there", where=requested.bundle, fix=fix)
+        opened = contract.open_bundle(requested.bundle)
         earlier = {} if overwrite else resolve.settings_there(out)
-        self.choice = resolve.resolve(opened, asked, earlier, report)
-        self._footer = _footer(opened, self.choice, share, dtype)
+        self.encoder = resolve.resolve(opened, requested, earlier, report)
+        self._footer = _footer(opened, self.encoder, share, dtype)
         self.before: Mapping[str, str] | None = None
         self._is_finished, self._repair = False, False
         self._reused, self._dropped = 0, -1
@@ -197,7 +198,7 @@ class _Run:
         self._refused = refused if self._share.number == 0 else []
         rows = self._share.rows(len(self._index))
         settings, digest = self._footer.settings(), self._footer.input
-        self._fresh = work.Plan(settings, digest, rows.start, len(rows), part_rows)
+        self._fresh = work.JobPlan(settings, digest, rows.start, len(rows), part_rows)
         self._is_finished = self._is_of(self.before) and self._is_of(self._rejects_footer())
 
     def _rejects_footer(self) -> Mapping[str, str] | None:
@@ -220,7 +221,7 @@ class _Run:
                 work.remove(self._folder)
         return not self._is_finished
 
-    def make(self, crew: Crew | RayCrew, batch_size: int | None, *, overwrite: bool) -> int:
+    def make(self, pool: WorkerPool | RayPool, batch_size: int | None, *, overwrite: bool) -> int:
         """Makes the table; returns how many images went through the workers."""
         with work.locked(self._folder), artifact.disk_errors(self._out):
             writer = Writer(
@@ -232,7 +233,7 @@ class _Run:
                 self._report.check,
             )
             writer.follow(self._fresh, self._earlier(), overwrite=overwrite)
-            images = writer.embed(crew, batch_size)
+            images = writer.embed(pool, batch_size)
             writer.finish(self._out)
             work.remove(self._folder)
         self._reused = sum(commit.reused for commit in writer.done.values())
@@ -260,20 +261,20 @@ class _Run:
 
 
 def _footer(
-    bundle: contract.Bundle, choice: Choice, share: Share, dtype: table.Dtype
+    bundle: contract.Bundle, encoder: EncoderConfig, share: Share, dtype: table.Dtype
 ) -> table.Footer:
     """What the table says of its vectors; `input` and `root` are not known yet."""
     return table.Footer(
         bundle=bundle.digest,
         input="",
         preprocessing=bundle.preprocessing.text(),
-        precision=choice.precision,
+        precision=encoder.precision,
         root="",
-        dimension=precisions.dimension(bundle, choice.layer),
+        dimension=precisions.dimension(bundle, encoder.layer),
         dtype=dtype,
-        normalize=choice.normalize,
-        layer=choice.layer,
-        engine=choice.engine,
+        normalize=encoder.normalize,
+        layer=encoder.layer,
+        engine=encoder.engine,
         shard=share.text,
     )
 

@@ -26,8 +26,15 @@ from numpy.typing import NDArray
 from btpipe import runtime
 from btpipe.data.index import Index, open_index
 from btpipe.embed import work
-from btpipe.embed.crew import Crew
-from btpipe.embed.orders import Advanced, Begin, Failed, Order, Setup, Written
+from btpipe.embed.crew import WorkerPool
+from btpipe.embed.orders import (
+    Failed,
+    JobStarted,
+    PartProgress,
+    PartTask,
+    PartWritten,
+    WorkerConfig,
+)
 from btpipe.errors import BtpipeError, MachineError, UsageError
 from btpipe.events import Event, Report
 
@@ -41,7 +48,7 @@ _CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy other threa
 class _Answer:
     """What became of a part, and what its supervisor reported meanwhile."""
 
-    outcome: Written | Failed
+    outcome: PartWritten | Failed
     events: tuple[Event, ...]
 
 
@@ -49,16 +56,16 @@ class _Answer:
 class _Job:
     """What the cluster is to do; `workers` 0: as many as it has GPUs, or machines."""
 
-    setup: Setup
+    config: WorkerConfig
     workers: int
     limit_seconds: float
-    begin: Begin
+    started: JobStarted
     seen: "_Seen"
-    orders: Sequence[Order]
+    tasks: Sequence[PartTask]
 
 
-class RayCrew:
-    """As `Crew`, on a cluster: one worker for each GPU, or for each machine without GPUs.
+class RayPool:
+    """As `WorkerPool`, on a cluster: one worker for each GPU, or for each machine without GPUs.
 
     `workers`: how many in all; 0 for these. They share the cores of their machines. Ray's own part
     is a process beside this one, in a session of its own: it installs signal handlers, writes to
@@ -70,19 +77,19 @@ class RayCrew:
 
     def __init__(
         self,
-        setup: Setup,
+        config: WorkerConfig,
         workers: int,
         limit_seconds: float,
         report: Report,
         signals: runtime.StopSignals,
     ) -> None:
         runtime.require_ray()
-        self._setup, self._workers, self._limit_seconds = setup, workers, limit_seconds
+        self._config, self._workers, self._limit_seconds = config, workers, limit_seconds
         self._report, self._signals = report, signals
         self._connection, self._theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=_drive, args=(self._theirs, os.getpid()))
 
-    def __enter__(self) -> "RayCrew":
+    def __enter__(self) -> "RayPool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +102,7 @@ class RayCrew:
         self._process.kill()  # the actors see that it is gone
         self._process.join()
 
-    def hire(self) -> None:
+    def start(self) -> None:
         """Joins or starts the cluster, if that was not done yet; it takes seconds."""
         if self._process.pid is not None:
             return
@@ -107,8 +114,8 @@ class RayCrew:
         self._theirs.close()
 
     def work(
-        self, begin: Begin, index: Index, orders: Sequence[Order]
-    ) -> Iterator[Written | Advanced]:
+        self, started: JobStarted, index: Index, tasks: Sequence[PartTask]
+    ) -> Iterator[PartWritten | PartProgress]:
         """Has the parts made, and tells of each. When asked to stop, it ends within a second.
 
         Raises:
@@ -116,24 +123,24 @@ class RayCrew:
             MachineError: Ray gave up, or a machine does not see what this one sees.
             UsageError: more workers than the cluster has GPUs or cores.
         """
-        begin = dataclasses.replace(begin, folder=begin.folder.absolute())
-        seen = _Seen.here(begin, index)
-        job = _Job(self._setup, self._workers, self._limit_seconds, begin, seen, orders)
-        with contextlib.suppress(OSError):  # it is gone: `_hear` says so
+        started = dataclasses.replace(started, folder=started.folder.absolute())
+        seen = _Seen.here(started, index)
+        job = _Job(self._config, self._workers, self._limit_seconds, started, seen, tasks)
+        with contextlib.suppress(OSError):  # it is gone: `_receive` says so
             self._connection.send(job)
-        images = {order.part: order.end - order.first for order in orders}
+        images = {task.part: task.end - task.first for task in tasks}
         while images:
-            answer = self._hear()
+            answer = self._receive()
             if answer is None:
                 return
             for event in answer.events:
                 self._report(event)
             if isinstance(answer.outcome, Failed):
                 raise answer.outcome.raised()
-            yield Advanced(images.pop(answer.outcome.part), 0.0)
+            yield PartProgress(images.pop(answer.outcome.part), 0.0)
             yield answer.outcome
 
-    def _hear(self) -> _Answer | None:
+    def _receive(self) -> _Answer | None:
         """The next answer; None when a signal asked to stop."""
         while not self._signals.asked:
             try:
@@ -173,17 +180,18 @@ def _drive(jobs: Connection, parent: int) -> None:
 
 
 def _run(job: _Job, machines: Sequence[runtime.Member]) -> Iterator[bytes]:
-    """Runs the job as a data set of orders; an answer, pickled, for each as it is done."""
+    """Runs the job as a data set of tasks; an answer, pickled, for each as it is done."""
     import ray.data  # noqa: PLC0415 - an optional package
 
-    setup, gpus = _on_one_device(job.setup)
+    config, gpus = _on_one_device(job.config)
     workers, cores = _share_out(machines, job.workers, gpus)
-    setup = dataclasses.replace(setup, threads=setup.threads or cores)
-    rows = [{"part": o.part, "first": o.first, "end": o.end} for o in job.orders]
+    encoder = dataclasses.replace(config.encoder, threads=config.encoder.threads or cores)
+    config = dataclasses.replace(config, encoder=encoder)
+    rows = [{"part": task.part, "first": task.first, "end": task.end} for task in job.tasks]
     # A block for each: what Ray hands out, and does again when an actor is lost.
     made = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Station,
-        fn_constructor_args=(setup, job.begin, job.limit_seconds, job.seen),
+        fn_constructor_args=(config, job.started, job.limit_seconds, job.seen),
         compute=ray.data.ActorPoolStrategy(
             size=min(workers, len(rows)), max_tasks_in_flight_per_actor=1
         ),
@@ -195,24 +203,24 @@ def _run(job: _Job, machines: Sequence[runtime.Member]) -> Iterator[bytes]:
         yield from batch["answer"]
 
 
-def _on_one_device(setup: Setup) -> tuple[Setup, int]:
-    """The setup with the device that "auto" means to the job, and the GPUs of each actor: 1 or 0.
+def _on_one_device(config: WorkerConfig) -> tuple[WorkerConfig, int]:
+    """With the device that "auto" means to the job, and how many GPUs each actor has: 1 or 0.
 
     "auto" precision stays: a machine that would choose another than the plan's is refused.
     """
-    choice = setup.choice
-    cuda = choice.device == "cuda" or (choice.device == "auto" and runtime.gpu_count() > 0)
-    choice = dataclasses.replace(choice, device="cuda" if cuda else "cpu")
-    return dataclasses.replace(setup, choice=choice), int(cuda)
+    device = config.encoder.device
+    cuda = device == "cuda" or (device == "auto" and runtime.gpu_count() > 0)
+    encoder = dataclasses.replace(config.encoder, device="cuda" if cuda else "cpu")
+    return dataclasses.replace(config, encoder=encoder), int(cuda)
 
 
-def _share_out(machines: Sequence[runtime.Member], wanted: int, gpus: int) -> tuple[int, int]:
+def _share_out(machines: Sequence[runtime.Member], requested: int, gpus: int) -> tuple[int, int]:
     """How many workers there are, and the cores of each: as many as leave every worker room.
 
     Raises:
         UsageError: more workers than GPUs, where each needs one, or than cores.
     """
-    workers = wanted or (sum(m.gpus for m in machines) if gpus else len(machines))
+    workers = requested or (sum(m.gpus for m in machines) if gpus else len(machines))
     for cores in range(max(m.cores for m in machines), 0, -1):
         room = [min(m.cores // cores, m.gpus if gpus else m.cores) for m in machines]
         if sum(room) >= workers > 0:
@@ -229,14 +237,14 @@ class _Seen:
     """
 
     folder: str
-    places: tuple[str, ...]
+    paths: tuple[str, ...]
 
     @classmethod
-    def here(cls, begin: Begin, index: Index) -> "_Seen":
+    def here(cls, started: JobStarted, index: Index) -> "_Seen":
         """The work folder, and the inputs that are files or folders."""
-        places = [os.fspath(begin.folder / work.PLAN), os.fspath(index.root)]
-        places += [origin.place for origin in index.sources]
-        return cls(os.fspath(Path.cwd()), tuple(p for p in places if Path(p).exists()))
+        paths = [os.fspath(started.folder / work.PLAN), os.fspath(index.root)]
+        paths += [origin.place for origin in index.sources]
+        return cls(os.fspath(Path.cwd()), tuple(path for path in paths if Path(path).exists()))
 
     def require(self) -> None:
         """Goes to the folder and looks.
@@ -244,7 +252,7 @@ class _Seen:
         Raises:
             MachineError: something is not on this machine.
         """
-        missing = [place for place in (self.folder, *self.places) if not Path(place).exists()]
+        missing = [path for path in (self.folder, *self.paths) if not Path(path).exists()]
         if missing:
             raise MachineError(
                 "not seen by this machine of the cluster",
@@ -258,17 +266,19 @@ class _Seen:
 class _Station:
     """An actor: the supervisor of one worker, which opens the bundle once."""
 
-    def __init__(self, setup: Setup, begin: Begin, limit_seconds: float, seen: _Seen) -> None:
-        self._setup, self._begin, self._limit_seconds = setup, begin, limit_seconds
+    def __init__(
+        self, config: WorkerConfig, started: JobStarted, limit_seconds: float, seen: _Seen
+    ) -> None:
+        self._config, self._started, self._limit_seconds = config, started, limit_seconds
         self._seen = seen
-        self._crew: Crew | None = None
+        self._pool: WorkerPool | None = None
         self._events: list[Event] = []
 
     def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[np.object_]]:
-        """One order -> one answer; what cannot be made again is an answer too."""
-        order = Order(int(rows["part"][0]), int(rows["first"][0]), int(rows["end"][0]), {})
+        """One task -> one answer; what cannot be made again is an answer too."""
+        task = PartTask(int(rows["part"][0]), int(rows["first"][0]), int(rows["end"][0]), {})
         try:
-            outcome: Written | Failed = self._make(order)
+            outcome: PartWritten | Failed = self._make(task)
         except BtpipeError as error:
             outcome = Failed.of(error)
         except Exception:
@@ -278,14 +288,14 @@ class _Station:
         self._events.clear()
         return {"answer": np.array([pickle.dumps(answer)], dtype=object)}
 
-    def _make(self, order: Order) -> Written:
-        if self._crew is None:
+    def _make(self, task: PartTask) -> PartWritten:
+        if self._pool is None:
             self._seen.require()
-            self._index = open_index(self._begin.folder / work.INDEX)
-            setup = dataclasses.replace(self._setup, cores=runtime.core_groups(1)[0])
-            self._crew = Crew(
-                [setup], self._limit_seconds, self._events.append, runtime.StopSignals()
+            self._index = open_index(self._started.folder / work.INDEX)
+            config = dataclasses.replace(self._config, cores=runtime.core_groups(1)[0])
+            self._pool = WorkerPool(
+                [config], self._limit_seconds, self._events.append, runtime.StopSignals()
             )
-            self._crew.hire()
-        made = list(self._crew.work(self._begin, self._index, [order]))
-        return next(message for message in made if isinstance(message, Written))
+            self._pool.start()
+        messages = list(self._pool.work(self._started, self._index, [task]))
+        return next(message for message in messages if isinstance(message, PartWritten))

@@ -1,24 +1,16 @@
-"""What a job and its workers say to each other: frozen records, pickled through a pipe.
-
-A worker's life begins here as well. Nothing heavy is imported before it is in its own process.
-"""
+"""The messages between a job and its workers: frozen records, pickled through a pipe."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
-import os
-import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from btpipe import runtime
 from btpipe.embed import table
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 from btpipe.events import FileRejected
 
@@ -28,43 +20,22 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from btpipe.embed.precisions import Asked, Engine, Layer
-    from btpipe.export.session import Device
-
     Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8] | str]
     """`decoding.decode`, or a function of a module that stands in for it."""
 
-_PR_SET_PDEATHSIG = 1  # prctl(2)
-
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """What decides about the vectors, and what they are called in a table's footer."""
+class WorkerConfig:
+    """What a worker opens before the plan is known; `cores` and `gpu` are its own."""
 
-    bundle: Path
-    device: Device = "auto"
-    engine: Engine = "auto"
-    precision: Asked = "auto"
-    layer: Layer = "pooled"
-    normalize: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What a worker opens before the plan is known; `cores` and `gpu` are its own.
-
-    `threads`: for reading and decoding, and for the network; 0: one for each core.
-    """
-
-    choice: Choice
-    threads: int
+    encoder: EncoderConfig
     cores: tuple[int, ...] = ()
     gpu: int | None = None
     decode: Decode | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Begin:
+class JobStarted:
     """The plan, as it stands in the work folder."""
 
     folder: Path
@@ -73,7 +44,7 @@ class Begin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
+class PartTask:
     """A part to make: rows `first` to `end` of the index, without those that are `excluded`.
 
     Rows that are `apart` are decoded alone, on the CPU, while no other is.
@@ -87,7 +58,7 @@ class Order:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flush:
+class Drain:
     """Nothing follows for now: finish what is begun."""
 
 
@@ -101,12 +72,12 @@ class Ready:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
-    """The worker has begun to read the last of its parts: it wants another, or a `Flush`."""
+class TaskRequest:
+    """The worker has begun to read the last of its parts: it wants another, or a `Drain`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Advanced:
+class PartProgress:
     """So many inputs are through the network, after waiting for them for so long."""
 
     images: int
@@ -114,14 +85,14 @@ class Advanced:
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
-    """A part is on the disk under the name `beside`.
+class PartWritten:
+    """A part is on the disk under the name `temporary`.
 
     `reused` of its rows were not decoded; `changed` files were not as listed.
     """
 
     part: int
-    beside: str
+    temporary: str
     sha256: str
     rows: int
     reused: int
@@ -176,30 +147,5 @@ class InFlight:
         """(row, seconds since its decoding began) of each; 0 where that is not timed."""
         now = time.monotonic_ns()
         words = memoryview(self._memory).cast("B").cast("q").tolist()
-        found = [(row, began) for row, began in zip(words[::2], words[1::2], strict=True) if row]
-        return [(row - 1, (now - began) / 1e9 if began else 0.0) for row, began in found]
-
-
-def serve(ours: Connection, setup: Setup, memory: Array[ctypes.c_longlong], parent: int) -> None:
-    """A worker's life, in its own process."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before this process could ask to follow
-        return
-    for number in runtime.StopSignals.SIGNALS:  # they may reach every process; one decides
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, runtime.StopSignals.SIGNALS)
-    # Decoders in C complain on file descriptor 2 and name no file; Python still has its own.
-    sys.stderr = os.fdopen(os.dup(2), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    runtime.keep_to(setup.cores, setup.gpu)
-    try:
-        from btpipe.embed import worker  # noqa: PLC0415 - DALI and the network are the worker's
-
-        worker.work_for(ours, setup, InFlight(memory))
-    except (EOFError, ConnectionError):  # the supervisor is gone
-        return
-    except BtpipeError as error:
-        ours.send(Failed.of(error))
-    except Exception:
-        text = f"a bug, met by a worker:\n{traceback.format_exc()}"
-        ours.send(Failed(BtpipeError, text, "", "", ""))
+        busy = [(row, began) for row, began in zip(words[::2], words[1::2], strict=True) if row]
+        return [(row - 1, (now - began) / 1e9 if began else 0.0) for row, began in busy]

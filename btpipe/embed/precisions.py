@@ -1,9 +1,10 @@
-"""Which engine computes, and in what: asked for, or chosen and told.
+"""How a bundle is opened: which engine computes, on which device and in which precision.
 
 One rule for both engines: fp32 is float32 throughout, tf32 is float32 whose products a GPU rounds
 to ten bits of mantissa.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -16,27 +17,45 @@ from btpipe.export import contract
 
 Engine = Literal["auto", "onnx", "torch"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16", "int8"]
-Asked = Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"]
+RequestedPrecision = Literal["auto", "fp32", "tf32", "bf16", "fp16", "int8"]
 Layer = Literal["pooled", "layer1", "layer2", "layer3", "layer4"]
 
 LAYERS: tuple[Layer, ...] = get_args(Layer)
 
 
-def engine(asked: Engine, layer: Layer) -> Literal["onnx", "torch"]:
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """How a bundle is opened; picklable, so that another process opens it alike.
+
+    `layer`: the vector is the mean over the last (or an earlier) stage's positions. `normalize`:
+    vectors of length 1. `threads`: how many batches are in the network at a time, each on a core of
+    its own, and how many threads of a job's worker read and decode; 0: one for each core.
+    """
+
+    bundle: Path
+    device: runtime.AskedDevice = "auto"
+    engine: Engine = "auto"
+    precision: RequestedPrecision = "auto"
+    layer: Layer = "pooled"
+    normalize: bool = False
+    threads: int = 0
+
+
+def engine(requested: Engine, layer: Layer) -> Literal["onnx", "torch"]:
     """ "auto" is onnxruntime, and torch for what only torch can do.
 
     Raises:
         UsageError: an earlier stage is asked of onnxruntime; the model has no such output.
     """
-    if asked == "onnx" and layer != "pooled":
+    if requested == "onnx" and layer != "pooled":
         raise UsageError(
             f"--layer {layer} with --engine onnx",
             expected="--layer pooled: the ONNX model has one output",
             fix="take --engine torch, which reads the weights beside it",
         )
-    if asked == "auto":
+    if requested == "auto":
         return "onnx" if layer == "pooled" else "torch"
-    return asked
+    return requested
 
 
 def dimension(bundle: contract.Bundle, layer: Layer) -> int:
@@ -63,7 +82,7 @@ def model_of(bundle: contract.Bundle, precision: Precision) -> Path:
 def choose(
     bundle: contract.Bundle,
     engine: Literal["onnx", "torch"],
-    asked: Asked,
+    requested: RequestedPrecision,
     device: Literal["cpu", "cuda"],
     fp16_agrees: Callable[[], bool],
 ) -> tuple[Precision, str]:
@@ -78,15 +97,15 @@ def choose(
         UsageError: the engine or the device does not compute in it, or the bundle has no such
             model.
     """
-    if asked == "tf32" and device == "cpu":
+    if requested == "tf32" and device == "cpu":
         raise UsageError(
             "--precision tf32 on a CPU", expected="a GPU, or --precision fp32", fix="take fp32"
         )
     if engine == "torch":
-        return _of_torch(asked, device)
-    if asked != "auto":
-        model_of(bundle, asked)
-        return asked, f"{asked}: asked for"
+        return _of_torch(requested, device)
+    if requested != "auto":
+        model_of(bundle, requested)
+        return requested, f"{requested}: asked for"
     if device == "cuda":
         return _of_gpu(bundle, fp16_agrees)
     if "int8" not in bundle.precisions:
@@ -124,21 +143,21 @@ def _fp16_agrees(bundle: Path, _: int) -> bool:
     return golden.agrees(contract.open_bundle(bundle), "fp16", device="cuda")
 
 
-def _of_torch(asked: Asked, device: str) -> tuple[Precision, str]:
-    if asked == "int8":
+def _of_torch(requested: RequestedPrecision, device: str) -> tuple[Precision, str]:
+    if requested == "int8":
         raise UsageError(
             "--precision int8 with --engine torch",
             expected="fp32 or bf16",
             fix="take --engine onnx: the int8 model is ONNX",
         )
-    if asked == "fp16" and device != "cuda":
+    if requested == "fp16" and device != "cuda":
         raise UsageError(
             "--precision fp16 with --engine torch on a CPU",
             expected="fp32 or bf16",
             fix="take bf16, or --engine onnx for the bundle's fp16 model",
         )
-    if asked != "auto":
-        return asked, f"{asked}: asked for"
+    if requested != "auto":
+        return requested, f"{requested}: asked for"
     if device == "cuda" or runtime.cpu_has_bf16():
         return "bf16", "bf16: the hardware multiplies in it"
     return "fp32", "fp32: this CPU has no bf16 instructions"

@@ -9,7 +9,7 @@ from typing import get_args
 
 from btpipe import runtime
 from btpipe.embed import outputs, precisions, table, work
-from btpipe.embed.orders import Choice
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import Note, Report
 from btpipe.export import contract
@@ -18,29 +18,29 @@ from btpipe.export import contract
 def settings_there(out: Path) -> Mapping[str, str]:
     """What the table that is there, or the unfinished one, says of its vectors."""
     try:
-        found = outputs.footer_of(out)
+        footer = outputs.footer_of(out)
     except IntegrityError:
-        found = None
+        footer = None
     plan = work.read_plan(work.folder_of(out))
-    return found or (plan.settings if plan else {})
+    return footer or (plan.settings if plan else {})
 
 
 def resolve(
-    bundle: contract.Bundle, asked: Choice, earlier: Mapping[str, str], report: Report
-) -> Choice:
+    bundle: contract.Bundle, requested: EncoderConfig, earlier: Mapping[str, str], report: Report
+) -> EncoderConfig:
     """The engine and precision that "auto" means here: for vectors that are there, theirs."""
-    device = runtime.resolve_device(asked.device)
-    engine = precisions.engine(asked.engine, asked.layer)
-    agrees = functools.partial(precisions.fp16_agrees_apart, asked.bundle)
-    precision, why = asked.precision, ""
+    device = runtime.resolve_device(requested.device)
+    engine = precisions.engine(requested.engine, requested.layer)
+    agrees = functools.partial(precisions.fp16_agrees_apart, requested.bundle)
+    precision, why = requested.precision, ""
     ours = (bundle.digest, engine) == (earlier.get(table.BUNDLE), earlier.get("btpipe.engine"))
     if precision == "auto" and ours:
-        for known in get_args(precisions.Precision):
-            if known == earlier.get("btpipe.precision"):
+        for name in get_args(precisions.Precision):
+            if name == earlier.get("btpipe.precision"):
                 with contextlib.suppress(UsageError):  # this machine does not compute in it
-                    precision, _ = precisions.choose(bundle, engine, known, device, agrees)
+                    precision, _ = precisions.choose(bundle, engine, name, device, agrees)
                     why = f"{precision}: as the vectors that are there"
     if not why:
-        precision, why = precisions.choose(bundle, engine, asked.precision, device, agrees)
+        precision, why = precisions.choose(bundle, engine, requested.precision, device, agrees)
     report(Note(why))
-    return dataclasses.replace(asked, device=device, engine=engine, precision=precision)
+    return dataclasses.replace(requested, device=device, engine=engine, precision=precision)

@@ -38,7 +38,7 @@ MIXABLE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """What a job computes: parts of `part_rows` rows of the listed input, with these settings.
 
     `settings` is a table's footer without what is the input's. The rows are those from `first` on.
@@ -67,7 +67,7 @@ class Plan:
         """What the lines of its parts are marked with."""
         return artifact.json_digest([*sorted(self.settings.items()), self.input, self.part_rows])
 
-    def is_of(self, other: "Plan") -> bool:
+    def is_of(self, other: "JobPlan") -> bool:
         """Whether both compute the same rows; parts may differ."""
         return (self.settings, self.input) == (other.settings, other.input)
 
@@ -154,17 +154,17 @@ def _shown(settings: Mapping[str, str], keys: Sequence[str]) -> str:
     return ", ".join(f"{key.partition('.')[2]} {settings.get(key) or 'none'}" for key in keys)
 
 
-def read_plan(folder: Path) -> Plan | None:
+def read_plan(folder: Path) -> JobPlan | None:
     """The plan, or None where there is none that this version can follow."""
     try:
         content = json.loads((folder / PLAN).read_text())
-        plan = Plan(**{field.name: content[field.name] for field in dataclasses.fields(Plan)})
+        plan = JobPlan(**{field.name: content[field.name] for field in dataclasses.fields(JobPlan)})
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return plan if plan.format_version == FORMAT_VERSION else None
 
 
-def write_plan(folder: Path, plan: Plan) -> None:
+def write_plan(folder: Path, plan: JobPlan) -> None:
     """Makes a plan the one that is followed: parts of any other are void from now on."""
     artifact.write_json(folder / PLAN, dataclasses.asdict(plan))
 
@@ -174,10 +174,10 @@ def part_path(folder: Path, part: int) -> Path:
     return folder / f"part-{part:06d}.parquet"
 
 
-def commit(folder: Path, done: Commit, beside: Path) -> None:
+def commit(folder: Path, done: Commit, temporary: Path) -> None:
     """Gives a written and fsynced part its name, then its line."""
     path = part_path(folder, done.part)
-    os.replace(beside, path)
+    os.replace(temporary, path)
     artifact.fsync_path(folder)
     with (folder / COMMITS).open("a", encoding="utf-8") as file:
         file.write(done.line())
@@ -185,7 +185,7 @@ def commit(folder: Path, done: Commit, beside: Path) -> None:
         os.fsync(file.fileno())
 
 
-def committed(folder: Path, plan: Plan, report: Report) -> dict[int, Commit]:
+def committed(folder: Path, plan: JobPlan, report: Report) -> dict[int, Commit]:
     """The parts that are done and whole; the others' lines and files are removed.
 
     A part whose bytes changed is computed again, with a warning.
@@ -206,7 +206,7 @@ def committed(folder: Path, plan: Plan, report: Report) -> dict[int, Commit]:
     return done
 
 
-def has_commits(folder: Path, plan: Plan) -> bool:
+def has_commits(folder: Path, plan: JobPlan) -> bool:
     """Whether any part of the plan was done."""
     found = map(_parse, _lines(folder / COMMITS))
     return any(commit is not None and commit.plan == plan.digest for commit in found)

@@ -18,44 +18,32 @@ from btpipe.data import decoding
 from btpipe.data.evaluation import EvaluationBatch, evaluation_stream
 from btpipe.data.index import open_index
 from btpipe.embed import table, work
-from btpipe.embed.encoder import Encoder, Settings
+from btpipe.embed.encoder import Encoder
 from btpipe.embed.known import Known
 from btpipe.embed.orders import (
-    Advanced,
-    Begin,
-    Flush,
+    Drain,
     InFlight,
-    Order,
+    JobStarted,
+    PartProgress,
+    PartTask,
+    PartWritten,
     Ready,
-    Setup,
-    Wanted,
-    Written,
+    TaskRequest,
+    WorkerConfig,
 )
 from btpipe.events import FileRejected
 
 
-def work_for(connection: Connection, setup: Setup, flying: InFlight) -> None:
+def work_for(connection: Connection, config: WorkerConfig, in_flight: InFlight) -> None:
     """Opens the bundle, says so, and makes parts until nobody asks for any.
 
     Raises:
         EOFError: the supervisor is gone.
         BtpipeError: whatever the job cannot go on with.
     """
-    chosen = setup.choice
-    encoder = Encoder(
-        Settings(
-            bundle=chosen.bundle,
-            device=chosen.device,
-            threads=setup.threads,
-            engine=chosen.engine,
-            precision=chosen.precision,
-            layer=chosen.layer,
-            normalize=chosen.normalize,
-        )
-    )
+    encoder = Encoder(config.encoder)
     connection.send(Ready(encoder.engine, encoder.precision, encoder.dimension))
-    begin = connection.recv()
-    worker = _Worker(connection, setup, encoder, begin, flying)
+    worker = _Worker(connection, config, encoder, connection.recv(), in_flight)
     while True:
         worker.make(connection.recv())
 
@@ -64,7 +52,7 @@ def work_for(connection: Connection, setup: Setup, flying: InFlight) -> None:
 class _Part:
     """What is known of a part so far."""
 
-    order: Order
+    task: PartTask
     rows: list[NDArray[np.int64]] = dataclasses.field(default_factory=list)
     sizes: list[NDArray[np.int64]] = dataclasses.field(default_factory=list)
     digests: list[str] = dataclasses.field(default_factory=list)
@@ -76,7 +64,7 @@ class _Part:
     def is_complete(self) -> bool:
         """Whether every input of the part is a row or a reject."""
         seen = sum(map(len, self.rows)) + len(self.rejects)
-        return seen == self.order.end - self.order.first
+        return seen == self.task.end - self.task.first
 
 
 class _Worker:
@@ -85,25 +73,26 @@ class _Worker:
     def __init__(
         self,
         connection: Connection,
-        setup: Setup,
+        config: WorkerConfig,
         encoder: Encoder,
-        begin: Begin,
-        flying: InFlight,
+        job: JobStarted,
+        in_flight: InFlight,
     ) -> None:
-        self._connection, self._setup, self._encoder = connection, setup, encoder
-        self._folder, self._footer = begin.folder, begin.footer
-        self._index = open_index(begin.folder / work.INDEX)
-        self._known = Known(begin.folder, begin.footer)
+        self._connection, self._encoder = connection, encoder
+        self._folder, self._footer = job.folder, job.footer
+        self._index = open_index(job.folder / work.INDEX)
+        self._known = Known(job.folder, job.footer)
         self._bytes = self._index.table["bytes"]
-        self._batch_size = begin.batch_size or encoder.batch_size
-        self._flying, self._decoders, self._apart = flying, _Decoders(), set[int]()
-        self._decode = setup.decode or decoding.decode
+        self._batch_size = job.batch_size or encoder.batch_size
+        self._in_flight, self._decoders, self._apart = in_flight, _Decoders(), set[int]()
+        self._decode = config.decode or decoding.decode
+        self._threads = config.encoder.threads or runtime.cores()
         self._parts: collections.deque[_Part] = collections.deque()
-        self._saying = threading.Lock()
+        self._sending = threading.Lock()
 
-    def make(self, first: Order | Flush) -> None:
-        """Makes parts until a `Flush`; reading runs ahead into the next part, writing lags."""
-        if isinstance(first, Flush):
+    def make(self, first: PartTask | Drain) -> None:
+        """Makes parts until a `Drain`; reading runs ahead into the next part, writing lags."""
+        if isinstance(first, Drain):
             return
         batches = evaluation_stream(
             self._index,
@@ -111,7 +100,7 @@ class _Worker:
             self._encoder.geometry,
             # A part is the most that a kill can cost.
             batch_size=min(self._batch_size, first.end - first.first),
-            threads=self._setup.threads or runtime.cores(),
+            threads=self._threads,
             gpu=self._encoder.gpu,
             decode=self._decode,
             is_known=self._is_known,
@@ -123,7 +112,7 @@ class _Worker:
         with ThreadPoolExecutor(1, "btpipe-write") as pool:
             for batch, vectors in self._encoder.stream(clock.watch(batches), self._batch_size):
                 self._add(batch, vectors)
-                self._say(Advanced(_count(batch), clock.taken()))
+                self._send(PartProgress(_count(batch), clock.taken()))
                 for part in self._complete():
                     if writing is not None:
                         writing.result()
@@ -136,18 +125,18 @@ class _Worker:
                 writing.result()
         assert not self._parts, "every row of a part is embedded or rejected"
 
-    def _tasks(self, first: Order) -> Iterator[NDArray[np.int64]]:
-        """The rows of the parts that are ordered, batch by batch, until a `Flush`."""
-        order: Order | Flush = first
-        while isinstance(order, Order):
-            self._parts.append(_Part(order, rejects=list(order.excluded.items())))
-            self._apart |= order.apart
-            wanted = (row for row in range(order.first, order.end) if row not in order.excluded)
-            rows = np.fromiter(wanted, np.int64)
+    def _tasks(self, first: PartTask) -> Iterator[NDArray[np.int64]]:
+        """The rows of the parts that are asked for, batch by batch, until a `Drain`."""
+        task: PartTask | Drain = first
+        while isinstance(task, PartTask):
+            self._parts.append(_Part(task, rejects=list(task.excluded.items())))
+            self._apart |= task.apart
+            every = range(task.first, task.end)
+            rows = np.fromiter((row for row in every if row not in task.excluded), np.int64)
             for start in range(0, len(rows), self._batch_size):
                 yield rows[start : start + self._batch_size]
-            self._say(Wanted())
-            order = self._connection.recv()
+            self._send(TaskRequest())
+            task = self._connection.recv()
 
     def _complete(self) -> Iterator[_Part]:
         """The parts in front of which every input is a row or a reject; they are made."""
@@ -158,12 +147,12 @@ class _Worker:
     def _mark(self, rows: Sequence[int], is_alone: bool) -> Iterator[None]:
         """Shows the supervisor which rows are in a decoder's hands; one file's time is limited."""
         with self._decoders.at_work(alone=not self._apart.isdisjoint(rows)):
-            slots = [self._flying.enter(row, timed=is_alone) for row in rows]
+            slots = [self._in_flight.enter(row, timed=is_alone) for row in rows]
             try:
                 yield
             finally:
                 for slot in slots:
-                    self._flying.leave(slot)
+                    self._in_flight.leave(slot)
 
     def _is_known(self, row: int, digest: str, count: int) -> bool:
         """Whether the vector is known; a file that is not as listed is decoded for its size."""
@@ -172,7 +161,7 @@ class _Worker:
     def _add(self, batch: EvaluationBatch, vectors: NDArray[np.float32]) -> None:
         """Puts the rows of a batch into their parts."""
         for part in self._parts:
-            inside = range(part.order.first, part.order.end)
+            inside = range(part.task.first, part.task.end)
             good = np.flatnonzero((batch.rows >= inside.start) & (batch.rows < inside.stop))
             known = [(row, digest) for row, digest in batch.known if row in inside]
             found = [self._known.find(digest) for _, digest in known]
@@ -188,7 +177,7 @@ class _Worker:
 
     def _write(self, part: _Part) -> None:
         """Writes a part and says so."""
-        number, folder = part.order.part, self._folder
+        number, folder = part.task.part, self._folder
         rows = np.concatenate([np.zeros(0, np.int64), *part.rows])
         order = np.argsort(rows)
         rows, vectors = rows[order], np.concatenate([self._no_vectors(), *part.vectors])[order]
@@ -199,25 +188,27 @@ class _Worker:
         )
         columns = table.rows(self._footer, listed, [part.digests[i] for i in order], vectors)
         columns = _with_sizes(columns, sizes)
-        beside = folder / f"part-{number:06d}.tmp"
+        temporary = folder / f"part-{number:06d}.tmp"
         with artifact.disk_errors(folder):
-            table.write(beside, table.schema(self._footer), [columns])
-            digest = artifact.file_digest(beside)
+            table.write(temporary, table.schema(self._footer), [columns])
+            digest = artifact.file_digest(temporary)
         paths = self._index.table["path"]
         rejects = [
             FileRejected(str(paths[row].as_py()), "decode", why)
             for row, why in sorted(part.rejects)
         ]
         names = tuple(str(paths[int(rows[i])].as_py()) for i in changed)
-        self._say(
-            Written(number, beside.name, digest, len(rows), part.reused, tuple(rejects), names)
+        self._send(
+            PartWritten(
+                number, temporary.name, digest, len(rows), part.reused, tuple(rejects), names
+            )
         )
 
     def _no_vectors(self) -> NDArray[np.float32]:
         return np.zeros((0, self._encoder.dimension), np.float32)
 
-    def _say(self, message: Wanted | Advanced | Written) -> None:
-        with self._saying:
+    def _send(self, message: TaskRequest | PartProgress | PartWritten) -> None:
+        with self._sending:
             self._connection.send(message)
 
 

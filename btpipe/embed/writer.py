@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from btpipe.data.index import Index
 from btpipe.embed import known, outputs, table, work
-from btpipe.embed.crew import Crew
-from btpipe.embed.on_ray import RayCrew
-from btpipe.embed.orders import Advanced, Begin, Order, Written
+from btpipe.embed.crew import WorkerPool
+from btpipe.embed.on_ray import RayPool
+from btpipe.embed.orders import JobStarted, PartProgress, PartTask, PartWritten
 from btpipe.events import FileRejected, Note, Progressed, Report, Warned
 
 REPORT_SECONDS = 0.5
@@ -35,7 +35,7 @@ class Writer:
         self.index, self.refused, self.footer = index, refused, footer
         self.folder, self.report, self._check = folder, report, check
 
-    def follow(self, fresh: work.Plan, earlier: Path | None, *, overwrite: bool) -> None:
+    def follow(self, fresh: work.JobPlan, earlier: Path | None, *, overwrite: bool) -> None:
         """Takes up the plan that was begun, or begins `fresh`.
 
         Vectors of `earlier`, a table with these settings, and of parts of an older plan are kept
@@ -55,8 +55,13 @@ class Writer:
             self.report(Note(f"goes on: {kept} of {self.plan.rows} images are done"))
 
     def _replace(
-        self, found: work.Plan | None, fresh: work.Plan, earlier: Path | None, *, overwrite: bool
-    ) -> work.Plan:
+        self,
+        found: work.JobPlan | None,
+        fresh: work.JobPlan,
+        earlier: Path | None,
+        *,
+        overwrite: bool,
+    ) -> work.JobPlan:
         """Makes `fresh` the plan; nothing of the one before is lost until it is."""
         tables = [earlier] if earlier else []
         if found is not None and work.has_commits(self.folder, found):
@@ -80,27 +85,27 @@ class Writer:
         work.write_plan(self.folder, fresh)
         return fresh
 
-    def embed(self, crew: Crew | RayCrew, batch_size: int | None) -> int:
+    def embed(self, pool: WorkerPool | RayPool, batch_size: int | None) -> int:
         """Has the missing parts made and commits them; returns how many images that was."""
         missing = [part for part in range(self.plan.parts) if part not in self.done]
         if not missing:
             return 0
         ranges = [self.plan.part_range(part) for part in missing]
-        orders = [
-            Order(part, rows.start, rows.stop, {})
+        tasks = [
+            PartTask(part, rows.start, rows.stop, {})
             for part, rows in zip(missing, ranges, strict=True)
         ]
         meter = _Meter(sum(map(len, ranges)), self.plan.rows, self.report)
-        begin = Begin(self.folder, self.footer, batch_size)
-        for message in crew.work(begin, self.index, orders):
-            if isinstance(message, Advanced):
+        started = JobStarted(self.folder, self.footer, batch_size)
+        for message in pool.work(started, self.index, tasks):
+            if isinstance(message, PartProgress):
                 meter.add(message)
             else:
                 self._commit(message)
         self._check()
         return meter.done
 
-    def _commit(self, written: Written) -> None:
+    def _commit(self, written: PartWritten) -> None:
         for path in written.changed:
             what = "changed since it was listed; the vector is of what was read"
             self.report(Warned(f"{path}: {what}"))
@@ -114,7 +119,7 @@ class Writer:
             written.reused,
             written.rejects,
         )
-        work.commit(self.folder, done, self.folder / written.beside)
+        work.commit(self.folder, done, self.folder / written.temporary)
         self.done[written.part] = done
 
     def finish(self, out: Path) -> None:
@@ -145,7 +150,7 @@ class _Meter:
         self._started = time.monotonic()
         self._reported = 0.0
 
-    def add(self, step: Advanced) -> None:
+    def add(self, step: PartProgress) -> None:
         """Some more inputs are done; a part that is made again does not count twice."""
         self.done = min(self.done + step.images, self._total - self._before)
         self._waited += step.waited_seconds

@@ -107,13 +107,13 @@ def _embed(vectors: Vectors, image: Path, model: Path | None) -> NDArray[np.floa
     from btpipe.embed import encoder  # noqa: PLC0415
 
     footer = vectors.footer
-    settings = encoder.Settings(
+    config = precisions.EncoderConfig(
         bundle,
         engine=cast(precisions.Engine, footer["btpipe.engine"]),
-        precision=cast(precisions.Asked, footer["btpipe.precision"]),
+        precision=cast(precisions.RequestedPrecision, footer["btpipe.precision"]),
         layer=cast(precisions.Layer, footer["btpipe.layer"]),
     )
-    return neighbours.normalize(encoder.Encoder(settings).embed([image]))
+    return neighbours.normalize(encoder.Encoder(config).embed([image]))
 
 
 def _bundle(digest: str, vectors: Vectors) -> Path:

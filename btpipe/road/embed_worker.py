@@ -21,8 +21,8 @@ from btpipe.data import reading
 from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index, open_index
 from btpipe.embed import outputs, table
-from btpipe.embed.encoder import Encoder, Settings
-from btpipe.embed.precisions import Precision
+from btpipe.embed.encoder import Encoder
+from btpipe.embed.precisions import EncoderConfig, Precision
 from btpipe.export import contract, weights
 from btpipe.export.contract import Preprocessing
 from btpipe.road import published_views
@@ -195,7 +195,7 @@ def write_alone(load: Load) -> Prepared:
 
 
 def _encoder(load: Load, engine: Engine, precision: Precision) -> Encoder:
-    return Encoder(Settings(load.bundle, device=load.device, engine=engine, precision=precision))
+    return Encoder(EncoderConfig(load.bundle, load.device, engine, precision))
 
 
 def _batches(load: Load, index: Index, encoder: Encoder) -> Iterator[EvaluationBatch]:

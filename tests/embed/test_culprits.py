@@ -9,7 +9,8 @@ from tiny_run import draw_images, shared_home
 
 from btpipe.embed import culprits
 from btpipe.embed.job import embed
-from btpipe.embed.orders import Choice, Setup
+from btpipe.embed.orders import WorkerConfig
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.events import Event, Warned
 
 LIMIT_SECONDS = 30.0
@@ -30,8 +31,8 @@ def test_the_files_that_end_a_process_are_found_and_no_other(
     files = {10 + i: path.read_bytes() for i, path in enumerate(draw_images(tmp_path, IMAGES))}
     files[13] += CRASH
     files[21] += KILL
-    setup = Setup(Choice(tmp_path), threads=1, gpu=gpu, decode=decode)
-    found = culprits.find(files, setup, limit_seconds=LIMIT_SECONDS, should_stop=lambda: False)
+    config = WorkerConfig(EncoderConfig(tmp_path, threads=1), gpu=gpu, decode=decode)
+    found = culprits.find(files, config, limit_seconds=LIMIT_SECONDS, should_stop=lambda: False)
     assert found == {
         13: "decoding ended the process (SIGSEGV)",
         21: "decoding ended the process (SIGKILL)",

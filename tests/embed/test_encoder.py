@@ -19,8 +19,9 @@ from tiny_run import SIZE, draw_images, shared_home
 import btpipe
 from btpipe import recipe, runtime
 from btpipe.embed import precisions
-from btpipe.embed.encoder import CPU_BATCH_IMAGES, Encoder, Settings, load
+from btpipe.embed.encoder import CPU_BATCH_IMAGES, Encoder, load
 from btpipe.embed.job import embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import MachineError, UsageError
 from btpipe.events import ignore
 from btpipe.export import onnx, weights
@@ -117,7 +118,7 @@ def test_a_vector_is_the_same_to_the_bit_in_any_batch_on_any_number_of_threads(
     bundle: Path, pixels: NDArray[np.uint8], engine: str
 ) -> None:
     name: precisions.Engine = "onnx" if engine == "onnx" else "torch"
-    asked: precisions.Asked = "bf16" if engine == "bf16" else "fp32"
+    asked: precisions.RequestedPrecision = "bf16" if engine == "bf16" else "fp32"
     few = pixels[:19]
     wanted = load(bundle, device="cpu", engine=name, precision=asked).embed(few)
     for threads, sizes in ((1, (5,)), (3, (3, 18))):
@@ -277,10 +278,12 @@ def test_small_images_come_in_larger_batches(bundle: Path) -> None:
     assert load(bundle, device="cpu").batch_size == CPU_BATCH_IMAGES
 
 
-def test_settings_cross_to_another_process(bundle: Path, pixels: NDArray[np.uint8]) -> None:
-    settings = Settings(bundle, device="cpu", threads=1, normalize=True)
-    copied = Encoder(pickle.loads(pickle.dumps(settings)))
-    assert np.array_equal(copied.embed(pixels), Encoder(settings).embed(pixels))
+def test_a_configuration_crosses_to_another_process(
+    bundle: Path, pixels: NDArray[np.uint8]
+) -> None:
+    config = EncoderConfig(bundle, device="cpu", threads=1, normalize=True)
+    copied = Encoder(pickle.loads(pickle.dumps(config)))
+    assert np.array_equal(copied.embed(pixels), Encoder(config).embed(pixels))
 
 
 def test_load_is_in_the_package_without_torch_and_nothing_heavy_before(bundle: Path) -> None:
