@@ -17,7 +17,6 @@ and its gradient needs the sum of its partners': the cost grows with the views, 
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -34,7 +33,6 @@ BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 caches, large enough to keep a GPU busy."""
 
 Form = Literal["gram", "cross"]
-Wire = Literal["auto", "bf16"]
 Pair = tuple[int, int]
 """Two views whose correlation is taken."""
 Halves = tuple[torch.Tensor, torch.Tensor, Sequence[torch.Tensor]]
@@ -72,16 +70,12 @@ class Standardised:
         self.mean, variance = _moments(self.own)
         self.deviation = (variance + EPSILON).sqrt()
         self.dead = (variance <= DEAD_VARIANCE).sum()
-        self._shift, self._scale = self.mean, 1 / self.deviation
+        self._scale = 1 / self.deviation
         self._first = runtime.rank() * len(z)
         self._whole: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def gather(self, wire: Wire) -> None:
+    def gather(self) -> None:
         """Collects the rows of all ranks."""
-        if wire == "bf16" and runtime.world_size() > 1 and self.own.dtype.itemsize > 2:
-            # Rounded where values are of order 1, and on all ranks alike: the loss stays one.
-            self.own = ((self.own - self._shift) * self._scale).to(torch.bfloat16)
-            self._shift, self._scale = torch.zeros_like(self.mean), torch.ones_like(self.mean)
         self.every = runtime.gather_rows(self.own)
 
     def block(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +93,7 @@ class Standardised:
         return self._whole[0] if self._whole else self._standard(self.own, columns)
 
     def _standard(self, rows: torch.Tensor, columns: slice) -> torch.Tensor:
-        return (rows[:, columns] - self._shift[columns]).mul_(self._scale[columns])
+        return (rows[:, columns] - self.mean[columns]).mul_(self._scale[columns])
 
 
 Views = Sequence[Standardised]
@@ -136,7 +130,6 @@ def value_and_gradient(
     z: Sequence[torch.Tensor],
     lambd: float,
     form: Form,
-    wire: Wire = "auto",
     pairs: Sequence[Pair] = ((0, 1),),
 ) -> tuple[Terms, list[torch.Tensor]]:
     """Loss over the global batch, and its gradient for this rank's rows.
@@ -151,7 +144,7 @@ def value_and_gradient(
     each view.
     """
     views = [Standardised(one) for one in z]
-    make = functools.partial(_gram, wire=wire) if form == "gram" else _cross
+    make = _gram if form == "gram" else _cross
     squares, diagonals, gradients = make(views, pairs, lambd)
     terms = Terms(
         on_diagonal=(1 - diagonals).square().sum(1).mean(),
@@ -162,10 +155,10 @@ def value_and_gradient(
     return terms, list(gradients)
 
 
-def _gram(views: Views, pairs: Sequence[Pair], lambd: float, wire: Wire = "auto") -> Halves:
+def _gram(views: Views, pairs: Sequence[Pair], lambd: float) -> Halves:
     """From (n, N) slices of each view's Gram matrix, a block of columns at a time."""
     for view in views:
-        view.gather(wire)
+        view.gather()
     rows, dimension = views[0].own.shape
     count = rows * runtime.world_size()
     blocks = _blocks(count, views[0].own)

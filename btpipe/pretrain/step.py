@@ -93,7 +93,7 @@ def update(core: Core, views: Sequence[torch.Tensor], lr: float, bias_lr: float)
     parameters = [p for p in core.network.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     found = finite.flags(gradients, list(embedded.z))
-    runtime.sum_gradients(parameters, core.recipe.run.gradient_wire)
+    runtime.sum_gradients(parameters)
     if core.scale:
         core.scale.unscale(gradients)
     core.optimizer.found_inf = found.found_inf  # type: ignore[attr-defined]
@@ -112,9 +112,7 @@ def _backward(core: Core, views: Sequence[torch.Tensor]) -> tuple[network.Embedd
 
     def judge(z: Sequence[torch.Tensor]) -> tuple[loss.Terms, list[torch.Tensor]]:
         settings = core.recipe.loss
-        terms, gradients = loss.value_and_gradient(
-            z, settings.lambd, core.form, settings.wire, core.recipe.pairs
-        )
+        terms, gradients = loss.value_and_gradient(z, settings.lambd, core.form, core.recipe.pairs)
         factor = settings.scale / core.recipe.optim.reference_world_size
         scale = core.scale.scale * factor if core.scale else factor
         return terms, [gradient.mul_(scale) for gradient in gradients]

@@ -133,9 +133,6 @@ class Loss(Table):
     """Factor on the loss before its gradient: 1 as published, others have others."""
     form: Literal["auto", "gram", "cross"] = "auto"
     """"gram": two N x N matrices; "cross": the D x D one. Equal; "auto" takes the cheaper."""
-    wire: Literal["auto", "bf16"] = "auto"
-    """What ranks send of their embeddings: "auto" as the network computes them, exact; "bf16" half
-    of float32, rounded after standardisation."""
 
 
 class Optim(Table):
@@ -179,8 +176,6 @@ class Run(Table):
     memory_budget: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the encoder's activations that is kept for the backward pass; the rest is computed
     again. Same gradient, less memory, up to a third more time."""
-    gradient_wire: Literal["fp32", "bf16"] = "fp32"
-    """What ranks send of their gradients; "bf16" is half of it, rounded to 8 bits."""
     checkpoint_minutes: NotNegative = 10.0
     """Minutes between checkpoints; the end of the run always gets one."""
     checkpoint_steps: Annotated[int, Field(ge=0)] = 0

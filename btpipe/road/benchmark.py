@@ -23,7 +23,7 @@ from btpipe.pretrain import loss, step
 from btpipe.recipe import Recipe, Run
 from btpipe.recipe.tables import Backbone
 from btpipe.road import benchmark_worker as worker
-from btpipe.road import compiling, wire
+from btpipe.road import compiling
 from btpipe.road.benchmark_worker import Device, Sizes
 from btpipe.road.seat import Prepared, Seat, Turn
 
@@ -59,7 +59,7 @@ class Row:
 
 
 def run(options: Options, report: Report, *, compiled: bool, loss_only: bool) -> None:
-    """Measures and reports: the step, the loss alone, LARS, traffic on paper, its error.
+    """Measures and reports: the step, the loss alone, LARS.
 
     `compiled` adds rows under torch.compile; `loss_only` leaves the loss's table alone.
     """
@@ -72,8 +72,6 @@ def run(options: Options, report: Report, *, compiled: bool, loss_only: bool) ->
     report(_loss_table(options, device))
     if not loss_only:
         report(_lars_table(options, device))
-        report(wire.paper_table(options.sizes))
-        report(wire.error_table())
     text = f"{options.turns} turns a row, on {machine(device)}"
     report(Finished("bench step", text, time.perf_counter() - started))
 

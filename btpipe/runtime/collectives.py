@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -131,14 +131,8 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     return gather(x).flatten(0, 1)
 
 
-def sum_gradients(
-    parameters: Sequence[torch.nn.Parameter], wire: Literal["fp32", "bf16"] = "fp32"
-) -> None:
-    """Replaces every `.grad` by its sum over ranks, in buckets that are under way together.
-
-    `wire` "bf16" rounds what is sent, and the sum, to bfloat16: half the bytes, 8 bits. "fp32"
-    sends gradients as they are.
-    """
+def sum_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Replaces every `.grad` by its sum over ranks, in buckets that are under way together."""
     if world_size() == 1:
         return
     import torch
@@ -148,8 +142,6 @@ def sum_gradients(
     under_way = []
     for bucket in _buckets(gradients):
         flat = torch.cat([_memory_order(gradient) for gradient in bucket])
-        if wire == "bf16":
-            flat = flat.bfloat16()
         under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
     for bucket, flat, work in under_way:
         assert work is not None
