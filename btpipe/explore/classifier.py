@@ -184,7 +184,7 @@ def _update(
     loss = functional.cross_entropy(model(images), labels) / runtime.world_size()
     loss.backward()  # type: ignore[no-untyped-call]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    runtime.sum_gradients([p for p in parameters if p.grad is not None], "fp32")
+    runtime.sum_gradients([p for p in parameters if p.grad is not None])
     optimizer.step()
     return loss.detach()
 
