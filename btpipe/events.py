@@ -7,24 +7,49 @@ or nobody is listening.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+
+def _now() -> float:
+    return round(time.time(), 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Something that happened. `name` is how it is called in JSON lines."""
+    """Something that happened. `name` is how it is called in JSON lines.
+
+    `time`: when, in seconds since 1970 (UTC). Set where the event is made, so that a run's log and
+    the command's output have the same.
+    """
+
+    time: float = dataclasses.field(default_factory=_now, kw_only=True, compare=False)
 
     @property
     def name(self) -> str:
         return type(self).__name__
 
     def record(self) -> dict[str, object]:
-        """The event as a flat record for JSON, `event` first; what is not finite is None there."""
-        fields = dataclasses.asdict(self)
-        for key, value in fields.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                fields[key] = None
-        return {"event": self.name, **fields}
+        """The event as a record for JSON, `event` first; what is not finite is None there."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"event": self.name, **{name: _plain(value) for name, value in fields.items()}}
+
+
+def _plain(value: object) -> object:
+    """A value as JSON has it: records, lists, text, numbers; None for what is not finite."""
+    if dataclasses.is_dataclass(value):
+        names = (field.name for field in dataclasses.fields(value))
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    return value
 
 
 Report = Callable[[Event], None]
@@ -51,6 +76,18 @@ class Warned(Event):
     """Something the user should know and may have to act on."""
 
     text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Error(Event):
+    """What ended the command: the exit code, the error's class, and its message in parts."""
+
+    code: int
+    kind: str
+    what: str
+    where: str = ""
+    expected: str = ""
+    fix: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

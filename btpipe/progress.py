@@ -25,6 +25,8 @@ Mode = Literal["auto", "json"]
 NUMBER = re.compile(r"[-+<~]?\.?\d|nan|-?$")
 """How a cell begins that is lined up by its end."""
 REJECTS_SHOWN = 5
+WIDE = 100_000
+"""Columns of what is no terminal: a file or a pipe takes every table as wide as it needs to be."""
 ALARM_STYLE = "bold red"
 
 
@@ -54,7 +56,7 @@ class _Display:
     def __init__(self) -> None:
         self._errors, self._results = Console(stderr=True), Console()
         if not self._results.is_terminal:
-            self._results = Console(width=100, soft_wrap=True)
+            self._results = Console(width=WIDE, soft_wrap=True)
         elif self._errors.is_terminal:
             self._results = self._errors  # which knows where the live lines are: above them
         self._bars = Progress(
@@ -245,7 +247,7 @@ def _table(event: events.Tabled) -> Table:
     table = Table(title=event.title, title_justify="left", title_style="bold")
     for i, column in enumerate(event.columns):
         numbers = i > 0 and all(NUMBER.match(row[i]) for row in event.rows)
-        table.add_column(column, justify="right" if numbers else "left")
+        table.add_column(column, justify="right" if numbers else "left", overflow="fold")
     for row in event.rows:
         table.add_row(*map(Text, row))  # in plain text rich would take [brackets] for markup
     return table

@@ -1,5 +1,6 @@
 """The command line as a process: exit codes and what it says, as a shell sees them."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from tiny_run import draw_images
 from typer.testing import CliRunner
 
 from btpipe import errors
+from btpipe.__main__ import main
 from btpipe.cli import app
 
 
@@ -62,6 +64,30 @@ def test_a_mistake_is_answered_by_what_to_do_and_2(
     assert done.returncode == 2, done.stderr
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("verify", "nowhere"), {"kind": "UsageError", "where": "nowhere"}),
+        (("plan", "imagnet.toml"), {"kind": "RecipeError", "where": "imagnet.toml"}),
+        (("scan", "images", "--limit", "much"), {"kind": "BadParameter"}),
+        (("scan", "--depht", "list"), {"kind": "NoSuchOption"}),
+        (("scan",), {"kind": "MissingParameter", "what": "Missing argument 'INPUT...'."}),
+    ],
+)
+def test_a_mistake_is_one_line_of_json_for_a_machine(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], error: dict[str, str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--json"])
+    assert ended.value.code == 2
+    written = capsys.readouterr()
+    said = json.loads(written.out)
+    assert said.keys() == {"event", "time", "code", "kind", "what", "where", "expected", "fix"}
+    assert {"event": "Error", "code": 2, **error}.items() <= said.items()
+    assert said["what"]
+    assert not written.err
 
 
 def test_every_error_has_its_own_exit_code() -> None:

@@ -7,11 +7,13 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from btpipe import events, progress
+from btpipe.pretrain import folder
 
 STEP = events.StepDone(
     step=40,
@@ -83,11 +85,18 @@ def test_json_lines_hold_every_field(capsys: pytest.CaptureFixture[str]) -> None
         report(STEP)
         report(events.Warned("careful"))
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert first == {
-        "event": "StepDone",
-        **{k: v for k, v in STEP.record().items() if k != "event"},
-    }
+    assert first == {"event": "StepDone", **dataclasses.asdict(STEP)}
+    assert second.pop("time") == pytest.approx(time.time(), abs=60)
     assert second == {"event": "Warned", "text": "careful"}
+
+
+def test_a_runs_log_has_the_lines_that_a_machine_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress.show("json") as report, folder.log(tmp_path, report) as logged:
+        logged(STEP)
+        logged(events.Alarm(40, "collapse", "text"))
+    assert (tmp_path / "events.jsonl").read_text() == capsys.readouterr().out
 
 
 def test_numbers_that_are_not_finite_are_null_in_json_lines(
@@ -116,6 +125,16 @@ def test_without_a_terminal_only_results_and_warnings_are_written(
     assert "below" in written.out
     assert "x[y]" in written.out  # no markup
     assert "epoch" not in written.out
+
+
+def test_through_a_pipe_a_table_is_whole_however_wide(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = tuple(f"{'name' * 30}-{i}.onnx" for i in range(8))
+    with progress.show("auto") as report:
+        report(events.Tabled("title " * 60 + "end", cells, (cells,)))
+    title, _, head, _, row, _ = capsys.readouterr().out.splitlines()
+    assert title.rstrip().endswith(" end")
+    for line in (head, row):
+        assert [cell for cell in re.split(r"[\s\u2502\u2503]+", line) if cell] == list(cells)
 
 
 def test_many_rejects_are_counted_not_listed(capsys: pytest.CaptureFixture[str]) -> None:

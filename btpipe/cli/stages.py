@@ -101,6 +101,7 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Train an encoder on unlabelled images. Run again, it goes on from its last checkpoint."""
+    from btpipe import events, progress
     from btpipe import recipe as recipes
 
     start = [f"network.init_from={json.dumps(init_from)}"] if init_from else []
@@ -110,16 +111,18 @@ def pretrain(
     from btpipe.pretrain import sbatch as slurm
 
     run = runs / (name or recipe.stem)
+    mode: progress.Mode = "json" if as_json else "auto"
     job = slurm.Job(nodes, devices, time, partition)
     if sbatch is not None:
         pairs = [word for setting in settings for word in ("--set", setting)]
         place = ["--name", run.name, "--runs", str(runs)]
         words = ["pretrain", str(recipe), *pairs, *place, *(["--json"] if as_json else [])]
         slurm.write(sbatch, run.name, wanted, words, job)
-        typer.echo(f"{sbatch} is written: sbatch {sbatch}")
+        with progress.show(mode) as report:
+            report(events.Note(f"{sbatch} is written: sbatch {sbatch}"))
         return
     job.require_default()
-    launch.pretrain(run, wanted, devices=devices, mode="json" if as_json else "auto")
+    launch.pretrain(run, wanted, devices=devices, mode=mode)
 
 
 @app.command()

@@ -75,15 +75,13 @@ class _Run:
             self.close()
             self._writer = self._begin()
             self._lines, self._marks = {}, ()
-        # The log keeps no times of its steps: all points have that of its last change.
-        told = (run.path / "events.jsonl").stat().st_mtime
         for tag, line in lines.items():
             for step, value in line[len(self._lines.get(tag, ())) :]:
-                self._writer.add_scalar(tag, value, step, walltime=told)
+                self._writer.add_scalar(tag, value, step, walltime=run.times.get(step))
         for mark in marks:
             if mark not in self._marks:
                 tag = "restarts" if mark in run.starts else f"alarms/{mark.about}"
-                self._writer.add_text(tag, mark.text, mark.step, walltime=told)
+                self._writer.add_text(tag, mark.text, mark.step, walltime=run.times.get(mark.step))
         self._writer.flush()
         self._lines, self._marks = lines, marks
 

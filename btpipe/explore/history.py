@@ -51,6 +51,7 @@ class Mark:
 class History:
     """One run, as far as it went. `floor` is the loss's; `starts` are the steps it went on from.
 
+    `times`: step to seconds since 1970, when it was last told of; empty for an older btpipe's log.
     `steps` is where it ends; `ended` says whether its last start got there or ended otherwise.
     """
 
@@ -59,6 +60,7 @@ class History:
     series: Mapping[str, Series]
     alarms: tuple[Mark, ...]
     starts: tuple[Mark, ...]
+    times: Mapping[int, float]
     floor: float
     lambd: float
     batch_size: int
@@ -102,6 +104,7 @@ def read(run: Path) -> History:
             series={name: tuple(sorted(line.items())) for name, line in told.lines.items()},
             alarms=tuple(told.alarms),
             starts=tuple(told.starts),
+            times=told.times,
             floor=float(str(told.begun["loss_floor"])),
             lambd=described.loss.lambd,
             batch_size=int(str(told.begun["batch_size"])),
@@ -157,6 +160,7 @@ class _Told:
         self.lines: dict[str, dict[int, float]] = {
             name: {} for names in FIELDS.values() for name in names
         }
+        self.times: dict[int, float] = {}
         self.alarms: list[Mark] = []
         self.starts: list[Mark] = []
 
@@ -164,6 +168,9 @@ class _Told:
         """Takes one event."""
         event, step = record.get("event"), record.get("step")
         at = step if isinstance(step, int) else 0
+        time = record.get("time")
+        if isinstance(time, int | float):
+            self.times[at] = float(time)
         if event == "RunStarted":
             self._start(record, at)
         elif event == "Finished":

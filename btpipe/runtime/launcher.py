@@ -31,12 +31,10 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 @dataclasses.dataclass(frozen=True)
 class _Note:
-    """What a rank says before it ends with an error; `lost_peer`: another rank is the cause."""
+    """What a rank says before it ends with an error."""
 
     rank: int
-    text: str
-    exit_code: int
-    lost_peer: bool = False
+    error: BtpipeError
 
 
 def launch(count: int, entry: Callable[..., None], arguments: Sequence[object]) -> None:
@@ -134,11 +132,10 @@ def _rank(
     try:
         entry(*arguments)
     except BtpipeError as error:
-        lost_peer = isinstance(error, LostRankError)
-        _leave(notes, _Note(rank, str(error), error.exit_code, lost_peer))
+        _leave(notes, _Note(rank, error))
     except Exception:
         text = traceback.format_exc()[-NOTE_CHARACTERS:]
-        _leave(notes, _Note(rank, f"a bug, met by rank {rank}:\n{text}", BtpipeError.exit_code))
+        _leave(notes, _Note(rank, BtpipeError(f"a bug, met by rank {rank}:\n{text}")))
     # Its work is done: threads of a process group that are torn down at the end of the interpreter
     # have ended a rank by SIGABRT ("terminate called without an active exception").
     sys.stdout.flush()
@@ -150,8 +147,8 @@ def _leave(notes: "SimpleQueue[_Note]", note: _Note) -> NoReturn:
     try:
         notes.put(note)
     except OSError:  # the launcher is gone
-        sys.stderr.write(f"{note.text}\n")
-    sys.exit(note.exit_code)
+        sys.stderr.write(f"{note.error}\n")
+    sys.exit(note.error.exit_code)
 
 
 def _first_to_fail(ranks: Sequence[SpawnProcess]) -> int | None:
@@ -210,10 +207,8 @@ def _raise(
     if signals.twice:
         raise KeyboardInterrupt
     for note in notes:
-        if not note.lost_peer:
-            error = (Stopped if note.exit_code == Stopped.exit_code else BtpipeError)(note.text)
-            error.exit_code = note.exit_code
-            raise error
+        if not isinstance(note.error, LostRankError):  # else another rank is the cause
+            raise note.error
     if signals.asked:
         raise Stopped(f"stopped by {signals.asked}", fix="run the same command to go on")
     lost, how, fix = [failed], "", AGAIN
@@ -227,7 +222,7 @@ def _raise(
     elif notes:
         told = {note.rank for note in notes}
         lost = [number for number in range(len(ranks)) if number not in told] or lost
-        how = "it does not answer" if failed not in lost else notes[0].text
+        how = "it does not answer" if failed not in lost else str(notes[0].error)
     else:
         how = f"it ended with exit code {exit_code}"
     raise MachineError(f"rank {', '.join(map(str, lost))} was lost ({how})", fix=fix)

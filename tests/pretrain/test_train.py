@@ -16,7 +16,6 @@ from tiny_run import draw_images
 from btpipe import artifact
 from btpipe import recipe as recipes
 from btpipe.errors import (
-    BtpipeError,
     BudgetError,
     MachineError,
     NumericsError,
@@ -255,9 +254,9 @@ def test_unreadable_images_are_replaced_and_named(tmp_path: Path) -> None:
     with pytest.raises(BudgetError):
         pretrain(recipe, folder, "data.max_bad=0", name="strict")
     # One of two ranks meets the file: its error is told, not that the other one lost it.
-    with pytest.raises(BtpipeError, match=r"data\.max_bad") as failed:
+    with pytest.raises(BudgetError, match=r"data\.max_bad") as failed:
         pretrain(recipe, folder, "data.max_bad=0", name="strict-two", devices="2")
-    assert failed.value.exit_code == BudgetError.exit_code
+    assert (failed.value.where, failed.value.exit_code) == (str(folder), 3)
 
 
 def test_a_full_disk_ends_with_5_and_the_same_command_goes_on_when_there_is_space(

@@ -69,6 +69,9 @@ def test_tensorboard_reads_every_number_and_alarm(tmp_path: Path) -> None:
     losses = [value for _, value in found["loss/total"]]
     assert losses == pytest.approx([300 / step for step in range(1, 41)], FLOAT32)
     assert found["loss/off_diagonal"][0][1] == pytest.approx(200 * Recipe().loss.lambd, FLOAT32)
+    when = accumulators.EventAccumulator(str(board / "r")).Reload().Scalars("loss/total")
+    told = [json.loads(line)["time"] for line in (run / "events.jsonl").open()][1:41]
+    assert [point.wall_time for point in when] == told
     assert set(found["loss/floor"]) == {(step, 12.5) for step in range(1, 41)}
     assert found["rank/encoder"] == [(20, 33.0)]
     assert found["knn/accuracy"] == [(20, 0.625)]
