@@ -22,7 +22,7 @@ from btpipe import recipe, runtime
 from btpipe.data import index as indexes
 from btpipe.data.index import Index
 from btpipe.data.loader import TrainingLoader
-from btpipe.events import Event, FileRejected
+from btpipe.events import Event, Rejected
 from btpipe.recipe import Recipe
 
 
@@ -115,7 +115,7 @@ def loader_of(index: Index, described: Recipe, on: torch.device) -> TrainingLoad
     """A loader of one process from step 0; what it rejects is printed."""
 
     def report(event: Event) -> None:
-        if isinstance(event, FileRejected):
+        if isinstance(event, Rejected):
             print(event)
 
     return TrainingLoader(

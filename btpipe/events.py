@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 
 def _now() -> float:
@@ -64,6 +65,11 @@ def per_second(count: int, seconds: float) -> float:
     return count / seconds if seconds > 0 else 0.0
 
 
+Kind = Literal["content", "gone", "machine"]
+"""content: the file is damaged, or nothing that is decoded; gone: it vanished after it was listed;
+machine: the disk, the network or a permission kept it away."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Note(Event):
     """A sentence worth reading once."""
@@ -91,12 +97,19 @@ class Error(Event):
 
 
 @dataclasses.dataclass(frozen=True)
-class FileRejected(Event):
-    """An input that is not used, the stage that refused it and why."""
+class Rejected(Event):
+    """An input that is not used, the stage that refused it and why.
+
+    `bytes` and `mtime_ns` say which content it was, -1 where that is not known or it is to be tried
+    again.
+    """
 
     path: str
     stage: str
+    kind: Kind
     reason: str
+    bytes: int = -1
+    mtime_ns: int = -1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,7 +105,7 @@ class _Display:
                     self._print(knn_text(event))
             case events.Progressed():
                 self._bar(event.job, event.done, event.total, pace_text(event))
-            case events.FileRejected():
+            case events.Rejected():
                 self._reject(event)
             case events.Compiled() | events.CheckpointSaved():
                 if self._errors.is_terminal:
@@ -141,7 +141,7 @@ class _Display:
             self._tasks[job] = self._bars.add_task(job, rate="")
         self._bars.update(self._tasks[job], completed=done, total=total, rate=rate)
 
-    def _reject(self, event: events.FileRejected) -> None:
+    def _reject(self, event: events.Rejected) -> None:
         """The first few by name; the rest are in the rejects file."""
         self._rejected += 1
         if self._rejected <= REJECTS_SHOWN:

@@ -140,7 +140,7 @@ def test_through_a_pipe_a_table_is_whole_however_wide(capsys: pytest.CaptureFixt
 def test_many_rejects_are_counted_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.show("auto") as report:
         for i in range(50):
-            report(events.FileRejected(f"{i}.jpg", "decode", "empty file"))
+            report(events.Rejected(f"{i}.jpg", "decode", "content", "empty file"))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == progress.REJECTS_SHOWN + 1
     assert lines[0] == "rejected: 0.jpg (decode): empty file"

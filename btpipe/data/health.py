@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from btpipe.data import decoding, header
-from btpipe.data.rejects import Reject
+from btpipe.events import Rejected
 
 FLAT_LEVELS = 8
 """Grey levels between the darkest and the brightest pixel of a picture of one colour: what JPEG
@@ -74,7 +74,7 @@ def _is_flat(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bool:
     return True
 
 
-def advice(rejects: Iterable[Reject]) -> list[tuple[str, str, str, str]]:
+def advice(rejects: Iterable[Rejected]) -> list[tuple[str, str, str, str]]:
     """(kind of reason, how many, what to do, examples), the most frequent first."""
     kinds: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for reject in rejects:

@@ -36,7 +36,7 @@ from btpipe.data.sources.recall import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, UsageError
-from btpipe.events import FileRejected, Progressed, Report, ignore, per_second
+from btpipe.events import Progressed, Rejected, Report, ignore, per_second
 
 __all__ = ["FORMAT_VERSION", "SCHEMA", "Index", "Source", "build", "open_index"]
 
@@ -194,7 +194,7 @@ def build(
     report: Report = ignore,
     depth: Literal["list", "header"] = "header",
     known: Recall = folder.NOTHING,
-) -> tuple[Index, list[FileRejected]]:
+) -> tuple[Index, list[Rejected]]:
     """The images of all inputs, in their order, and what of them cannot be used.
 
     An input is whatever `sources.inputs.KINDS` says. Of a folder the paths are relative to it, of
@@ -250,7 +250,7 @@ def _moved(known: Index, beside: Path, root: Path) -> collecting.Part:
     name = inputs.relative(os.fspath(known.root), root)
     own = known.sources or (Source("folder", os.fspath(known.root)),)
     kept = [origin.listed() for origin in own]
-    bad = [reject.below(f"{name}/" if name else "").event for reject in rejects.read(beside)]
+    bad = [rejects.below(one, f"{name}/" if name else "") for one in rejects.read(beside)]
     if not name:
         return known.table, tuple(kept), bad
     table, prefix = known.table, f"{name}/"
@@ -265,9 +265,7 @@ def _moved(known: Index, beside: Path, root: Path) -> collecting.Part:
     return table, tuple(dataclasses.replace(s, prefix=prefix + s.prefix) for s in kept), bad
 
 
-def _no_image(
-    wanted: Sequence[Path | str], files: int, rejected: Sequence[FileRejected]
-) -> UsageError:
+def _no_image(wanted: Sequence[Path | str], files: int, rejected: Sequence[Rejected]) -> UsageError:
     first = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
     return UsageError(
         f"no image in {files} files ({len(rejected)} rejected{first})",

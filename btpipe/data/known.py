@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from btpipe.data import findings, rejects
 from btpipe.data.findings import Finding
 from btpipe.data.index import SCHEMA, Index, open_index
-from btpipe.data.rejects import Reject
 from btpipe.data.sources.recall import Recall
+from btpipe.events import Rejected
 
 _KNOWN = ("width", "height", "orientation", "format", "mode", "digest")
 
@@ -23,7 +23,7 @@ class Known:
     """An earlier scan's index, what it rejected, and what it found."""
 
     index: Index | None = None
-    rejects: tuple[Reject, ...] = ()
+    rejects: tuple[Rejected, ...] = ()
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -60,7 +60,7 @@ class Known:
         of_one = np.array(pc.is_in(index.table["path"], flat), dtype=bool)
         return set(np.flatnonzero(of_one & (at >= 0)).tolist())
 
-    def bad(self, index: Index) -> dict[int, Reject]:
+    def bad(self, index: Index) -> dict[int, Rejected]:
         """Rows of `index` that were rejected with this very content."""
         known = {(r.path, r.bytes, r.mtime_ns): r for r in self.rejects if r.mtime_ns >= 0}
         paths = pa.array([reject.path for reject in known.values()], pa.string())
@@ -70,7 +70,7 @@ class Known:
         found = zip(rows.tolist(), stamps, strict=True)
         return {row: known[stamp] for row, stamp in found if stamp in known}
 
-    def gone(self, index: Index, rejected: Sequence[Reject]) -> int:
+    def gone(self, index: Index, rejected: Sequence[Rejected]) -> int:
         """How many of the inputs that were known are in neither `index` nor `rejected`."""
         now = [index.table["path"].combine_chunks(), _paths(rejected)]
         before = [_paths(self.rejects)]
@@ -106,5 +106,5 @@ def _identity(index: Index) -> pa.Array:
     return joined.combine_chunks() if isinstance(joined, pa.ChunkedArray) else joined
 
 
-def _paths(rejected: Sequence[Reject]) -> pa.Array:
+def _paths(rejected: Sequence[Rejected]) -> pa.Array:
     return pa.array([reject.path for reject in rejected], pa.string())

@@ -19,7 +19,7 @@ from btpipe.data.decoding import Encoded, Pixels
 from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index
 from btpipe.errors import BudgetError, UsageError
-from btpipe.events import FileRejected, Report
+from btpipe.events import Rejected, Report
 from btpipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ class TrainingLoader:
             return
         self.quarantine[row] = reason
         path = self.index.table["path"][row].as_py()
-        self._report(FileRejected(path, "decode", reason))
+        self._report(Rejected(path, "decode", "content", reason))
         self.require_budget(len(self.quarantine), f", {path} the last: {reason}")
 
     def require_budget(self, count: int, last: str = "") -> None:

@@ -5,32 +5,18 @@ import dataclasses
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from btpipe import artifact
-from btpipe.events import FileRejected
+from btpipe.events import Kind, Rejected
 
-COLUMNS = ("path", "stage", "reason", "bytes", "mtime_ns")
-"""The last two say which content it was; a quarantine.csv may go without them."""
+COLUMNS = ("path", "stage", "kind", "reason", "bytes", "mtime_ns")
 
 
-@dataclasses.dataclass(frozen=True)
-class Reject:
-    """An input that is not used; `bytes` and `mtime_ns` are -1 where it is to be tried again."""
-
-    path: str
-    stage: str
-    reason: str
-    bytes: int = -1
-    mtime_ns: int = -1
-
-    @property
-    def event(self) -> FileRejected:
-        return FileRejected(self.path, self.stage, self.reason)
-
-    def below(self, prefix: str) -> "Reject":
-        """The same seen from a folder above; absolute paths and URLs stay as they are."""
-        alone = self.path.startswith("/") or "://" in self.path
-        return self if alone else dataclasses.replace(self, path=prefix + self.path)
+def below(rejected: Rejected, prefix: str) -> Rejected:
+    """The same seen from a folder above; absolute paths and URLs stay as they are."""
+    alone = rejected.path.startswith("/") or "://" in rejected.path
+    return rejected if alone else dataclasses.replace(rejected, path=prefix + rejected.path)
 
 
 def path_beside(index: Path) -> Path:
@@ -38,24 +24,25 @@ def path_beside(index: Path) -> Path:
     return index.with_suffix(".rejects.csv")
 
 
-def read(path: Path) -> list[Reject]:
+def read(path: Path) -> list[Rejected]:
     """What `write` wrote; nothing where there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            Reject(
+            Rejected(
                 row["path"],
                 row["stage"],
+                cast(Kind, row["kind"]),
                 row["reason"],
-                int(row.get("bytes") or -1),
-                int(row.get("mtime_ns") or -1),
+                int(row["bytes"]),
+                int(row["mtime_ns"]),
             )
             for row in csv.DictReader(file)
         ]
 
 
-def write(path: Path, rejects: Iterable[Reject]) -> None:
+def write(path: Path, rejects: Iterable[Rejected]) -> None:
     """Puts the rejects under `path`, whole or not at all.
 
     Raises:
@@ -64,8 +51,5 @@ def write(path: Path, rejects: Iterable[Reject]) -> None:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
-    for reject in rejects:
-        known = reject.mtime_ns >= 0
-        stamp = (reject.bytes, reject.mtime_ns) if known else ("", "")
-        writer.writerow((reject.path, reject.stage, reject.reason, *stamp))
+    writer.writerows([getattr(each, name) for name in COLUMNS] for each in rejects)
     artifact.write_file(path, text.getvalue().encode())

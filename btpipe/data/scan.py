@@ -21,9 +21,8 @@ from btpipe import artifact, runtime
 from btpipe.data import findings, health, index, known, limits, reading, rejects, supervisor
 from btpipe.data.findings import Finding
 from btpipe.data.health import Verdict
-from btpipe.data.rejects import Reject
 from btpipe.errors import BudgetError, Stopped, UsageError
-from btpipe.events import Finished, Note, Progressed, Report, Tabled, per_second
+from btpipe.events import Finished, Note, Progressed, Rejected, Report, Tabled, per_second
 
 Depth = Literal["list", "header", "decode"]
 """list: names, bytes and times; no file is opened. header: a look at each file's first bytes.
@@ -47,7 +46,7 @@ class Scan:
     """
 
     index: index.Index
-    rejects: list[Reject]
+    rejects: list[Rejected]
     findings: list[Finding]
     kept: int
     read: int
@@ -84,7 +83,7 @@ def scan(
     listed, refused = index.build(source, report, listing, before.recall)
     with artifact.disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    work = _Work(listed, [Reject(r.path, r.stage, r.reason) for r in refused], before, report)
+    work = _Work(listed, refused, before, report)
     if depth == "decode":
         work.decode(out, limit_seconds, save_seconds)
     done = work.result(depth)
@@ -98,7 +97,7 @@ class _Work:
     """The state of a scan: what is known of each listed image, from before or by now."""
 
     def __init__(
-        self, listed: index.Index, refused: list[Reject], before: known.Known, report: Report
+        self, listed: index.Index, refused: list[Rejected], before: known.Known, report: Report
     ) -> None:
         self._same = before.rows(listed)
         self._listed = dataclasses.replace(listed, table=before.complete(listed.table, self._same))
@@ -155,7 +154,7 @@ class _Work:
         for _, part, contents in reading.read_ahead(tasks, read, lambda _, read: read, pool):
             for row, content in zip(part.tolist(), contents, strict=True):
                 if isinstance(content, str):
-                    self._reject(row, Reject(self._path(row), "decode", content))
+                    self._reject(row, Rejected(self._path(row), "decode", "content", content))
                 else:
                     yield row, content.tobytes()
 
@@ -163,17 +162,17 @@ class _Work:
         """Keeps what came of a decode."""
         if isinstance(verdict, supervisor.Lost) or verdict.reason:
             size, mtime_ns = (self._listed.table[n][row].as_py() for n in ("bytes", "mtime_ns"))
-            reject = Reject(self._path(row), "decode", verdict.reason, size, mtime_ns)
-            self._reject(row, reject)
+            path, reason = self._path(row), verdict.reason
+            self._reject(row, Rejected(path, "decode", "content", reason, size, mtime_ns))
             return
         self._is_known[row], self._new[row] = True, verdict.digest
         self._widths[row], self._heights[row] = verdict.width, verdict.height
         if verdict.is_flat:
             self._flat.add(row)
 
-    def _reject(self, row: int, reject: Reject) -> None:
-        self._is_known[row], self._bad[row] = True, reject
-        self._report(reject.event)
+    def _reject(self, row: int, rejected: Rejected) -> None:
+        self._is_known[row], self._bad[row] = True, rejected
+        self._report(rejected)
 
     def _path(self, row: int) -> str:
         return str(self._listed.table["path"][row].as_py())

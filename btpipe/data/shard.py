@@ -23,7 +23,7 @@ from PIL import Image
 from btpipe import artifact
 from btpipe.data import decoding, header, order, reading
 from btpipe.data.index import Index
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 ORDER_SEED = 0
 """Of the order in which images lie in shards: always the same."""
@@ -62,7 +62,7 @@ class Shard:
     start: int
     stop: int
     members: list[Member]
-    rejected: list[FileRejected]
+    rejected: list[Rejected]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +153,7 @@ def write(
     """
     path, index = work / name_of(number), maker.index
     members: list[Member] = []
-    rejected: list[FileRejected] = []
+    rejected: list[Rejected] = []
     positions: list[int] = []
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with artifact.disk_errors(path):
@@ -163,7 +163,7 @@ def write(
                 advance(position + 1)
                 if isinstance(small, str):
                     name = index.table["path"][row].as_py()
-                    rejected.append(FileRejected(name, "shard", small))
+                    rejected.append(Rejected(name, "shard", "content", small))
                     continue
                 members.append(_add(tar, row, f"{position:09d}", small, index))
                 if tar.offset >= options.shard_bytes:
@@ -203,7 +203,7 @@ def read(work: Path, number: int) -> Shard | None:
     except FileNotFoundError:
         return None
     members = [Member(**member) for member in content["members"]]
-    rejected = [FileRejected(**reject) for reject in content["rejected"]]
+    rejected = [Rejected(**reject) for reject in content["rejected"]]
     return Shard(content["start"], content["stop"], members, rejected)
 
 

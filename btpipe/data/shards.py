@@ -7,10 +7,8 @@ settings give the same bytes. Until all is done the shards lie in DIR.work/, eac
 """
 
 import contextlib
-import csv
 import dataclasses
 import fcntl
-import io
 import json
 import os
 import re
@@ -23,13 +21,13 @@ import numpy as np
 import pyarrow as pa
 
 from btpipe import artifact, runtime
-from btpipe.data import decoding, reading, shard
+from btpipe.data import decoding, reading, rejects, shard
 from btpipe.data.index import SCHEMA, Index
 from btpipe.data.shard import Maker, Member, Options, Shard
 from btpipe.data.sources import Source
 from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import FileRejected, Finished, Note, Progressed, Report, per_second
+from btpipe.events import Finished, Note, Progressed, Rejected, Report, per_second
 
 __all__ = ["Options", "parse_bytes", "write"]
 
@@ -43,7 +41,7 @@ Plan = dict[str, object]
 
 
 def write(
-    index: Index, refused: Sequence[FileRejected], out: Path, options: Options, report: Report
+    index: Index, refused: Sequence[Rejected], out: Path, options: Options, report: Report
 ) -> None:
     """Writes the images of an index as shards into the folder `out`; run again, it goes on.
 
@@ -146,7 +144,7 @@ def _shards(index: Index, work: Path, options: Options, report: Report) -> Itera
 
 def _publish(
     index: Index,
-    refused: Sequence[FileRejected],
+    refused: Sequence[Rejected],
     out: Path,
     work: Path,
     plan: Plan,
@@ -161,12 +159,8 @@ def _publish(
             size = (beside / name).stat().st_size
             sources.append(Source("tar", str(out / name), f"{name}::", size, 0))
         Index(out, _table(index, done), tuple(sources)).save(beside / INDEX)
-        rejects = [*refused, *(reject for made in done for reject in made.rejected)]
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(("path", "stage", "reason"))
-        writer.writerows((reject.path, reject.stage, reject.reason) for reject in rejects)
-        (beside / REJECTS).write_text(text.getvalue())
+        bad = [*refused, *(reject for made in done for reject in made.rejected)]
+        rejects.write(beside / REJECTS, bad)
 
 
 def _table(index: Index, done: Sequence[Shard]) -> pa.Table:

@@ -11,7 +11,7 @@ from btpipe import artifact
 from btpipe.embed import outputs, table, work
 from btpipe.embed.shares import Share
 from btpipe.errors import RefusedError, UsageError
-from btpipe.events import FileRejected, Finished, Note, Report
+from btpipe.events import Finished, Note, Rejected, Report
 
 
 def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool = False) -> None:
@@ -115,7 +115,7 @@ def _rows(shards: Sequence[Path]) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-def _rejects(shards: Sequence[Path]) -> Iterator[FileRejected]:
+def _rejects(shards: Sequence[Path]) -> Iterator[Rejected]:
     for path in shards:
         for entry in table.read(table.rejects_path(path)).to_pylist():
-            yield FileRejected(entry["path"], entry["stage"], entry["reason"])
+            yield Rejected(**entry)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from btpipe.embed import table
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 if TYPE_CHECKING:
     from ctypes import Array
@@ -96,7 +96,7 @@ class PartWritten:
     sha256: str
     rows: int
     reused: int
-    rejects: tuple[FileRejected, ...]
+    rejects: tuple[Rejected, ...]
     changed: tuple[str, ...]
 
 

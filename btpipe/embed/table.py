@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from btpipe import __version__, artifact
 from btpipe.errors import IntegrityError
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 FORMAT_VERSION = 1
 ROW_GROUP_ROWS = 4096
@@ -136,8 +136,9 @@ def schema(footer: Footer) -> pa.Schema:
 
 def rejects_schema(footer: Footer) -> pa.Schema:
     """The columns of the table of inputs that have no vector, and why."""
-    names = ("path", "stage", "reason")
-    fields = [pa.field(name, pa.string(), nullable=False) for name in names]
+    types = {name: pa.string() for name in ("path", "stage", "kind", "reason")}
+    types |= {name: pa.int64() for name in ("bytes", "mtime_ns")}
+    fields = [pa.field(name, kind, nullable=False) for name, kind in types.items()]
     return pa.schema(fields, metadata=footer.metadata())
 
 
@@ -167,7 +168,7 @@ def write(path: Path, columns: pa.Schema, tables: Iterable[pa.Table]) -> None:
         columns,
         compression="zstd",
         write_page_checksum=True,
-        use_dictionary=["label", "stage"],
+        use_dictionary=["label", "stage", "kind"],
     ) as writer:
         for group in _groups(tables, columns):
             writer.write_table(group, row_group_size=ROW_GROUP_ROWS)
@@ -187,13 +188,12 @@ def _groups(tables: Iterable[pa.Table], columns: pa.Schema) -> Iterator[pa.Table
         yield waiting.combine_chunks()
 
 
-def write_rejects(path: Path, footer: Footer, rejects: Iterable[FileRejected]) -> None:
+def write_rejects(path: Path, footer: Footer, rejects: Iterable[Rejected]) -> None:
     """Writes the table of rejects, by path; without any it still has its columns."""
     ordered = sorted(rejects, key=lambda reject: (reject.path, reject.stage))
     columns = rejects_schema(footer)
-    names = ("path", "stage", "reason")
-    content = {name: [getattr(reject, name) for reject in ordered] for name in names}
-    write(path, columns, [pa.table(content, schema=columns)])
+    content = [dataclasses.asdict(reject) for reject in ordered]
+    write(path, columns, [pa.Table.from_pylist(content, schema=columns)])
 
 
 def read(path: Path) -> pa.Table:
@@ -262,7 +262,7 @@ def take_place(beside: Path, path: Path) -> None:
     artifact.fsync_path(path.parent)
 
 
-def fingerprint(listed: pa.Table, rejects: Sequence[FileRejected]) -> str:
+def fingerprint(listed: pa.Table, rejects: Sequence[Rejected]) -> str:
     """sha256 of what was listed: path, bytes and mtime of each file, and what was refused."""
     names = ("path", "path_bytes", "bytes", "mtime_ns", "width", "height", "label")
     total = [f"files {listed.num_rows}"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from btpipe import artifact
 from btpipe.embed import known, table
 from btpipe.errors import RefusedError
-from btpipe.events import FileRejected, Report, Warned
+from btpipe.events import Rejected, Report, Warned
 
 FORMAT_VERSION = 2
 LOCK = "lock"
@@ -84,12 +84,11 @@ class Commit:
     sha256: str
     rows: int
     reused: int
-    rejects: tuple[FileRejected, ...]
+    rejects: tuple[Rejected, ...]
 
     def line(self) -> str:
         """The commit as one line of JSON."""
-        rejects = [[reject.path, reject.stage, reject.reason] for reject in self.rejects]
-        return json.dumps({**dataclasses.asdict(self), "rejects": rejects}) + "\n"
+        return json.dumps(dataclasses.asdict(self)) + "\n"
 
 
 def folder_of(out: Path) -> Path:
@@ -230,7 +229,7 @@ def _lines(path: Path) -> list[str]:
 def _parse(line: str) -> Commit | None:
     try:
         content = json.loads(line)
-        rejects = tuple(FileRejected(*reject) for reject in content["rejects"])
+        rejects = tuple(Rejected(**reject) for reject in content["rejects"])
         numbers = [int(content[name]) for name in ("part", "rows", "reused")]
         part, rows, reused = numbers
         return Commit(str(content["plan"]), part, str(content["sha256"]), rows, reused, rejects)

@@ -31,7 +31,7 @@ from btpipe.embed.orders import (
     TaskRequest,
     WorkerConfig,
 )
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 
 def work_for(connection: Connection, config: WorkerConfig, in_flight: InFlight) -> None:
@@ -194,7 +194,7 @@ class _Worker:
             digest = artifact.file_digest(temporary)
         paths = self._index.table["path"]
         rejects = [
-            FileRejected(str(paths[row].as_py()), "decode", why)
+            Rejected(str(paths[row].as_py()), "decode", "content", why)
             for row, why in sorted(part.rejects)
         ]
         names = tuple(str(paths[int(rows[i])].as_py()) for i in changed)

@@ -12,7 +12,7 @@ from btpipe.embed import known, outputs, table, work
 from btpipe.embed.crew import WorkerPool
 from btpipe.embed.on_ray import RayPool
 from btpipe.embed.orders import JobStarted, PartProgress, PartTask, PartWritten
-from btpipe.events import FileRejected, Note, Progressed, Report, Warned
+from btpipe.events import Note, Progressed, Rejected, Report, Warned
 
 REPORT_SECONDS = 0.5
 
@@ -26,7 +26,7 @@ class Writer:
     def __init__(
         self,
         index: Index,
-        refused: Sequence[FileRejected],
+        refused: Sequence[Rejected],
         footer: table.Footer,
         folder: Path,
         report: Report,

@@ -10,7 +10,7 @@ from btpipe.data.index import Index
 from btpipe.data.loader import evaluation_batches
 from btpipe.data.views import Geometry
 from btpipe.errors import UsageError
-from btpipe.events import FileRejected, Report
+from btpipe.events import Rejected, Report
 from btpipe.export.contract import Preprocessing
 
 GATE_IMAGES = 256
@@ -85,7 +85,7 @@ def read(index: Index, rows: NDArray[np.int64], prepared: Preprocessing, report:
         digests += batch.digests
         for row, reason in batch.rejected:
             path = str(index.table["path"][row].as_py())
-            report(FileRejected(path, "export", reason))
+            report(Rejected(path, "export", "content", reason))
     return Read(np.concatenate(good), np.concatenate(parts), digests)
 
 

@@ -4,9 +4,7 @@ recipe.toml  index.parquet  environment.json  events.jsonl  quarantine.csv  chec
 initial/ (with `network.init_from`)
 """
 
-import csv
 import fcntl
-import io
 import json
 import os
 import time
@@ -16,9 +14,9 @@ from pathlib import Path
 
 from btpipe import artifact, recipe, runtime
 from btpipe.data import index as data_index
-from btpipe.data import listing
+from btpipe.data import listing, rejects
 from btpipe.errors import RefusedError, UsageError
-from btpipe.events import Event, FileRejected, Report
+from btpipe.events import Event, Rejected, Report
 from btpipe.pretrain import initial, outside
 from btpipe.recipe import Recipe
 
@@ -58,13 +56,13 @@ def prepare(folder: Path, wanted: Recipe, report: Report) -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     artifact.write_file(folder / RECIPE, wanted.to_toml().encode())
     artifact.write_json(folder / ENVIRONMENT, runtime.environment())
-    _write_quarantine(folder, [(r.path, r.stage, r.reason) for r in rejected])
+    rejects.write(folder / QUARANTINE, rejected)
     if adopted:
         initial.adopt(folder, adopted)
     index.save(folder / INDEX)
 
 
-def _index(wanted: Recipe, report: Report) -> tuple[data_index.Index, list[FileRejected]]:
+def _index(wanted: Recipe, report: Report) -> tuple[data_index.Index, list[Rejected]]:
     named = wanted.data.inputs
     try:
         index, rejected = data_index.build(named, report)
@@ -91,7 +89,7 @@ def require_same_images(folder: Path) -> None:
         MachineError: the folder cannot be read.
     """
     index = data_index.open_index(folder / INDEX)
-    passed_over = {path for path, _, _ in _read_quarantine(folder)}
+    passed_over = {rejected.path for rejected in rejects.read(folder / QUARANTINE)}
     found = listing.changes(index, passed_over)
     if found:
         kinds = {"added": found.added, "removed": found.removed, "of another size": found.resized}
@@ -168,7 +166,7 @@ class Quarantine:
 
     def known(self) -> dict[int, str]:
         """Row of the index to reason, for what was found so far."""
-        reasons = {path: reason for path, _, reason in _read_quarantine(self._folder)}
+        reasons = {one.path: one.reason for one in rejects.read(self._folder / QUARANTINE)}
         paths = self._index.table.column("path").to_pylist() if reasons else []
         return {row: reasons[path] for row, path in enumerate(paths) if path in reasons}
 
@@ -181,26 +179,13 @@ class Quarantine:
             self._add(found)
 
     def _add(self, found: Mapping[int, str]) -> None:
-        rows = _read_quarantine(self._folder)
-        listed = {path for path, _, _ in rows}
+        before = rejects.read(self._folder / QUARANTINE)
+        listed = {rejected.path for rejected in before}
         paths = self._index.table.column("path")
-        new = [(paths[row].as_py(), "decode", reason) for row, reason in sorted(found.items())]
-        fresh = [entry for entry in new if entry[0] not in listed]
+        new = [
+            Rejected(paths[row].as_py(), "decode", "content", reason)
+            for row, reason in sorted(found.items())
+        ]
+        fresh = [rejected for rejected in new if rejected.path not in listed]
         if fresh:
-            _write_quarantine(self._folder, rows + fresh)
-
-
-def _read_quarantine(folder: Path) -> list[tuple[str, str, str]]:
-    path = folder / QUARANTINE
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [(row["path"], row["stage"], row["reason"]) for row in csv.DictReader(file)]
-
-
-def _write_quarantine(folder: Path, rows: list[tuple[str, str, str]]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(("path", "stage", "reason"))
-    writer.writerows(rows)
-    artifact.write_file(folder / QUARANTINE, text.getvalue().encode())
+            rejects.write(self._folder / QUARANTINE, before + fresh)

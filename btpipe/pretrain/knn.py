@@ -121,7 +121,7 @@ class Judge:
             if row not in self._told:
                 self._told.add(row)
                 path = self._images.table["path"][row].as_py()
-                self._run.report(events.FileRejected(path, "knn", reason))
+                self._run.report(events.Rejected(path, "knn", "content", reason))
 
 
 def judged(images: data_index.Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,7 +14,7 @@ from tiny_run import draw_images, shared_home
 
 from btpipe.embed.job import embed
 from btpipe.errors import Stopped, UsageError
-from btpipe.events import Event, FileRejected, Note, Warned, ignore
+from btpipe.events import Event, Note, Rejected, Warned, ignore
 
 IMAGES, PART_ROWS, BATCH = 60, 8, 5
 START_SECONDS = 120.0  # for Ray, where nothing else may run beside it
@@ -163,7 +163,7 @@ def test_a_file_that_kills_its_decoder_is_rejected_by_name(
         part_rows=PART_ROWS,
         decode=stand_in_embedding.decode,
     )
-    assert [e.path for e in events if isinstance(e, FileRejected)] == ["b/003.jpg"]
+    assert [e.path for e in events if isinstance(e, Rejected)] == ["b/003.jpg"]
     assert any(isinstance(e, Warned) and "SIGSEGV" in e.text for e in events)
 
 

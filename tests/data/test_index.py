@@ -9,7 +9,7 @@ from PIL import Image
 
 from btpipe.data import index
 from btpipe.errors import IntegrityError, UsageError
-from btpipe.events import Event, FileRejected
+from btpipe.events import Event, Rejected
 
 
 def write(
@@ -20,7 +20,7 @@ def write(
     return path
 
 
-def reasons(rejected: list[FileRejected]) -> dict[str, str]:
+def reasons(rejected: list[Rejected]) -> dict[str, str]:
     return {event.path: event.reason for event in rejected}
 
 

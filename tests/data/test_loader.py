@@ -21,7 +21,7 @@ from btpipe.data.evaluation import evaluation_stream
 from btpipe.data.loader import Batch, EvaluationBatch, TrainingLoader, evaluation_batches
 from btpipe.data.views import Geometry
 from btpipe.errors import BudgetError, UsageError
-from btpipe.events import Event, FileRejected, ignore
+from btpipe.events import Event, Rejected, ignore
 
 IMAGES = 26
 BOMB_SCANS, BOMB_SECONDS = 8000, 5.0
@@ -219,7 +219,7 @@ def test_a_truncated_jpeg_costs_only_its_own_place(folder: Path) -> None:
     assert replaced >= 1
     assert list(quarantine) == [5]
     assert quarantine[5].startswith("truncated or damaged JPEG")
-    assert events == [FileRejected("05.jpg", "decode", quarantine[5])]
+    assert events == [Rejected("05.jpg", "decode", "content", quarantine[5])]
 
 
 def test_a_stand_in_is_the_same_whether_the_bad_file_was_known_or_found(folder: Path) -> None:
@@ -280,7 +280,7 @@ def test_files_that_vanish_while_a_run_goes_on_are_replaced(folder: Path) -> Non
     assert [batch.step for batch in got] == list(range(26))
     late = np.concatenate([batch.images for batch in got[13:]])  # the second epoch
     assert not np.isin(late, gone).any()
-    assert {event.path for event in events if isinstance(event, FileRejected)} <= {
+    assert {event.path for event in events if isinstance(event, Rejected)} <= {
         made.table["path"][int(row)].as_py() for row in gone
     }
 
@@ -316,7 +316,7 @@ def test_a_jpeg_that_draws_its_pixels_thousands_of_times_is_not_decoded(folder: 
     started = time.process_time()
     assert len(batches(made, events=events)) == 6
     assert time.process_time() - started < BOMB_SECONDS
-    (rejected,) = [event for event in events if isinstance(event, FileRejected)]
+    (rejected,) = [event for event in events if isinstance(event, Rejected)]
     assert (rejected.path, rejected.stage) == ("11.jpg", "decode")
     assert rejected.reason.startswith(f"scan bomb: {BOMB_SCANS + 10} scans of 1500 x 1500 pixels")
 

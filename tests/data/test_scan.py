@@ -26,7 +26,7 @@ from btpipe.data import findings, header, health, rejects
 from btpipe.data.index import build, open_index
 from btpipe.data.scan import Depth, Scan, scan
 from btpipe.errors import BudgetError, IntegrityError, UsageError
-from btpipe.events import Event, FileRejected, Finished, Note, Progressed, Tabled, ignore
+from btpipe.events import Event, Finished, Note, Progressed, Rejected, Tabled, ignore
 
 BOMB_BYTES = 100 * 2**20
 """What a pixel bomb may add to the memory of a scan; decoded it would take 400 MB or more."""
@@ -98,8 +98,8 @@ def test_files_beside_each_other_hold_what_was_returned(images: Path, tmp_path: 
     assert rejects.read(tmp_path / "i.rejects.csv") == done.rejects
     with (tmp_path / "i.rejects.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["path"], r["stage"], r["reason"]) for r in rows] == [
-        (r.path, r.stage, r.reason) for r in done.rejects
+    assert [tuple(row.values()) for row in rows] == [
+        (r.path, r.stage, r.kind, r.reason, str(r.bytes), str(r.mtime_ns)) for r in done.rejects
     ]
 
 
@@ -191,7 +191,7 @@ def test_every_reason_that_a_file_can_have_comes_with_advice() -> None:
         "decoding took longer than 20 s",
         "decoding ended the process (SIGSEGV)",
     ]
-    rows = health.advice(rejects.Reject(str(i), "x", reason) for i, reason in enumerate(known))
+    rows = health.advice(Rejected(str(i), "x", "content", reason) for i, reason in enumerate(known))
     assert "look at it" not in {row[2] for row in rows}
     assert len(rows) == len(known) - 1  # both kinds that cannot be read are one
 
@@ -353,7 +353,7 @@ def test_progress_counts_up_to_what_there_is_to_read(images: Path, tmp_path: Pat
     assert (last.job, last.done, last.total) == ("scan", 9, 9)
     assert last.images_per_second > 0
     assert sum(isinstance(event, Finished) for event in events) == 1
-    assert {e.path for e in events if isinstance(e, FileRejected)} == {
+    assert {e.path for e in events if isinstance(e, Rejected)} == {
         "b/cut.jpg",
         "b/empty.png",
         "b/page.jpg",

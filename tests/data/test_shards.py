@@ -20,7 +20,7 @@ from btpipe.data.index import Index, open_index
 from btpipe.data.loader import TrainingLoader
 from btpipe.data.shard import Options
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import Event, FileRejected, Finished, Note, ignore
+from btpipe.events import Event, Finished, Note, Rejected, ignore
 
 SMALL = Options(shorter_side=48, quality=90, shard_bytes=20_000)
 RESAMPLED_LEVELS = 4.0
@@ -80,9 +80,11 @@ def test_every_image_is_in_one_shard_or_in_the_rejects(folder: Path, tmp_path: P
     made, events = sharded(folder, tmp_path / "out")
     paths = [original(made, row).as_posix() for row in range(len(made))]
     assert len(set(paths)) == len(paths) == 30
-    assert [e.path for e in events if isinstance(e, FileRejected)] == ["a/99.jpg"]
+    assert [e.path for e in events if isinstance(e, Rejected)] == ["a/99.jpg"]
     rejects = (tmp_path / "out" / "rejects.csv").read_text()
-    assert rejects.startswith("path,stage,reason\na/99.jpg,shard,truncated or damaged JPEG")
+    assert rejects.startswith(
+        "path,stage,kind,reason,bytes,mtime_ns\na/99.jpg,shard,content,truncated or damaged JPEG"
+    )
     assert len(made.sources) > 3
     tars = sorted((tmp_path / "out").glob("*.tar"))
     assert [Path(source.place) for source in made.sources] == tars

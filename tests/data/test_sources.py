@@ -16,7 +16,7 @@ from PIL import Image
 from btpipe.data import index, listing
 from btpipe.data.sources.parquet import RowGroups
 from btpipe.errors import MachineError, UsageError
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 MEMORY_BYTES = 30 << 20
 """What indexing a tar of 200 MB may add: buffers and modules, far less than a member."""
@@ -52,7 +52,7 @@ def paths(made: index.Index) -> list[str]:
     return list(made.table["path"].to_pylist())
 
 
-def reasons(rejected: list[FileRejected]) -> dict[str, str]:
+def reasons(rejected: list[Rejected]) -> dict[str, str]:
     return {event.path: event.reason for event in rejected}
 
 

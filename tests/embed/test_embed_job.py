@@ -22,7 +22,7 @@ from tiny_run import draw_images, shared_home
 
 from btpipe.embed.job import embed
 from btpipe.errors import BudgetError, IntegrityError, RefusedError, Stopped, UsageError
-from btpipe.events import Event, FileRejected, Note, Progressed, Warned, ignore
+from btpipe.events import Event, Note, Progressed, Rejected, Warned, ignore
 
 IMAGES = 40
 PART_ROWS = 8
@@ -80,7 +80,7 @@ def test_every_input_is_a_row_or_a_reject_and_none_is_both(
     assert {entry["path"]: entry["stage"] for entry in rejects} == stages
     assert all(entry["reason"] for entry in rejects)
     assert sorted([*rows, *stages]) == inputs
-    assert {event.path for event in events if isinstance(event, FileRejected)} == set(stages)
+    assert {event.path for event in events if isinstance(event, Rejected)} == set(stages)
 
 
 def test_a_bad_file_changes_no_other_row(images: Path, bundle: Path, tmp_path: Path) -> None:
@@ -202,12 +202,12 @@ import os, sys
 from pathlib import Path
 from btpipe.embed.job import embed
 from btpipe.errors import BtpipeError
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 source, out, bundle, spot, number = sys.argv[1:]
 
 def report(event):
-    if isinstance(event, FileRejected) and event.stage == "decode" and event.path == spot:
+    if isinstance(event, Rejected) and event.stage == "decode" and event.path == spot:
         os.kill(os.getpid(), int(number))
 
 try:

@@ -1,5 +1,6 @@
 """`btpipe verify` on real things, and on the same with bytes flipped, cut and deleted."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,10 +17,9 @@ from typer.testing import CliRunner
 
 from btpipe import artifact, cli
 from btpipe.data import index, rejects, shard, shards
-from btpipe.data.rejects import Reject
 from btpipe.embed import outputs, table
 from btpipe.errors import IntegrityError, NewerError, UsageError
-from btpipe.events import Event, Finished, Tabled, ignore
+from btpipe.events import Event, Finished, Rejected, Tabled, ignore
 from btpipe.road.inspect import inspect
 from btpipe.road.verify import verify
 
@@ -159,7 +159,8 @@ def test_a_table_whose_rows_do_not_add_up_is_an_error(copied: Path) -> None:
         verify(path, ignore)
     rewritten(path, content)
     verify(path, ignore)
-    row = pa.table({"path": [first], "stage": ["decode"], "reason": ["cut"]}, schema=bad.schema)
+    cut = dataclasses.asdict(Rejected(first, "decode", "content", "cut"))
+    row = pa.Table.from_pylist([cut], schema=bad.schema)
     rewritten(beside, row)
     with pytest.raises(IntegrityError, match="1 inputs are rows and rejects at once, such as"):
         verify(path, ignore)
@@ -226,7 +227,7 @@ def test_a_folder_of_tables_with_a_gap_or_anothers_part_is_an_error(copied: Path
 def test_an_index_with_an_image_that_is_a_reject_is_an_error(copied: Path) -> None:
     beside = rejects.path_beside(copied / "i.parquet")
     beside.unlink()
-    rejects.write(beside, [Reject("a/000.jpg", "decode", "cut")])
+    rejects.write(beside, [Rejected("a/000.jpg", "decode", "content", "cut")])
     with pytest.raises(IntegrityError, match=r"rows and rejects at once, such as a/000\.jpg"):
         verify(copied / "i.parquet", ignore)
 
@@ -274,7 +275,7 @@ def test_a_manifest_that_was_written_for_other_files_is_an_error(copied: Path) -
     path = copied / "small/manifest.json"
     content = json.loads(path.read_text())
     (copied / "small/rejects.csv").unlink()
-    (copied / "small/rejects.csv").write_text("path,stage,reason\n")
+    (copied / "small/rejects.csv").write_text("path,stage,kind,reason,bytes,mtime_ns\n")
     content["files"]["rejects.csv"] = {
         "bytes": (copied / "small/rejects.csv").stat().st_size,
         "sha256": artifact.file_digest(copied / "small/rejects.csv"),

@@ -11,9 +11,9 @@ from btpipe.data.sources import folder, lists, parquet, synthetic, tar
 from btpipe.data.sources.recall import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import Source
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
-Part = tuple[pa.Table, tuple[Source, ...], list[FileRejected]]
+Part = tuple[pa.Table, tuple[Source, ...], list[Rejected]]
 """Rows whose source numbers count from 0, their sources, rejects."""
 
 

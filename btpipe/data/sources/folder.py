@@ -19,7 +19,7 @@ from btpipe.data.sources.recall import Recall, Stamp
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 HEADER_THREADS = 16
 _LIST_THREADS = 2
@@ -147,18 +147,18 @@ def look_at(
 
 def _look_at_all(
     source: Source, known: Recall, list_only: bool, part: tuple[Sequence[bytes], NDArray[np.int64]]
-) -> tuple[pa.RecordBatch | None, list[FileRejected]]:
+) -> tuple[pa.RecordBatch | None, list[Rejected]]:
     names, rows = part
     seen = known.seen(rows)
     looked = [_look_at(source, list_only, name, seen.get(i)) for i, name in enumerate(names)]
     images = [result for result in looked if isinstance(result, Row)]
-    rejected = [result for result in looked if isinstance(result, FileRejected)]
+    rejected = [result for result in looked if isinstance(result, Rejected)]
     return (batch(source, images) if images else None), rejected
 
 
 def _look_at(
     source: Source, list_only: bool, name: bytes, before: tuple[Stamp, Header] | None
-) -> Row | FileRejected | None:
+) -> Row | Rejected | None:
     """The row of a file, why it is refused, or None where nothing says that it is an image."""
     is_asked_for = source.kind != "folder"
     if list_only and not is_asked_for and not header.has_image_name(name):

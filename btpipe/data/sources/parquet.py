@@ -22,7 +22,7 @@ from btpipe.data.sources import places
 from btpipe.data.sources.rows import CHUNK_ROWS, Found, Row, batch, reject, reject_whole
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 CACHE_BYTES = 256 << 20
 """Row groups kept in memory, for all parquet files of an index together."""
@@ -56,7 +56,7 @@ def look(source: Source) -> Found:
     found, rows = Found([], []), list[Row]()
     try:
         for looked in _rows(source):
-            if isinstance(looked, FileRejected):
+            if isinstance(looked, Rejected):
                 found.rejected.append(looked)
                 continue
             rows.append(looked)
@@ -71,7 +71,7 @@ def look(source: Source) -> Found:
     return found
 
 
-def _rows(source: Source) -> Iterator[Row | FileRejected]:
+def _rows(source: Source) -> Iterator[Row | Rejected]:
     with places.open_binary(source.place) as opened, pq.ParquetFile(opened) as file:
         names = _class_names(file.schema_arrow)
         number = 0
@@ -91,7 +91,7 @@ def _rows(source: Source) -> Iterator[Row | FileRejected]:
                 number += 1
 
 
-def _row(source: Source, number: int, image: pa.Scalar, label: str | None) -> Row | FileRejected:
+def _row(source: Source, number: int, image: pa.Scalar, label: str | None) -> Row | Rejected:
     name = str(number).encode()
     buffer = image.as_buffer()
     if buffer is None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from btpipe.data.header import Header
 from btpipe.data.sources.source import Source
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 SCHEMA = pa.schema(
     [
@@ -52,7 +52,7 @@ class Found:
     """Images of one source in their order, and what of it cannot be used."""
 
     batches: list[pa.RecordBatch]
-    rejected: list[FileRejected]
+    rejected: list[Rejected]
 
 
 def readable(name: bytes) -> str:
@@ -74,15 +74,15 @@ def path_of(source: Source, name: bytes) -> bytes:
     return os.fsencode(source.prefix) + name if source.prefix else name
 
 
-def reject(source: Source, name: bytes, reason: str) -> FileRejected:
+def reject(source: Source, name: bytes, reason: str) -> Rejected:
     """The reject of a name in a source."""
-    return FileRejected(readable(path_of(source, name)), "index", reason)
+    return Rejected(readable(path_of(source, name)), "index", "content", reason)
 
 
-def reject_whole(source: Source, reason: str) -> FileRejected:
+def reject_whole(source: Source, reason: str) -> Rejected:
     """The reject of a container itself."""
     path = os.fsencode(source.prefix.removesuffix("::").removesuffix("#") or source.place)
-    return FileRejected(readable(path), "index", reason)
+    return Rejected(readable(path), "index", "content", reason)
 
 
 def batch(source: Source, rows: Sequence[Row]) -> pa.RecordBatch:

@@ -18,7 +18,7 @@ from btpipe.data import header
 from btpipe.data.sources import places
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject, reject_whole
 from btpipe.data.sources.source import Source
-from btpipe.events import FileRejected
+from btpipe.events import Rejected
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _COMPRESSED_REASON = "a compressed tar has no random access: unpack it (gunzip FILE)"
@@ -98,7 +98,7 @@ def _look(source: Source, file: BinaryIO) -> Found:
     names: list[bytes] = []
     seen: set[bytes] = set()
     for member in _members(source, file):
-        if isinstance(member, FileRejected):
+        if isinstance(member, Rejected):
             found.rejected.append(member)
             continue
         name = member.name.encode("utf-8", "surrogateescape")
@@ -115,7 +115,7 @@ def _look(source: Source, file: BinaryIO) -> Found:
             # Named apart: a reject's path must not be that of an image.
             second = f" (again at byte {member.offset})".encode()
             looked = reject(source, name + second, "a second member of this name")
-        if isinstance(looked, FileRejected):
+        if isinstance(looked, Rejected):
             found.rejected.append(looked)
         elif looked is not None:
             seen.add(name)
@@ -138,7 +138,7 @@ def _labelled(found: Found, names: list[bytes], labels: dict[bytes, str]) -> Fou
     return Found(labelled.to_batches(), found.rejected)
 
 
-def _members(source: Source, file: BinaryIO) -> Iterator[tarfile.TarInfo | FileRejected]:
+def _members(source: Source, file: BinaryIO) -> Iterator[tarfile.TarInfo | Rejected]:
     """Members whose data is all there, up to the end or the damage, which is the last reject."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -155,13 +155,13 @@ def _members(source: Source, file: BinaryIO) -> Iterator[tarfile.TarInfo | FileR
     tar.offset = 0
     while (found := _next(source, tar, file, size)) is not None:
         yield found
-        if isinstance(found, FileRejected):
+        if isinstance(found, Rejected):
             return
 
 
 def _next(
     source: Source, tar: tarfile.TarFile, file: BinaryIO, size: int
-) -> tarfile.TarInfo | FileRejected | None:
+) -> tarfile.TarInfo | Rejected | None:
     """The member at `tar.offset`, why there is none, or None at the closing blocks."""
     at = tar.offset
     file.seek(at)
@@ -186,7 +186,7 @@ def _next(
 
 def _look_at(
     source: Source, file: BinaryIO, member: tarfile.TarInfo, name: bytes
-) -> Row | FileRejected | None:
+) -> Row | Rejected | None:
     """The row of a member, why it is refused, or None where nothing says that it is an image."""
     if not member.isreg() or member.issparse():
         return reject(source, name, _KINDS.get(member.type, "not a regular file"))
