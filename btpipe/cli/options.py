@@ -15,8 +15,6 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: show and list them
 app.add_typer(recipe_app, name="recipe")
 eval_app = typer.Typer(no_args_is_help=True, help="Judge vectors.")
 app.add_typer(eval_app, name="eval")
-bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine.")
-app.add_typer(bench_app, name="bench")
 
 RecipePath = Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
 Overrides = Annotated[

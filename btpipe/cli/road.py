@@ -11,7 +11,6 @@ from btpipe.cli.options import (
     Overrides,
     RecipePath,
     app,
-    bench_app,
     recipe_app,
 )
 
@@ -28,66 +27,14 @@ def demo(
     road.run(out, seed=seed, mode="json" if as_json else "auto")
 
 
-@bench_app.command("step")
-def bench_step(
-    backbone: Annotated[str, typer.Option(help="A torchvision ResNet.")] = "resnet50",
-    size: Annotated[int, typer.Option(min=16, help="Pixels of a view's side.")] = 224,
-    batch: Annotated[int, typer.Option(min=2, help="Pairs of views in a step.")] = 16,
-    dimension: Annotated[int, typer.Option(min=2, help="Width of the projector's layers.")] = 8192,
-    steps: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 3,
-    grid: Annotated[
-        str, typer.Option(metavar="N,..xD,..", help="Batches and dimensions for the loss alone.")
-    ] = "64,256,1024,2048x8192",
-    loss_only: Annotated[bool, typer.Option("--loss-only", help="The loss's table alone.")] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compiled rows as well.")] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure the training step, loss, LARS and traffic against the published formulation."""
-    from btpipe import progress
-    from btpipe.road import benchmark
-
-    sizes = benchmark.sizes(backbone, size, batch, dimension)
-    asked = benchmark.options(sizes, steps=steps, grid=grid)
-    options = benchmark.QUICK if quick else asked
-    with progress.show("json" if as_json else "auto") as report:
-        benchmark.run(options, report, compiled=compiled, loss_only=loss_only)
-
-
-@bench_app.command("loader")
-def bench_loader(
-    data: Annotated[Path | None, typer.Option(help="Images; drawn ones if none.")] = None,
-    batch: Annotated[int, typer.Option(min=2, help="Pairs of views in a batch.")] = 64,
-    size: Annotated[int, typer.Option(min=16, help="Pixels of a view's side.")] = 224,
-    workers: Annotated[int, typer.Option(min=1, help="Threads, or worker processes.")] = 2,
-    batches: Annotated[int, typer.Option(min=1, help="Batches in a turn.")] = 6,
-    turns: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 5,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure the loader against the published transform in a DataLoader, on the same images."""
-    from btpipe import progress
-    from btpipe.road import bench_loader as benchmark
-
-    asked = benchmark.Options(batch, size, workers, batches, turns)
-    options = benchmark.QUICK if quick else asked
-    with progress.show("json" if as_json else "auto") as report:
-        benchmark.run(options, data, report)
-
-
-@bench_app.command("embed")
-def bench_embed(
+@app.command()
+def bench(
     data: Annotated[Path | None, typer.Option(help="Images; drawn ones if none.")] = None,
     model: Annotated[Path | None, typer.Option(help="Bundle; a random network if none.")] = None,
     images: Annotated[
         int | None, typer.Option(min=2, help="Images in a turn; 64, or 4096 on a GPU.")
     ] = None,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 3,
-    workers: Annotated[int, typer.Option(min=0, help="Processes of the DataLoader.")] = 2,
     backbone: Annotated[str, typer.Option(help="Of the random network.")] = "resnet50",
     size: Annotated[int, typer.Option(min=16, help="Its pixels of a side.")] = 224,
     device: Annotated[
@@ -98,13 +45,13 @@ def bench_embed(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure embedding against torchvision behind a DataLoader, and against its own limit."""
+    """Measure how fast this machine embeds, and whether decoding or the network is the limit."""
     from btpipe import progress
-    from btpipe.road import bench_embed as bench
+    from btpipe.road import bench as benchmark
 
-    options = bench.options(images, turns, workers, backbone, size, device=device, quick=quick)
+    options = benchmark.options(images, turns, backbone, size, device=device, quick=quick)
     with progress.show("json" if as_json else "auto") as report:
-        bench.run(options, data, model, report)
+        benchmark.run(options, data, model, report)
 
 
 @app.command()

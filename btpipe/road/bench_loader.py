@@ -12,17 +12,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
+from btpipe import progress
 from btpipe.data import index as data_index
 from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
 from btpipe.events import Finished, Report, Tabled
-from btpipe.road import benchmark
 from btpipe.road import loader_worker as worker
-from btpipe.road.benchmark import Prepare, Row, number
+from btpipe.road import rows as measured
 from btpipe.road.loader_worker import Load
+from btpipe.road.rows import Prepare, Row, machine, number
 from btpipe.road.seat import Turn, take_turns
 
 DRAWN_SHORTER_SIDE = 400
@@ -36,7 +39,7 @@ CLOCK = "Seconds by the clock, the GPU waited for."
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `bench loader` measures: `turns` turns of `batches` batches."""
+    """What is measured: `turns` turns of `batches` batches."""
 
     batch: int
     image_size: int
@@ -65,7 +68,7 @@ def run(options: Options, data: Path | None, report: Report) -> None:
             longer = dataclasses.replace(load, batches=GPU_BATCHES * load.batches)
             report(_gpu_loader_table(longer, options, source))
             report(_gpu_table(load, options, source))
-    text = f"{options.turns} turns a row, on {benchmark.machine('cpu')}"
+    text = f"{options.turns} turns a row, on {machine('cpu')}"
     report(Finished("bench loader", text, time.perf_counter() - started))
 
 
@@ -101,7 +104,7 @@ def _loader_table(load: Load, options: Options, source: str) -> Tabled:
     pairs = load.batch * load.batches
     title = (
         f"Pairs of views at {load.image_size} pixels, {load.batches} batches of {load.batch},"
-        f" {load.workers} workers, {source}, {benchmark.machine('cpu')}, {options.turns} turns"
+        f" {load.workers} workers, {source}, {machine('cpu')}, {options.turns} turns"
     )
     columns = ("loader", "times faster", "CPU ms a pair", "pairs per CPU-second", "pairs/s")
     cells = [(*_cells(row, rows[0], pairs), _rate(row, pairs)) for row in rows]
@@ -137,7 +140,7 @@ def _gpu_loader_table(load: Load, options: Options, source: str) -> Tabled:
     }
     rows = _take_turns(named, options)
     title = (
-        f"Pairs of views at {load.image_size} pixels in the memory of {benchmark.machine('cuda')},"
+        f"Pairs of views at {load.image_size} pixels in the memory of {machine('cuda')},"
         f" {load.batches} batches of {load.batch}, {load.workers} workers, {source},"
         f" {options.turns} turns"
     )
@@ -161,7 +164,7 @@ def _gpu_table(load: Load, options: Options, source: str) -> Tabled:
         name = f"DALI, mixed, hw_decoder_load {share:g}"
         named[name] = functools.partial(worker.gpu_decode, load, share)
     rows = [_take_turns({name: prepare}, options)[0] for name, prepare in named.items()]
-    title = f"Decoding a batch of {load.batch} for {benchmark.machine('cuda')}, {source}"
+    title = f"Decoding a batch of {load.batch} for {machine('cuda')}, {source}"
     cells = [_gpu_cells(row, rows[0], load.batch) for row in rows]
     columns = ("decoder", "times faster", "images/s", "CPU ms an image")
     return Tabled(title, columns, tuple(cells), CLOCK)
@@ -169,7 +172,7 @@ def _gpu_table(load: Load, options: Options, source: str) -> Tabled:
 
 def _gpu_cells(row: Row, base: Row, count: int) -> tuple[str, ...]:
     cpu_milliseconds = 1000 * _median_cpu(row.turns) / count
-    faster = benchmark.faster(row, base, "cuda")
+    faster = measured.faster(row, base, "cuda")
     return row.name, faster, _rate(row, count), number(cpu_milliseconds)
 
 
@@ -182,7 +185,7 @@ def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:
 
 def _cells(row: Row, base: Row, count: int) -> tuple[str, ...]:
     seconds = _median_cpu(row.turns) / count
-    faster = benchmark.faster(row, base, "cpu")
+    faster = measured.faster(row, base, "cpu")
     return row.name, faster, number(1000 * seconds), number(1 / seconds)
 
 
@@ -192,3 +195,24 @@ def _rate(row: Row, count: int) -> str:
 
 def _median_cpu(turns: tuple[Turn, ...]) -> float:
     return statistics.median(turn.cpu_seconds for turn in turns)
+
+
+def main(
+    data: Annotated[Path | None, typer.Option(help="Images; drawn ones if none.")] = None,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of views in a batch.")] = 64,
+    size: Annotated[int, typer.Option(min=16, help="Pixels of a view's side.")] = 224,
+    workers: Annotated[int, typer.Option(min=1, help="Threads, or worker processes.")] = 2,
+    batches: Annotated[int, typer.Option(min=1, help="Batches in a turn.")] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
+    ] = False,
+) -> None:
+    """Measure the loader against the published transform in a DataLoader, on the same images."""
+    options = QUICK if quick else Options(batch, size, workers, batches, turns)
+    with progress.show("auto") as report:
+        run(options, data, report)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -10,29 +10,27 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import torch
+import typer
 
-from btpipe import runtime
+from btpipe import progress, runtime
 from btpipe.errors import UsageError
 from btpipe.events import Finished, Report, Tabled
 from btpipe.pretrain import loss, step
 from btpipe.recipe import Recipe, Run
-from btpipe.recipe.tables import Backbone
+from btpipe.road import bench, compiling
 from btpipe.road import benchmark_worker as worker
-from btpipe.road import compiling
-from btpipe.road.benchmark_worker import Device, Sizes
-from btpipe.road.seat import Prepared, Seat, Turn
+from btpipe.road.benchmark_worker import Sizes
+from btpipe.road.rows import Device, Prepare, Row, faster, machine, number, spent
+from btpipe.road.seat import Seat, Turn
 
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 SQUARES = 5
 """D x D matrices of float32 that the published loss holds at its peak, with its gradient."""
-
-Prepare = Callable[[], Prepared] | None
-"""How a row is prepared; None where this machine's memory does not do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +45,6 @@ class Options:
 
 
 QUICK = Options(Sizes("resnet18", 32, 8, 64), turns=1, counts=(16,), dimensions=(64,), threads=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What was measured of one variant; no turns where the memory did not do."""
-
-    name: str
-    turns: tuple[Turn, ...] = ()
-    peak_bytes: int = 0
 
 
 def run(options: Options, report: Report, *, compiled: bool, loss_only: bool) -> None:
@@ -76,13 +65,6 @@ def run(options: Options, report: Report, *, compiled: bool, loss_only: bool) ->
     report(Finished("bench step", text, time.perf_counter() - started))
 
 
-def machine(device: Device) -> str:
-    """The hardware, as a table's title names it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{runtime.cores()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
-
-
 def options(sizes: Sizes, *, steps: int, grid: str) -> Options:
     """As the command line asks for them.
 
@@ -98,7 +80,7 @@ def sizes(backbone: str, image_size: int, batch: int, dimension: int) -> Sizes:
     Raises:
         UsageError: no torchvision ResNet of that name.
     """
-    return Sizes(parse_backbone(backbone), image_size, batch, dimension)
+    return Sizes(bench.parse_backbone(backbone), image_size, batch, dimension)
 
 
 def parse_grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -114,18 +96,6 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if not counts or min(*counts, *dimensions) < 2:
         raise UsageError(f"--grid {text}", expected="batches x dimensions: 64,256,1024x8192")
     return counts, dimensions
-
-
-def parse_backbone(text: str) -> Backbone:
-    """The name of a torchvision ResNet.
-
-    Raises:
-        UsageError: another name.
-    """
-    for name in get_args(Backbone):
-        if name == text:
-            return name  # type: ignore[no-any-return]
-    raise UsageError(f"--backbone {text}", expected=", ".join(get_args(Backbone)))
 
 
 def measure(named: Mapping[str, Prepare], options: Options, device: Device) -> list[Row]:
@@ -254,28 +224,8 @@ def _lars_table(options: Options, device: Device) -> Tabled:
     return Tabled(title, ("LARS", "times faster", unit), tuple(cells))
 
 
-def faster(row: Row, base: Row, device: Device) -> str:
-    """Median over turns of base's time over this row's, of the same turn."""
-    if not (row.turns and base.turns):
-        return "-"
-    pairs = zip(base.turns, row.turns, strict=True)
-    return number(statistics.median(spent(b, device) / spent(r, device) for b, r in pairs))
-
-
-def spent(turn: Turn, device: Device) -> float:
-    """CPU-seconds on a CPU, where the clock is not the process's own; else seconds."""
-    return turn.cpu_seconds if device == "cpu" else turn.seconds
-
-
 def _median(row: Row, device: Device) -> float:
     return statistics.median(spent(turn, device) for turn in row.turns) if row.turns else 0.0
-
-
-def number(value: float) -> str:
-    """Three digits: 0.0123, 1.23, 12.3, 1,234."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:#.3g}" if value else "0"
 
 
 def _free_bytes(device: Device) -> int:
@@ -295,3 +245,28 @@ def _about_memory(device: Device) -> str:
     if device == "cuda":
         return "Peak: torch's allocator, everything of the step but the search for algorithms."
     return "Peak: growth of the resident set since the imports, everything of the step."
+
+
+def main(
+    backbone: Annotated[str, typer.Option(help="A torchvision ResNet.")] = "resnet50",
+    size: Annotated[int, typer.Option(min=16, help="Pixels of a view's side.")] = 224,
+    batch: Annotated[int, typer.Option(min=2, help="Pairs of views in a step.")] = 16,
+    dimension: Annotated[int, typer.Option(min=2, help="Width of the projector's layers.")] = 8192,
+    steps: Annotated[int, typer.Option(min=1, help="Turns of each row; medians count.")] = 3,
+    grid: Annotated[
+        str, typer.Option(metavar="N,..xD,..", help="Batches and dimensions for the loss alone.")
+    ] = "64,256,1024,2048x8192",
+    loss_only: Annotated[bool, typer.Option("--loss-only", help="The loss's table alone.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compiled rows as well.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny sizes: seconds, no verdict.")
+    ] = False,
+) -> None:
+    """Measure the training step, loss and LARS against the published formulation."""
+    asked = options(sizes(backbone, size, batch, dimension), steps=steps, grid=grid)
+    with progress.show("auto") as report:
+        run(QUICK if quick else asked, report, compiled=compiled, loss_only=loss_only)
+
+
+if __name__ == "__main__":
+    typer.run(main)

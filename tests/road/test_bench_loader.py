@@ -1,7 +1,6 @@
 """The loader's benchmark: both sides do the same work on the same images."""
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny_run import draw_images
-from typer.testing import CliRunner
 
-from btpipe.cli import app
 from btpipe.data import index
 from btpipe.data.loader import TrainingLoader
 from btpipe.data.sources import synthetic
-from btpipe.events import ignore
-from btpipe.road import loader_worker, published_views
+from btpipe.errors import UsageError
+from btpipe.events import Event, Tabled, ignore
+from btpipe.road import bench_loader, loader_worker, published_views
 from btpipe.road.loader_worker import Load
 from btpipe.road.seat import PeakMemory, Prepared, Seat
 
@@ -27,27 +25,25 @@ BURNT_SECONDS = 0.5
 
 @pytest.mark.slow
 def test_the_quick_benchmark_shows_its_tables() -> None:
-    result = CliRunner().invoke(app, ["bench", "loader", "--quick", "--json"])
-    assert result.exit_code == 0, result.output
-    loaders, parts, *of_gpu, end = (json.loads(line) for line in result.stdout.splitlines())
-    assert end["event"] == "Finished"
-    assert loaders["rows"][0][1] == "1.00"
-    assert len(loaders["rows"]) == 3
-    assert [row[1] for row in parts["rows"]][::2] == ["1.00", "1.00"]
-    assert all(float(row[2]) > 0 for row in loaders["rows"] + parts["rows"])
+    events: list[Event] = []
+    bench_loader.run(bench_loader.QUICK, None, events.append)
+    loaders, parts, *of_gpu = (event for event in events if isinstance(event, Tabled))
+    assert loaders.rows[0][1] == "1.00"
+    assert len(loaders.rows) == 3
+    assert [row[1] for row in parts.rows][::2] == ["1.00", "1.00"]
+    assert all(float(row[2]) > 0 for row in loaders.rows + parts.rows)
     if torch.cuda.is_available():
         filled, decoders = of_gpu
-        names = [row[0] for row in filled["rows"]]
-        assert names == [row[0] for row in loaders["rows"]]
-        assert filled["columns"][2:] == ["pairs/s", "CPU ms a pair"]
-        assert decoders["rows"][1][0] == "nvImageCodec, as pretrain uses it"
+        names = [row[0] for row in filled.rows]
+        assert names == [row[0] for row in loaders.rows]
+        assert filled.columns[2:] == ("pairs/s", "CPU ms a pair")
+        assert decoders.rows[1][0] == "nvImageCodec, as pretrain uses it"
 
 
 def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
     draw_images(tmp_path, 3)
-    result = CliRunner().invoke(app, ["bench", "loader", "--quick", "--data", str(tmp_path)])
-    assert result.exit_code == 1
-    assert "3 images do not fill one batch of 4" in str(result.exception)
+    with pytest.raises(UsageError, match="3 images do not fill one batch of 4"):
+        bench_loader.run(bench_loader.QUICK, tmp_path, ignore)
 
 
 def test_both_loaders_get_the_same_images_and_hand_out_alike_views(tmp_path: Path) -> None:
