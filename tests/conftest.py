@@ -10,6 +10,7 @@ import pytest
 # Before numpy, torch or onnxruntime are imported, and inherited by every process a test starts:
 # one number of threads, because sums over another number of threads round differently.
 os.environ["OMP_NUM_THREADS"] = "2"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a thread that waits leaves its core to others
 os.environ["COLUMNS"] = (
     "200"  # so that messages are not wrapped in the middle of what is looked for
 )
