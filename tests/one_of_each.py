@@ -11,6 +11,7 @@ from btpipe.data import shards
 from btpipe.data.index import build
 from btpipe.data.scan import scan
 from btpipe.embed.job import embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.events import ignore
 
 
@@ -20,7 +21,12 @@ def one_of_each(factory: pytest.TempPathFactory) -> Path:
     if home.exists():
         return home
     copy(shared_home(factory), home)
-    embed(home / "images", home / "v.parquet", home / "exports/tiny", ignore, device="cpu")
+    embed(
+        home / "images",
+        home / "v.parquet",
+        EncoderConfig(home / "exports/tiny", device="cpu"),
+        ignore,
+    )
     scan(home / "images", home / "i.parquet", ignore, depth="decode")
     listed, refused = build(home / "images")
     options = shards.Options(shorter_side=24, quality=90, shard_bytes=20_000)

@@ -273,31 +273,24 @@ def embed(
     """
     from btpipe import progress
     from btpipe.embed import job
+    from btpipe.embed.precisions import EncoderConfig
     from btpipe.export import contract
 
-    allowed = budget(max_bad, strict=strict)
-    model = model or contract.newest_bundle()
+    options = job.JobOptions(
+        batch_size=batch_images(batch_size),
+        workers=workers,
+        cluster=cluster,
+        max_bad=budget(max_bad, strict=strict),
+        dtype=dtype,
+        shard=shard,
+        overwrite=overwrite,
+        repair=repair,
+        limit_seconds=limit,
+    )
+    bundle = model or contract.newest_bundle()
+    encoder = EncoderConfig(bundle, device, engine, precision, layer, normalize)
     with progress.show("json" if as_json else "auto") as report:
-        job.embed(
-            source,
-            out,
-            model,
-            report,
-            batch_size=batch_images(batch_size),
-            workers=workers,
-            cluster=cluster,
-            shard=shard,
-            limit_seconds=limit,
-            engine=engine,
-            precision=precision,
-            layer=layer,
-            normalize=normalize,
-            dtype=dtype,
-            device=device,
-            max_bad=allowed,
-            overwrite=overwrite,
-            repair=repair,
-        )
+        job.embed(source, out, encoder, report, options)
 
 
 @app.command()

@@ -5,31 +5,25 @@ workers and committed in `X.parquet.work/` while the job runs; the same command 
 the last one. A table that is there gives its vectors to files whose content is as it was.
 """
 
-import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from btpipe import artifact, runtime
-from btpipe.data.index import Index, build
+from btpipe.data.index import build
 from btpipe.data.limits import DECODE_SECONDS
-from btpipe.embed import known, outputs, precisions, resolve, table, work
+from btpipe.embed import known, outputs, resolve, table, work
 from btpipe.embed.crew import WorkerPool, worker_configs
 from btpipe.embed.on_ray import RayPool
-from btpipe.embed.orders import WorkerConfig
+from btpipe.embed.orders import Decode, WorkerConfig
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.embed.shares import Share
 from btpipe.embed.writer import Writer
 from btpipe.errors import BudgetError, IntegrityError, Stopped, UsageError
 from btpipe.events import Event, Finished, Note, Report, Warned
 from btpipe.export import contract
-
-if TYPE_CHECKING:
-    from btpipe.embed.orders import Decode
-    from btpipe.export.session import Device  # which loads onnxruntime: the workers' business
 
 Cluster = Literal["none", "ray"]
 PART_ROWS = 1024
@@ -55,40 +49,46 @@ class Summary:
     dropped: int = -1
 
 
+@dataclasses.dataclass(frozen=True)
+class JobOptions:
+    """How a job is carried out.
+
+    `batch_size`: images in one call of the network; None: what suits the device. `workers`:
+    processes; 0 is one for each GPU, or one. `cluster` "ray": they are on the machines of a Ray
+    cluster, one for each GPU or machine. `max_bad`: how many inputs may be bad, an int for a count
+    and a float for a share of them; None: any number. `shard`: "i/n", the i-th (from 0) of n
+    shares. `overwrite`: replace the table, or drop the unfinished work, of another bundle.
+    `repair`: read all of a finished table and compute again what is damaged. `part_rows`: rows in a
+    part, the most that a kill can cost. `limit_seconds`: for one decode; `decode` stands in for
+    DALI's decoder.
+    """
+
+    batch_size: int | None = None
+    workers: int = 0
+    cluster: Cluster = "none"
+    max_bad: float | None = None
+    dtype: table.Dtype = "float32"
+    shard: str = ""
+    overwrite: bool = False
+    repair: bool = False
+    part_rows: int = PART_ROWS
+    limit_seconds: float = DECODE_SECONDS
+    decode: Decode | None = None
+
+
+DEFAULTS = JobOptions()
+
+
 def embed(
     source: Path | str | Sequence[Path | str],
     out: Path,
-    bundle: Path,
+    encoder: EncoderConfig,
     report: Report,
-    *,
-    batch_size: int | None = None,
-    threads: int = 0,
-    workers: int = 0,
-    cluster: Cluster = "none",
-    max_bad: float | None = None,
-    device: "Device" = "auto",
-    engine: precisions.Engine = "auto",
-    precision: precisions.RequestedPrecision = "auto",
-    layer: precisions.Layer = "pooled",
-    normalize: bool = False,
-    dtype: table.Dtype = "float32",
-    shard: str = "",
-    overwrite: bool = False,
-    repair: bool = False,
-    part_rows: int = PART_ROWS,
-    limit_seconds: float = DECODE_SECONDS,
-    decode: "Decode | None" = None,
+    options: JobOptions = DEFAULTS,
 ) -> Summary:
     """Embeds every image of `source` into `out` and its rejects file.
 
     `source`: folders, file lists, tar shards, parquet with image bytes, an index, URLs of these.
-    `workers`: processes; 0 is one for each GPU, or one. `threads` of each; 0 is one for each core.
-    `cluster` "ray": they are on the machines of a Ray cluster, one for each GPU or machine.
-    `max_bad`: how many inputs may be bad, an int for a count and a float for a share of them; None:
-    any number. `shard`: "i/n", the i-th (from 0) of n shares. `overwrite`: replace the table, or
-    drop the unfinished work, of another bundle. `repair`: read all of a finished table and compute
-    again what is damaged. `part_rows`: rows in a part, the most that a kill can cost.
-    `limit_seconds`: for one decode; `decode` stands in for DALI's decoder.
 
     Raises:
         UsageError: no such input, no image in it, `out` is one of them, no such bundle, or no Ray.
@@ -99,31 +99,30 @@ def embed(
     """
     started = time.monotonic()
     outputs.check(out)
-    requested = EncoderConfig(bundle, device, engine, precision, layer, normalize, threads)
-    with runtime.StopSignals() as signals, contextlib.ExitStack() as stack:
-        hands = (limit_seconds, report, signals)
-        run = _Run(out, requested, Share.parse(shard), dtype, _Ear(report, signals), overwrite)
-        config = WorkerConfig(run.encoder, decode=decode)
-        pool: WorkerPool | RayPool
-        if cluster == "ray":
-            pool = stack.enter_context(RayPool(config, workers, *hands))
-        else:
-            pool = stack.enter_context(WorkerPool(worker_configs(config, workers), *hands))
-        run.look_at_table(overwrite=overwrite, repair=repair)
-        if run.before is None:
-            pool.start()  # a worker starts in seconds: while the inputs are listed
-        run.plan(source, part_rows)
-        images = 0
-        if run.is_due():
-            pool.start()
-            images = run.make(pool, batch_size, overwrite=overwrite)
+    with runtime.StopSignals() as signals:
+        run = _Run(out, encoder, options, _StoppableReport(report, signals))
+        with _pool(run.encoder, options, report, signals) as pool:
+            run.look_at_table()
+            if run.before is None:
+                pool.start()  # a worker starts in seconds: while the inputs are listed
+            run.plan(source)
+            images = run.make(pool) if run.is_due() else 0
     summary = run.summary(images, time.monotonic() - started)
     _tell(summary, report)
-    _keep_budget(summary, max_bad)
+    _keep_budget(summary, options.max_bad)
     return summary
 
 
-class _Ear:
+def _pool(
+    encoder: EncoderConfig, options: JobOptions, report: Report, signals: runtime.StopSignals
+) -> WorkerPool | RayPool:
+    config, limit = WorkerConfig(encoder, decode=options.decode), options.limit_seconds
+    if options.cluster == "ray":
+        return RayPool(config, options.workers, limit, report, signals)
+    return WorkerPool(worker_configs(config, options.workers), limit, report, signals)
+
+
+class _StoppableReport:
     """A report that ends the job when a signal asked for it."""
 
     def __init__(self, report: Report, signals: runtime.StopSignals) -> None:
@@ -149,25 +148,23 @@ class _Run:
         self,
         out: Path,
         requested: EncoderConfig,
-        share: Share,
-        dtype: table.Dtype,
-        report: _Ear,
-        overwrite: bool,
+        options: JobOptions,
+        report: _StoppableReport,
     ) -> None:
         self._out, self._folder, self._report = out, work.folder_of(out), report
-        self._share = share
+        self._options, self._share = options, Share.parse(options.shard)
         if not requested.bundle.is_dir():
             fix = "make one first: btpipe export --onnx"
             raise UsageError("no bundle there", where=requested.bundle, fix=fix)
         opened = contract.open_bundle(requested.bundle)
-        earlier = {} if overwrite else resolve.settings_there(out)
+        earlier = {} if options.overwrite else resolve.settings_there(out)
         self.encoder = resolve.resolve(opened, requested, earlier, report)
-        self._footer = _footer(opened, self.encoder, share, dtype)
+        self._footer = resolve.footer(opened, self.encoder, self._share, options.dtype)
         self.before: Mapping[str, str] | None = None
-        self._is_finished, self._repair = False, False
+        self._is_finished = False
         self._reused, self._dropped = 0, -1
 
-    def look_at_table(self, *, overwrite: bool, repair: bool) -> None:
+    def look_at_table(self) -> None:
         """Reads what a table that is there says about itself.
 
         Raises:
@@ -176,19 +173,18 @@ class _Run:
         try:
             self.before = outputs.footer_of(self._out)
         except IntegrityError as error:
-            if not overwrite and not repair:
+            if not self._options.overwrite and not self._options.repair:
                 raise
             self._report(Warned(f"{self._out}: replaced, because it {error.what}"))
-        self._repair = repair
-        if self.before is not None and not overwrite:
+        if self.before is not None and not self._options.overwrite:
             fix = "choose another --out, or replace the table with --overwrite"
-            wanted = self._footer.metadata()
-            work.refuse_other(self.before, wanted, "vectors", self._out, fix)
+            ours = self._footer.metadata()
+            work.refuse_other(self.before, ours, "vectors", self._out, fix)
 
-    def plan(self, source: Path | str | Sequence[Path | str], part_rows: int) -> None:
+    def plan(self, source: Path | str | Sequence[Path | str]) -> None:
         """Lists the inputs, and sees whether the table is of them."""
         self._index, refused = build(source, self._report)
-        _refuse_own_input(self._out, self._index)
+        outputs.refuse_input(self._out, [origin.place for origin in self._index.sources])
         self._footer = dataclasses.replace(
             self._footer,
             input=table.fingerprint(self._index.table, refused),
@@ -198,6 +194,7 @@ class _Run:
         self._refused = refused if self._share.number == 0 else []
         rows = self._share.rows(len(self._index))
         settings, digest = self._footer.settings(), self._footer.input
+        part_rows = self._options.part_rows
         self._fresh = work.JobPlan(settings, digest, rows.start, len(rows), part_rows)
         self._is_finished = self._is_of(self.before) and self._is_of(self._rejects_footer())
 
@@ -207,13 +204,13 @@ class _Run:
         except IntegrityError:
             return None
 
-    def _is_of(self, found: Mapping[str, str] | None) -> bool:
+    def _is_of(self, metadata: Mapping[str, str] | None) -> bool:
         """Whether a table's footer names this very input and these settings."""
-        return found is not None and self._footer.metadata().items() <= found.items()
+        return metadata is not None and self._footer.metadata().items() <= metadata.items()
 
     def is_due(self) -> bool:
         """Whether there is anything to make; a finished table's leftovers are removed."""
-        if self._is_finished and self._repair and not known.is_whole(self._out):
+        if self._is_finished and self._options.repair and not known.is_whole(self._out):
             self._report(Warned(f"{self._out}: damaged; what is whole of it is kept"))
             self._is_finished = False
         if self._is_finished and self._folder.exists():
@@ -221,7 +218,7 @@ class _Run:
                 work.remove(self._folder)
         return not self._is_finished
 
-    def make(self, pool: WorkerPool | RayPool, batch_size: int | None, *, overwrite: bool) -> int:
+    def make(self, pool: WorkerPool | RayPool) -> int:
         """Makes the table; returns how many images went through the workers."""
         with work.locked(self._folder), artifact.disk_errors(self._out):
             writer = Writer(
@@ -232,8 +229,9 @@ class _Run:
                 self._report.plain,
                 self._report.check,
             )
-            writer.follow(self._fresh, self._earlier(), overwrite=overwrite)
-            images = writer.embed(pool, batch_size)
+            writer.follow(self._fresh, self._earlier(), overwrite=self._options.overwrite)
+            pool.start()
+            images = writer.embed(pool, self._options.batch_size)
             writer.finish(self._out)
             work.remove(self._folder)
         self._reused = sum(commit.reused for commit in writer.done.values())
@@ -258,39 +256,6 @@ class _Run:
             reused=self._reused,
             dropped=self._dropped,
         )
-
-
-def _footer(
-    bundle: contract.Bundle, encoder: EncoderConfig, share: Share, dtype: table.Dtype
-) -> table.Footer:
-    """What the table says of its vectors; `input` and `root` are not known yet."""
-    return table.Footer(
-        bundle=bundle.digest,
-        input="",
-        preprocessing=bundle.preprocessing.text(),
-        precision=encoder.precision,
-        root="",
-        dimension=precisions.dimension(bundle, encoder.layer),
-        dtype=dtype,
-        normalize=encoder.normalize,
-        layer=encoder.layer,
-        engine=encoder.engine,
-        shard=share.text,
-    )
-
-
-def _refuse_own_input(out: Path, index: Index) -> None:
-    """Raises UsageError where the table would take the place of what it is made from."""
-    names = (out, table.rejects_path(out), *outputs.beside_of(out))
-    written = {os.path.realpath(path) for path in names}
-    for origin in index.sources:
-        if os.path.realpath(origin.place) in written:
-            raise UsageError(
-                "is one of the inputs",
-                where=out,
-                expected="a table beside the images",
-                fix="choose another --out, or name the inputs by a pattern that leaves it out",
-            )
 
 
 def _tell(summary: Summary, report: Report) -> None:

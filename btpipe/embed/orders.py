@@ -1,27 +1,22 @@
 """The messages between a job and its workers: frozen records, pickled through a pipe."""
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from ctypes import Array
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from btpipe.embed import table
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 from btpipe.events import Rejected
 
-if TYPE_CHECKING:
-    from ctypes import Array
-
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8] | str]
-    """`decoding.decode`, or a function of a module that stands in for it."""
+Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8] | str]
+"""`decoding.decode`, or a function of a module that stands in for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +106,7 @@ class Failed:
     fix: str
 
     @classmethod
-    def of(cls, error: BtpipeError) -> Failed:
+    def of(cls, error: BtpipeError) -> "Failed":
         return cls(type(error), error.what, error.where, error.expected, error.fix)
 
     def raised(self) -> BtpipeError:

@@ -71,9 +71,22 @@ def check(out: Path) -> None:
         )
 
 
-def beside_of(out: Path) -> tuple[Path, ...]:
-    """What else is written with `out`: names that must not be inputs either."""
+def companions(out: Path) -> tuple[Path, ...]:
+    """What else is written with `out`."""
     return (arrays.ids_path(out),) if kind_of(out) == "array" else ()
+
+
+def refuse_input(out: Path, inputs: Iterable[str]) -> None:
+    """Raises UsageError where the table would take the place of what it is made from."""
+    names = (out, table.rejects_path(out), *companions(out))
+    outputs = {os.path.realpath(path) for path in names}
+    if any(os.path.realpath(path) in outputs for path in inputs):
+        raise UsageError(
+            "is one of the inputs",
+            where=out,
+            expected="a table beside the images",
+            fix="choose another --out, or name the inputs by a pattern that leaves it out",
+        )
 
 
 def write(out: Path, beside: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:

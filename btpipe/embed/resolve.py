@@ -10,6 +10,7 @@ from typing import get_args
 from btpipe import runtime
 from btpipe.embed import outputs, precisions, table, work
 from btpipe.embed.precisions import EncoderConfig
+from btpipe.embed.shares import Share
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import Note, Report
 from btpipe.export import contract
@@ -44,3 +45,22 @@ def resolve(
         precision, why = precisions.choose(bundle, engine, requested.precision, device, agrees)
     report(Note(why))
     return dataclasses.replace(requested, device=device, engine=engine, precision=precision)
+
+
+def footer(
+    bundle: contract.Bundle, encoder: EncoderConfig, share: Share, dtype: table.Dtype
+) -> table.Footer:
+    """What the table says of its vectors; `input` and `root` are not known yet."""
+    return table.Footer(
+        bundle=bundle.digest,
+        input="",
+        preprocessing=bundle.preprocessing.text(),
+        precision=encoder.precision,
+        root="",
+        dimension=precisions.dimension(bundle, encoder.layer),
+        dtype=dtype,
+        normalize=encoder.normalize,
+        layer=encoder.layer,
+        engine=encoder.engine,
+        shard=share.text,
+    )

@@ -21,6 +21,7 @@ from btpipe.data.index import Index
 from btpipe.data.loader import evaluation_batches
 from btpipe.data.views import Geometry
 from btpipe.embed import job
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import UsageError
 from btpipe.events import Event, Finished, Report, Tabled
 from btpipe.explore import knn, labelled, linear
@@ -111,11 +112,11 @@ def compare(
     colours, pixels = _baselines(index, images.build(test, quiet)[0], quiet, k)
     untrained = bundle.export_run(run, out / "untrained", quiet, untrained=True)
     pretrained = pretrained or bundle.export_run(run, out / "pretrained", quiet)
-    judged = []
+    judged, options = [], job.JobOptions(batch_size=BATCH)
     for name, made in (("untrained", untrained), ("pretrained", pretrained)):
         tables = out / f"{name}-train.parquet", out / f"{name}-test.parquet"
         for source, table in zip((run / folder.INDEX, test), tables, strict=True):
-            job.embed(source, table, made, quiet, batch_size=BATCH)
+            job.embed(source, table, EncoderConfig(made), quiet, options)
         judged.append(_judge(*labelled.pair(*tables, Labels()), name, quiet, k))
     return Comparison(colours, pixels, *judged)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from btpipe import progress, recipe
 from btpipe.embed import job
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import NumericsError
 from btpipe.events import Note, Report, Tabled
 from btpipe.explore import map as mapping
@@ -40,7 +41,7 @@ def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
         with _timed(seconds, "export, checked against the network"):
             bundle.export_run(trained, exported, report)
         with _timed(seconds, "embed 2,000 images"):
-            job.embed(images / "train", vectors, exported, report)
+            job.embed(images / "train", vectors, EncoderConfig(exported), report)
         with _timed(seconds, "compare with the baselines"):
             judged = compare.compare(
                 trained, images / "test", out / "compare", report, pretrained=exported

@@ -184,7 +184,7 @@ def _vectors(path: Path, account: Account) -> None:
         paths = pa.chunked_array(names, pa.string())
         account.rows += len(paths)
         account.files += _parts(path, footer, account, again) if path.is_dir() else 1
-        account.files += sum(file.is_file() for file in outputs.beside_of(path))
+        account.files += sum(file.is_file() for file in outputs.companions(path))
         if strange:
             what = f"{strange} rows have a vector that is not finite, or no digest"
             account.wrong(path, what, again)

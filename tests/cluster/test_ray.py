@@ -12,7 +12,8 @@ import pytest
 import stand_in_embedding
 from tiny_run import draw_images, shared_home
 
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import Stopped, UsageError
 from btpipe.events import Event, Note, Rejected, Warned, ignore
 
@@ -22,14 +23,16 @@ START_SECONDS = 120.0  # for Ray, where nothing else may run beside it
 JOB = """
 import sys
 from pathlib import Path
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 from btpipe.events import ignore
 
 if __name__ == "__main__":
     source, out, bundle = map(Path, sys.argv[1:])
     try:
-        embed(source, out, bundle, ignore, cluster="ray", workers=2, device="cpu", part_rows=2)
+        options = JobOptions(cluster="ray", workers=2, part_rows=2)
+        embed(source, out, EncoderConfig(bundle, device="cpu"), ignore, options)
     except BtpipeError as error:
         sys.stderr.write(str(error))
         sys.exit(error.exit_code)
@@ -51,13 +54,14 @@ def run(source: Path, out: Path, bundle: Path, *, on_ray: bool, part_rows: int =
     embed(
         source,
         out,
-        bundle,
+        EncoderConfig(bundle, device="cpu"),
         ignore,
-        cluster="ray" if on_ray else "none",
-        workers=2 if on_ray else 1,
-        device="cpu",
-        batch_size=BATCH,
-        part_rows=part_rows,
+        JobOptions(
+            cluster="ray" if on_ray else "none",
+            workers=2 if on_ray else 1,
+            batch_size=BATCH,
+            part_rows=part_rows,
+        ),
     )
 
 
@@ -123,7 +127,13 @@ def test_a_stopped_job_keeps_its_parts_and_goes_on(
         assert (job.returncode, "finished parts are kept" in told) == (Stopped.exit_code, True)
     assert processes_with("raylet") == []
     events: list[Event] = []
-    embed(images, out, bundle, events.append, cluster="ray", workers=2, device="cpu", part_rows=2)
+    embed(
+        images,
+        out,
+        EncoderConfig(bundle, device="cpu"),
+        events.append,
+        JobOptions(cluster="ray", workers=2, part_rows=2),
+    )
     assert [e for e in events if isinstance(e, Note) and e.text.startswith("goes on: ")]
     run(images, tmp_path / "one.parquet", bundle, on_ray=False, part_rows=2)
     assert content(out) == content(tmp_path / "one.parquet")
@@ -155,13 +165,9 @@ def test_a_file_that_kills_its_decoder_is_rejected_by_name(
     embed(
         images,
         tmp_path / "ray.parquet",
-        bundle,
+        EncoderConfig(bundle, device="cpu"),
         events.append,
-        cluster="ray",
-        workers=2,
-        device="cpu",
-        part_rows=PART_ROWS,
-        decode=stand_in_embedding.decode,
+        JobOptions(cluster="ray", workers=2, part_rows=PART_ROWS, decode=stand_in_embedding.decode),
     )
     assert [e.path for e in events if isinstance(e, Rejected)] == ["b/003.jpg"]
     assert any(isinstance(e, Warned) and "SIGSEGV" in e.text for e in events)
@@ -169,4 +175,10 @@ def test_a_file_that_kills_its_decoder_is_rejected_by_name(
 
 def test_more_workers_than_cores_are_refused(images: Path, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="999 workers"):
-        embed(images, tmp_path / "v.parquet", bundle, ignore, cluster="ray", workers=999)
+        embed(
+            images,
+            tmp_path / "v.parquet",
+            EncoderConfig(bundle),
+            ignore,
+            JobOptions(cluster="ray", workers=999),
+        )

@@ -8,7 +8,7 @@ from stand_in_embedding import CRASH, CROWD, KILL, decode
 from tiny_run import draw_images, shared_home
 
 from btpipe.embed import culprits
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.orders import WorkerConfig
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.events import Event, Warned
@@ -50,12 +50,9 @@ def test_a_file_that_ends_a_worker_beside_others_alone_gets_its_row(
     embed(
         tmp_path / "images",
         out,
-        bundle,
+        EncoderConfig(bundle, device="cpu", threads=2),
         events.append,
-        device="cpu",
-        threads=2,
-        part_rows=CROWDED,
-        decode=decode,
+        JobOptions(part_rows=CROWDED, decode=decode),
     )
     assert pq.read_table(out).num_rows == CROWDED
     assert pq.read_table(tmp_path / "v.rejects.parquet").num_rows == 0

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 from tiny_run import draw_images, shared_home
 
-from btpipe.embed.job import Summary, embed
+from btpipe.embed.job import JobOptions, Summary, embed
 from btpipe.embed.merging import merge
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, Finished, Progressed, Warned, ignore
 
@@ -42,7 +43,13 @@ def run(
     repair: bool = False,
 ) -> Summary:
     report = ignore if events is None else events.append
-    return embed(images, out, bundle, report, device="cpu", part_rows=8, shard=shard, repair=repair)
+    return embed(
+        images,
+        out,
+        EncoderConfig(bundle, device="cpu"),
+        report,
+        JobOptions(part_rows=8, shard=shard, repair=repair),
+    )
 
 
 def bytes_of(out: Path) -> tuple[bytes, bytes]:
@@ -97,13 +104,15 @@ def test_finished_parts_of_a_job_whose_images_changed_are_kept(
     stop = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from btpipe.embed.job import embed\n"
+        "from btpipe.embed.job import JobOptions, embed\n"
+        "from btpipe.embed.precisions import EncoderConfig\n"
         "from btpipe.events import Rejected\n"
         "def report(event):\n"
         "    if isinstance(event, Rejected):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "source, out, bundle = map(Path, sys.argv[1:])\n"
-        "embed(source, out, bundle, report, device='cpu', part_rows=8)\n"
+        "encoder = EncoderConfig(bundle, device='cpu')\n"
+        "embed(source, out, encoder, report, JobOptions(part_rows=8))\n"
     )
     bad = images / "b" / "021.jpg"
     whole = bad.read_bytes()
@@ -233,7 +242,13 @@ def test_files_that_change_or_vanish_while_a_job_runs_are_told(
             changed.write_bytes(donor)
 
     out = tmp_path / "v.parquet"
-    embed(tmp_path / "images", out, bundle, meddle, device="cpu", part_rows=8, batch_size=4)
+    embed(
+        tmp_path / "images",
+        out,
+        EncoderConfig(bundle, device="cpu"),
+        meddle,
+        JobOptions(part_rows=8, batch_size=4),
+    )
     told = [event.text for event in events if isinstance(event, Warned)]
     assert [text.partition(":")[0] for text in told] == ["b/119.jpg"]
     rejects = pq.read_table(tmp_path / "v.rejects.parquet").to_pylist()

@@ -19,7 +19,8 @@ from PIL import Image, features
 from tiny_run import draw_images, shared_home
 
 from btpipe import runtime
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import MachineError
 from btpipe.events import Event, Note, ignore
 
@@ -65,7 +66,8 @@ signal.signal(signal.SIGUSR2, outlive)  # in the workers too: they import this f
 if __name__ == "__main__":
     try:
         with progress.show("json") as report:
-            embed(source, out, bundle, report, device="cpu", part_rows=8, decode=decode)
+            options = JobOptions(part_rows=8, decode=decode)
+            embed(source, out, EncoderConfig(bundle, device="cpu"), report, options)
     except BtpipeError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -163,7 +165,12 @@ def test_a_second_ctrl_c_ends_a_job_that_cannot_stop_and_the_same_command_goes_o
     assert stuck.wait(END_SECONDS) == 130
     wait_for(lambda: not group_of(stuck.pid), END_SECONDS)
     done, events = commits_of(tmp_path), list[Event]()
-    embed(tmp_path / "images", tmp_path / "v.parquet", bundle, events.append, device="cpu")
+    embed(
+        tmp_path / "images",
+        tmp_path / "v.parquet",
+        EncoderConfig(bundle, device="cpu"),
+        events.append,
+    )
     told = f"goes on: {done * PART_ROWS} of {IMAGES} images are done"
     assert told in [event.text for event in events if isinstance(event, Note)]
     assert pq.read_metadata(tmp_path / "v.parquet").num_rows == PART_ROWS
@@ -289,19 +296,37 @@ def fill_up(
     """Runs the job on each disk, then again where there is room: whether it passed at once."""
     draw_images(folder / "images", 24)
     whole = folder / "whole.parquet"
-    embed(folder / "images", whole, bundle, ignore, device="cpu", part_rows=PART_ROWS)
+    embed(
+        folder / "images",
+        whole,
+        EncoderConfig(bundle, device="cpu"),
+        ignore,
+        JobOptions(part_rows=PART_ROWS),
+    )
     passed = []
     for option in options:
         out = disk(option) / "v.parquet"
         try:
-            embed(folder / "images", out, bundle, ignore, device="cpu", part_rows=PART_ROWS)
+            embed(
+                folder / "images",
+                out,
+                EncoderConfig(bundle, device="cpu"),
+                ignore,
+                JobOptions(part_rows=PART_ROWS),
+            )
             passed.append(True)
         except MachineError as error:
             passed.append(False)
             assert "no space left" in str(error)  # noqa: PT017 - either may happen
             assert not out.exists()
         disk("64m,nr_inodes=1000")
-        embed(folder / "images", out, bundle, ignore, device="cpu", part_rows=PART_ROWS)
+        embed(
+            folder / "images",
+            out,
+            EncoderConfig(bundle, device="cpu"),
+            ignore,
+            JobOptions(part_rows=PART_ROWS),
+        )
         assert out.read_bytes() == whole.read_bytes()
         assert len(list(out.parent.iterdir())) == 2
         for path in out.parent.iterdir():

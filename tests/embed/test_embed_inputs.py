@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 from tiny_run import draw_images, shared_home
 
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.events import ignore
 
 COSINE = 0.999
@@ -152,7 +153,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[bytes], se
     refused = nasty(folder / "images") - {name.split(b"/")[0] for name in wanted}
     bundle = shared_home(tmp_path_factory) / "exports" / "tiny"
     with contextlib.chdir(folder):  # where a script in an image would leave its mark
-        embed(folder / "images", folder / "v.parquet", bundle, ignore, device="cpu", part_rows=16)
+        embed(
+            folder / "images",
+            folder / "v.parquet",
+            EncoderConfig(bundle, device="cpu"),
+            ignore,
+            JobOptions(part_rows=16),
+        )
     return folder, wanted, refused
 
 
@@ -207,11 +214,15 @@ def test_pixel_bombs_cost_no_memory(
     bundle = shared_home(tmp_path_factory) / "exports" / "tiny"
     draw_images(tmp_path / "images", 16)
     with Watched() as plain:
-        embed(tmp_path / "images", tmp_path / "v.parquet", bundle, ignore, device="cpu")
+        embed(
+            tmp_path / "images", tmp_path / "v.parquet", EncoderConfig(bundle, device="cpu"), ignore
+        )
     for i in range(4):
         (tmp_path / "images" / f"bomb-{i}.png").write_bytes(bomb(40_000 + i))
     with Watched() as watched:
-        embed(tmp_path / "images", tmp_path / "b.parquet", bundle, ignore, device="cpu")
+        embed(
+            tmp_path / "images", tmp_path / "b.parquet", EncoderConfig(bundle, device="cpu"), ignore
+        )
     assert pq.read_metadata(tmp_path / "b.rejects.parquet").num_rows == 4
     assert watched.peak - plain.peak < PEAK_BYTES
 
@@ -230,10 +241,9 @@ def test_a_jpeg_of_endless_scans_is_rejected_in_time(
     embed(
         tmp_path / "images",
         tmp_path / "v.parquet",
-        bundle,
+        EncoderConfig(bundle, device="cpu"),
         ignore,
-        device="cpu",
-        limit_seconds=1.0,
+        JobOptions(limit_seconds=1.0),
     )
     rejects = pq.read_table(tmp_path / "v.rejects.parquet").to_pylist()
     assert [(entry["path"], entry["reason"]) for entry in rejects] == [

@@ -20,7 +20,8 @@ import tiny_run
 from PIL import Image
 from tiny_run import draw_images, shared_home
 
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BudgetError, IntegrityError, RefusedError, Stopped, UsageError
 from btpipe.events import Event, Note, Progressed, Rejected, Warned, ignore
 
@@ -48,7 +49,13 @@ def images(tmp_path: Path) -> Path:
 
 def run(source: Path, out: Path, bundle: Path, events: list[Event] | None = None) -> None:
     report = ignore if events is None else events.append
-    embed(source, out, bundle, report, batch_size=BATCH, part_rows=PART_ROWS, device="cpu")
+    embed(
+        source,
+        out,
+        EncoderConfig(bundle, device="cpu"),
+        report,
+        JobOptions(batch_size=BATCH, part_rows=PART_ROWS),
+    )
 
 
 def content(folder: Path) -> Mapping[str, bytes]:
@@ -144,7 +151,7 @@ def test_parts_and_batches_leave_no_trace_in_the_table(
 ) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "many").mkdir()
-    embed(images, tmp_path / "one" / "v.parquet", bundle, ignore, device="cpu")
+    embed(images, tmp_path / "one" / "v.parquet", EncoderConfig(bundle, device="cpu"), ignore)
     run(images, tmp_path / "many" / "v.parquet", bundle)
     assert content(tmp_path / "one") == content(tmp_path / "many")
 
@@ -183,7 +190,9 @@ def test_vectors_of_another_bundle_are_not_replaced_unasked(
         run(images, out, other_bundle)
     assert all(text in str(refusal.value) for text in (*digests, "--overwrite"))
     assert out.read_bytes() == before
-    embed(images, out, other_bundle, ignore, overwrite=True, device="cpu")
+    embed(
+        images, out, EncoderConfig(other_bundle, device="cpu"), ignore, JobOptions(overwrite=True)
+    )
     assert pq.read_schema(out).metadata[b"btpipe.bundle"].decode() == digests[1]
 
 
@@ -200,7 +209,8 @@ def test_a_file_that_is_no_table_of_btpipes_is_not_replaced_unasked(
 JOB = """
 import os, sys
 from pathlib import Path
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 from btpipe.events import Rejected
 
@@ -211,9 +221,8 @@ def report(event):
         os.kill(os.getpid(), int(number))
 
 try:
-    embed(
-        Path(source), Path(out), Path(bundle), report, batch_size=5, part_rows=8, device="cpu"
-    )
+    options = JobOptions(batch_size=5, part_rows=8)
+    embed(Path(source), Path(out), EncoderConfig(Path(bundle), device="cpu"), report, options)
 except BtpipeError as error:
     sys.exit(error.exit_code)
 assert "torch" not in sys.modules
@@ -372,7 +381,7 @@ def test_more_bad_inputs_than_allowed_are_an_error_after_the_table_is_finished(
     out = tmp_path / "v.parquet"
 
     def job() -> None:
-        embed(images, out, bundle, ignore, max_bad=max_bad, device="cpu")
+        embed(images, out, EncoderConfig(bundle, device="cpu"), ignore, JobOptions(max_bad=max_bad))
 
     for _ in range(2):  # a finished job says the same again
         if kept:

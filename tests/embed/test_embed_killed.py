@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from tiny_run import draw_images, shared_home
 
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import MachineError
 from btpipe.events import ignore
 
@@ -29,14 +30,16 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 JOB = """
 import sys
 from pathlib import Path
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 from btpipe.events import ignore
 
 if __name__ == "__main__":
     source, out, bundle = map(Path, sys.argv[1:])
     try:
-        embed(source, out, bundle, ignore, device="cpu", part_rows=16, batch_size=8)
+        options = JobOptions(part_rows=16, batch_size=8)
+        embed(source, out, EncoderConfig(bundle, device="cpu"), ignore, options)
     except BtpipeError as error:
         sys.stderr.write(str(error))
         sys.exit(error.exit_code)
@@ -108,18 +111,26 @@ def test_fifty_random_kills_of_any_process_leave_no_trace(bundle: Path, tmp_path
 def fill_up(disk: Callable[[str], Path], bundle: Path, images: Path, sizes: list[str]) -> int:
     """Runs the job on disks that are too small, then on a large one; how often there was space."""
     (images.parent / "whole").mkdir()
-    embed(images, images.parent / "whole" / "v.parquet", bundle, ignore, device="cpu", part_rows=16)
+    embed(
+        images,
+        images.parent / "whole" / "v.parquet",
+        EncoderConfig(bundle, device="cpu"),
+        ignore,
+        JobOptions(part_rows=16),
+    )
     passed = 0
     for size in sizes:
         out = disk(size) / "v.parquet"
         try:
-            embed(images, out, bundle, ignore, device="cpu", part_rows=16)
+            embed(
+                images, out, EncoderConfig(bundle, device="cpu"), ignore, JobOptions(part_rows=16)
+            )
             passed += 1
         except MachineError as error:
             assert "no space left" in str(error)  # noqa: PT017 - either may happen
             assert not out.exists()
         disk("64m")
-        embed(images, out, bundle, ignore, device="cpu", part_rows=16)
+        embed(images, out, EncoderConfig(bundle, device="cpu"), ignore, JobOptions(part_rows=16))
         assert content(out.parent) == content(images.parent / "whole")
         for path in out.parent.glob("*.parquet"):
             path.unlink()

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from btpipe.cli import app
 from btpipe.embed import arrays, outputs
 from btpipe.embed.encoder import load
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import ignore
 
@@ -115,12 +116,12 @@ def test_vectors_made_otherwise_are_not_mixed_into_a_table(
     images: Path, bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "v.parquet"
-    embed(images, out, bundle, ignore, device="cpu")
+    embed(images, out, EncoderConfig(bundle, device="cpu"), ignore)
     before = out.read_bytes()
     with pytest.raises(RefusedError):
-        embed(images, out, bundle, ignore, device="cpu", normalize=True)
+        embed(images, out, EncoderConfig(bundle, device="cpu", normalize=True), ignore)
     with pytest.raises(RefusedError):
-        embed(images, out, bundle, ignore, device="cpu", dtype="float16")
+        embed(images, out, EncoderConfig(bundle, device="cpu"), ignore, JobOptions(dtype="float16"))
     assert out.read_bytes() == before
 
 
@@ -129,4 +130,4 @@ def test_what_stands_beside_a_matrix_must_not_be_an_input(bundle: Path, tmp_path
     listed = tmp_path / "v.npy.ids.parquet"
     pq.write_table(pa.table({"image": [image.read_bytes()]}), listed)
     with pytest.raises(UsageError, match="is one of the inputs"):
-        embed(listed, tmp_path / "v.npy", bundle, ignore, device="cpu")
+        embed(listed, tmp_path / "v.npy", EncoderConfig(bundle, device="cpu"), ignore)

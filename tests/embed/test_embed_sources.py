@@ -12,7 +12,8 @@ from tiny_run import shared_home
 
 from btpipe.data import index
 from btpipe.data.scan import Depth, scan
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import UsageError
 from btpipe.events import ignore
 
@@ -41,7 +42,12 @@ def test_the_vectors_are_the_same_from_folder_tar_parquet_list_and_index(
     index.build(tmp_path / "images")[0].save(tmp_path / "index.parquet")
     names = ["images", "a.tar", "a.parquet", "a.txt", "index.parquet"]
     out = tmp_path / "v.parquet"
-    embed([tmp_path / name for name in names], out, home / "exports/tiny", ignore, device="cpu")
+    embed(
+        [tmp_path / name for name in names],
+        out,
+        EncoderConfig(home / "exports/tiny", device="cpu"),
+        ignore,
+    )
     table = pq.read_table(out)
     shown = {
         "images": [f"images/{i}.jpg" for i in range(IMAGES)],
@@ -81,7 +87,7 @@ def test_labels_of_any_input_alone_are_in_the_table(home: Path, tmp_path: Path, 
             depth: Depth = "list" if kind == "listed" else "header"
             scan(tmp_path / "in.csv", source, ignore, depth=depth)
     out = tmp_path / "v.parquet"
-    embed(source, out, home / "exports/tiny", ignore, device="cpu")
+    embed(source, out, EncoderConfig(home / "exports/tiny", device="cpu"), ignore)
     table = pq.read_table(out)
     assert table["label"].to_pylist() == labels
     digests = [hashlib.sha256(content).hexdigest() for content in contents]
@@ -96,9 +102,8 @@ def test_an_output_that_is_an_input_is_refused_and_stays(home: Path, tmp_path: P
         embed(
             tmp_path / "a.parquet",
             tmp_path / "a.parquet",
-            home / "exports/tiny",
+            EncoderConfig(home / "exports/tiny", device="cpu"),
             ignore,
-            device="cpu",
-            overwrite=True,
+            JobOptions(overwrite=True),
         )
     assert (tmp_path / "a.parquet").read_bytes() == before

@@ -13,7 +13,8 @@ import pytest
 from stand_in_embedding import CRASH, HANG, KILL, decode
 from tiny_run import draw_images, shared_home
 
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import UsageError
 from btpipe.events import Event, Warned, ignore
 
@@ -36,7 +37,7 @@ def whole(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`images/`, and the table of a job that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     draw_images(folder / "images", IMAGES)
-    embed(folder / "images", folder / "v.parquet", bundle, ignore, device="cpu")
+    embed(folder / "images", folder / "v.parquet", EncoderConfig(bundle, device="cpu"), ignore)
     return folder
 
 
@@ -50,13 +51,25 @@ def test_several_workers_make_the_very_table_of_one(
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
     out = tmp_path / "v.parquet"
-    embed(whole / "images", out, bundle, ignore, device="cpu", workers=2, part_rows=4)
+    embed(
+        whole / "images",
+        out,
+        EncoderConfig(bundle, device="cpu"),
+        ignore,
+        JobOptions(workers=2, part_rows=4),
+    )
     assert bytes_of(out) == bytes_of(whole / "v.parquet")
 
 
 def test_more_workers_than_cores_are_refused(whole: Path, bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="1001 workers"):
-        embed(whole / "images", tmp_path / "v.parquet", bundle, ignore, workers=1001)
+        embed(
+            whole / "images",
+            tmp_path / "v.parquet",
+            EncoderConfig(bundle),
+            ignore,
+            JobOptions(workers=1001),
+        )
 
 
 def test_files_that_kill_or_hang_a_decoder_are_rejected_by_name_and_no_other(
@@ -73,12 +86,9 @@ def test_files_that_kill_or_hang_a_decoder_are_rejected_by_name_and_no_other(
     embed(
         images,
         out,
-        bundle,
+        EncoderConfig(bundle, device="cpu"),
         events.append,
-        device="cpu",
-        part_rows=8,
-        limit_seconds=LIMIT_SECONDS,
-        decode=decode,
+        JobOptions(part_rows=8, limit_seconds=LIMIT_SECONDS, decode=decode),
     )
     rejects = pq.read_table(tmp_path / "v.rejects.parquet").to_pylist()
     assert {entry["path"]: entry["reason"] for entry in rejects} == {
@@ -96,7 +106,8 @@ def test_files_that_kill_or_hang_a_decoder_are_rejected_by_name_and_no_other(
 JOB = """
 import sys
 from pathlib import Path
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 from btpipe.events import Warned
 from stand_in_embedding import decode
@@ -108,7 +119,8 @@ def report(event):
 if __name__ == "__main__":
     source, out, bundle = map(Path, sys.argv[1:4])
     try:
-        embed(source, out, bundle, report, device="cpu", part_rows=8, decode=decode)
+        options = JobOptions(part_rows=8, decode=decode)
+        embed(source, out, EncoderConfig(bundle, device="cpu"), report, options)
     except BtpipeError as error:
         sys.exit(error.exit_code)
     light = {"torch", "onnx", "onnxruntime", "nvidia"} & set(sys.modules)

@@ -58,7 +58,7 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 
 def test_files_give_the_vectors_of_an_embedding_job(bundle: Path, tmp_path: Path) -> None:
     paths = sorted(draw_images(tmp_path / "images", 6))
-    embed(tmp_path / "images", tmp_path / "v.parquet", bundle, ignore, device="cpu")
+    embed(tmp_path / "images", tmp_path / "v.parquet", EncoderConfig(bundle, device="cpu"), ignore)
     wanted = np.stack(pq.read_table(tmp_path / "v.parquet").column("embedding").to_numpy())
     encoder = load(str(bundle), device="cpu")
     assert np.array_equal(encoder.embed(paths), wanted)

@@ -47,7 +47,7 @@ def test_what_is_written_is_read_again_row_for_row(
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_the_bytes_do_not_depend_on_how_the_rows_came(tmp_path: Path, ending: str) -> None:
     def content(out: Path) -> list[bytes]:
-        whole = out.rglob("*.parquet") if out.is_dir() else [out, *outputs.beside_of(out)]
+        whole = out.rglob("*.parquet") if out.is_dir() else [out, *outputs.companions(out)]
         return [path.read_bytes() for path in sorted(whole)]
 
     write(tmp_path / f"a{ending}", 5000, piece=5000)

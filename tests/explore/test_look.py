@@ -17,6 +17,7 @@ from PIL import Image
 
 from btpipe import neighbours
 from btpipe.embed import job
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, Tabled, ignore
 from btpipe.explore import dupes, outliers, page, search
@@ -32,7 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def embedded(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("look") / "vectors.parquet"
-    job.embed(home / "images", out, home / "exports" / "tiny", ignore)
+    job.embed(home / "images", out, EncoderConfig(home / "exports" / "tiny"), ignore)
     return out
 
 

@@ -296,11 +296,13 @@ def test_what_a_newer_btpipe_wrote_is_not_called_damaged(copied: Path) -> None:
 SLOW_JOB = """
 import sys
 from pathlib import Path
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.events import ignore
 if __name__ == "__main__":
     images, out, bundle = map(Path, sys.argv[1:])
-    embed(images, out, bundle, ignore, device="cpu", batch_size=1, part_rows=2)
+    options = JobOptions(batch_size=1, part_rows=2)
+    embed(images, out, EncoderConfig(bundle, device="cpu"), ignore, options)
 """
 
 
