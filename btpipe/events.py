@@ -146,6 +146,16 @@ class RunStarted(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class RecipeChanged(Event):
+    """A run goes on from `step` with another value of a key that only rounding depends on."""
+
+    step: int
+    key: str
+    before: str
+    after: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Compiled(Event):
     """The first compiled step is done; its seconds are kept out of every rate."""
 

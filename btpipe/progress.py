@@ -120,6 +120,9 @@ class _Display:
                 self._print(f"warning: {event.text}")
             case events.Alarm():
                 self._print(f"alarm: {event.about}, step {event.step}: {event.text}", ALARM_STYLE)
+            case events.RecipeChanged():
+                change = f"{event.key} {event.before} -> {event.after}"
+                self._print(f"from step {event.step} on: {change}")
             case events.Note():
                 self._results.print(Text(event.text))
             case events.Tabled():

@@ -248,7 +248,7 @@ def test_the_defaults_are_the_published_run_but_for_its_gpus() -> None:
 def test_the_digest_ignores_bookkeeping_and_sees_everything_else(tmp_path: Path) -> None:
     path = write(tmp_path / "a.toml", "")
     digest = recipe.load(path).digest
-    values = {"health.knn": '"./labelled"', "data.max_bad": "0.7"}
+    values = {"health.knn": '"./labelled"', "data.max_bad": "0.7", "run.memory_budget": "0.7"}
     for key in recipe.BOOKKEEPING:
         value = values.get(key, "7")
         assert recipe.load(path, [f"{key}={value}"]).digest == digest

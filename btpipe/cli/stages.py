@@ -92,6 +92,13 @@ def pretrain(
     init_from: Annotated[
         str, typer.Option(help="Weights to start from; the same as --set network.init_from=...")
     ] = "",
+    accept_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Resume with another run.compile or run.precision; the run's log says so.",
+        ),
+    ] = None,
     sbatch: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a SLURM job file; start nothing.")
     ] = None,
@@ -107,14 +114,17 @@ def pretrain(
     start = [f"network.init_from={json.dumps(init_from)}"] if init_from else []
     settings = [*(overrides or ()), *start]
     wanted = recipes.load(recipe, settings)
-    from btpipe.pretrain import launch
+    from btpipe.pretrain import changes, launch
     from btpipe.pretrain import sbatch as slurm
 
     run = runs / (name or recipe.stem)
     mode: progress.Mode = "json" if as_json else "auto"
+    accepted = tuple(accept_change or ())
     job = slurm.Job(nodes, devices, time, partition)
+    changes.require_acceptable(accepted)
     if sbatch is not None:
         pairs = [word for setting in settings for word in ("--set", setting)]
+        pairs += [word for key in accepted for word in ("--accept-change", key)]
         place = ["--name", run.name, "--runs", str(runs)]
         words = ["pretrain", str(recipe), *pairs, *place, *(["--json"] if as_json else [])]
         slurm.write(sbatch, run.name, wanted, words, job)
@@ -122,7 +132,7 @@ def pretrain(
             report(events.Note(f"{sbatch} is written: sbatch {sbatch}"))
         return
     job.require_default()
-    launch.pretrain(run, wanted, devices=devices, mode=mode)
+    launch.pretrain(run, wanted, devices=devices, mode=mode, accepted=accepted)
 
 
 @app.command()

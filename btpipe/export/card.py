@@ -43,6 +43,7 @@ ORIGIN = {
     "run": "run",
     "step": "step",
     "recipe": "recipe",
+    "changes": "changed on the way",
     "images": "training images",
     "data": "training images' fingerprint",
     "checkpoint": "checkpoint",

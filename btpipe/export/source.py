@@ -13,7 +13,7 @@ from btpipe.errors import UsageError
 from btpipe.events import Note, Report
 from btpipe.export import samples, weights
 from btpipe.export.contract import Preprocessing
-from btpipe.pretrain import checkpoint, initial, network, outside
+from btpipe.pretrain import changes, checkpoint, initial, network, outside
 from btpipe.recipe import Network, Recipe, load
 
 STATISTICS_IMAGES = 1024
@@ -42,7 +42,8 @@ def of_run(
 ) -> Source:
     """The newest checkpoint of a run, or that of a step; `untrained`: what it started from.
 
-    A network that starts from nothing gets batch norm's statistics from its training images.
+    A network that starts from nothing gets batch norm's statistics from its training images. The
+    recipe is the one that the run had at that checkpoint.
 
     Raises:
         UsageError: no run there, no checkpoint yet, or none of that step.
@@ -53,7 +54,7 @@ def of_run(
         raise UsageError("no run there", where=run, expected="a folder with recipe.toml", fix=fix)
     recipe, index = load(run / "recipe.toml"), open_index(run / "index.parquet")
     prepared = preprocessing_of(recipe.data.image_size)
-    done, digest = 0, ""
+    done, digest, known_changes = 0, "", ""
     if untrained:
         encoder = _first(run, recipe, index, prepared, report)
         made = (
@@ -62,7 +63,10 @@ def of_run(
         )
     else:
         folder = _newest(run, report) if step is None else _of_step(run, step)
-        done = checkpoint.read_state(folder).step
+        state = checkpoint.read_state(folder)
+        done = state.step
+        version = changes.version_at(run, done, state.recipe)
+        recipe, known_changes = version.recipe, version.text
         digest = artifact.read(folder, checkpoint.KIND).digest
         encoder = weights.from_state(checkpoint.encoder_state(folder), recipe.network)
         made = f"trained by Barlow Twins for {done} steps on {len(index)} images"
@@ -75,6 +79,8 @@ def of_run(
         "data": index.fingerprint,
         "checkpoint": digest,
     }
+    if known_changes:
+        origin["changes"] = known_changes
     toml = _without_folders(recipe).to_toml()
     return Source(recipe.network, prepared, encoder, origin, made, index, toml)
 

@@ -159,7 +159,8 @@ class Alarms:
             return
         text = (
             f"{left_out} of the last {steps} updates were left out, because a number overflowed in"
-            ' fp16 and the loss scale was halved: set run.precision = "bf16" or "fp32", or lower'
-            " optim.lr; the run ends with an error when the scale falls below 1"
+            " fp16 and the loss scale was halved: stop, and go on with --set run.precision=bf16 (or"
+            " fp32) --accept-change run.precision, or start anew with a lower optim.lr; the run"
+            " ends with an error when the scale falls below 1"
         )
         yield _Finding("overflow", "overflow", text)

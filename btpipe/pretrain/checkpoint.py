@@ -200,14 +200,14 @@ def _load_others(core: Core, tensors: Mapping[str, torch.Tensor]) -> None:
     for key, tensor in tensors.items():
         owner, _, name = key.partition(".")
         if owner == SCALE:
-            assert core.scale is not None, "precision is part of the recipe"
-            core.scale.tensors()[name].copy_(tensor)
+            if core.scale:  # none where the run has left fp16
+                core.scale.tensors()[name].copy_(tensor)
             continue
         parameter = parameters[int(owner)]
         # The parameter's own memory layout, so that sums run in the same order as before.
         alike = tensor.shape == parameter.shape
         place = (
-            torch.empty_like(parameter, dtype=tensor.dtype)
+            torch.empty_like(parameter)
             if alike
             else torch.empty_like(tensor, device=parameter.device)
         )

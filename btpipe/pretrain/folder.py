@@ -8,16 +8,16 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from btpipe import artifact, recipe, runtime
+from btpipe import artifact, runtime
 from btpipe.data import index as data_index
 from btpipe.data import listing, rejects
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, Rejected, Report
-from btpipe.pretrain import initial, outside
+from btpipe.pretrain import changes, initial, outside
 from btpipe.recipe import Recipe
 
 RECIPE, INDEX, ENVIRONMENT, EVENTS = (
@@ -31,22 +31,26 @@ GLANCE_SECONDS = 0.25
 """Patience with one who only looks whether the lock is free (`btpipe plot --live`)."""
 
 
-def prepare(folder: Path, wanted: Recipe, report: Report) -> None:
+def prepare(
+    folder: Path, wanted: Recipe, report: Report, accepted: Sequence[str] = ()
+) -> Mapping[str, str]:
     """Makes the run folder for this recipe, or makes sure that it is this recipe's.
 
-    Nothing is created before the images are found and enough for a batch.
+    Nothing is created before the images are found and enough for a batch. Returns the accepted
+    changes that are to be made in its recipe, as `changes.differences` does.
 
     Raises:
         UsageError: `data.train` names no images, or fewer than a batch.
-        RefusedError: the folder holds a run of another recipe; the keys that differ are named.
+        RefusedError: the folder holds a run of another recipe: keys differ that are not accepted.
         RefusedError: `network.init_from` does not fit, or has other content by now.
     """
+    before: Mapping[str, str] = {}
     if (folder / RECIPE).is_file():
-        _require_same(folder, wanted)
+        before = changes.differences(folder, wanted, accepted)
         artifact.sweep(folder / "checkpoints")
         if (folder / INDEX).is_file():
             initial.require_same(folder, wanted.network)
-            return
+            return before
     elif folder.exists() and any(folder.iterdir()):
         raise RefusedError("is not a run of btpipe", where=folder, fix="choose another --name")
     source = wanted.network.init_from
@@ -60,6 +64,7 @@ def prepare(folder: Path, wanted: Recipe, report: Report) -> None:
     if adopted:
         initial.adopt(folder, adopted)
     index.save(folder / INDEX)
+    return {}
 
 
 def _index(wanted: Recipe, report: Report) -> tuple[data_index.Index, list[Rejected]]:
@@ -99,20 +104,6 @@ def require_same_images(folder: Path) -> None:
             where=folder,
             expected=f"the {len(index)} images of its index.parquet",
             fix="put the images back as they were, or train on the new ones under another --name",
-        )
-
-
-def _require_same(folder: Path, wanted: Recipe) -> None:
-    there, asked = recipe.load(folder / RECIPE).decisive(), wanted.decisive()
-    differ = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
-    if differ:
-        lines = [
-            f"{key} is {there.get(key)!r} there, {asked.get(key)!r} asked for" for key in differ
-        ]
-        raise RefusedError(
-            "holds a run of another recipe: " + "; ".join(lines),
-            where=folder,
-            fix="choose another --name, or go on with that run's recipe.toml",
         )
 
 

@@ -4,37 +4,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from btpipe import artifact, events, progress, runtime
+from btpipe import events, progress, runtime
 from btpipe.data.index import open_index
 from btpipe.errors import RecipeError
-from btpipe.pretrain import checkpoint, folder, knn, train
+from btpipe.pretrain import changes, checkpoint, folder, knn, train
 from btpipe.recipe import Recipe
 
 PREDECESSOR_SECONDS = 30.0
 """How long the first rank waits for a run folder that another process is about to leave."""
 
 
-def pretrain(run: Path, recipe: Recipe, *, devices: str, mode: progress.Mode) -> None:
+def pretrain(
+    run: Path,
+    recipe: Recipe,
+    *,
+    devices: str,
+    mode: progress.Mode,
+    accepted: tuple[str, ...] = (),
+) -> None:
     """Trains `recipe` into the folder `run`, from where it stands; a finished run is left alone.
 
     `devices`: processes on this machine ("auto": one for each GPU, or one). Under torchrun and in
-    a SLURM step the ranks are theirs.
+    a SLURM step the ranks are theirs. `accepted`: keys of `ROUNDING` whose change a resume makes.
 
     Raises:
         BtpipeError: whatever `folder.prepare` and `train.fit` raise.
     """
     count = 1 if runtime.is_rank() else runtime.devices(devices)
     if count == 1:
-        _one_of_many(run, recipe, mode)
+        _one_of_many(run, recipe, mode, accepted)
         return
     require_divisible(recipe, count)
-    with progress.show(mode) as report, _open(run, recipe, report, wait_seconds=0) as finished:
+    with progress.show(mode) as report, _open(run, recipe, report, 0, accepted) as finished:
         pass  # refuses what is wrong before any rank starts; the first rank takes the folder again
     if not finished:
-        runtime.launch(count, _one_of_many, (run, recipe, mode))
+        runtime.launch(count, _one_of_many, (run, recipe, mode, accepted))
 
 
-def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode) -> None:
+def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode, accepted: tuple[str, ...]) -> None:
     """One rank's part: the first one holds the folder, shows progress and writes the log."""
     with runtime.start() as here:
         require_divisible(recipe, here.world_size)
@@ -44,25 +51,42 @@ def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode) -> None:
             return
         # Alone, a second start is told at once that the folder is taken.
         wait_seconds = PREDECESSOR_SECONDS if here.world_size > 1 else 0
-        with progress.show(mode) as report, _open(run, recipe, report, wait_seconds) as finished:
+        with (
+            progress.show(mode) as report,
+            _open(run, recipe, report, wait_seconds, accepted) as finished,
+        ):
             if not runtime.any_rank(finished):
                 with folder.log(run, report) as logged:
                     train.fit(run, recipe, here, logged)
 
 
 @contextmanager
-def _open(run: Path, recipe: Recipe, report: events.Report, wait_seconds: float) -> Iterator[bool]:
-    """Holds the prepared run folder; whether the run is finished already, which is reported."""
+def _open(
+    run: Path,
+    recipe: Recipe,
+    report: events.Report,
+    wait_seconds: float,
+    accepted: tuple[str, ...],
+) -> Iterator[bool]:
+    """Holds the prepared run folder; whether the run is finished already, which is reported.
+
+    Accepted changes are made in its recipe, unless it is finished: nothing is trained under them.
+    """
     labelled = knn.labelled_images(recipe, report)
     if not run.exists():
-        folder.prepare(run, recipe, report)
+        folder.prepare(run, recipe, report, accepted)
     with folder.lock(run, wait_seconds):
-        folder.prepare(run, recipe, report)  # sweeps what a killed process left: only with the lock
-        finished = _is_finished(run, recipe)
+        # Sweeps what a killed process left: only with the lock.
+        before = folder.prepare(run, recipe, report, accepted)
+        step = _position(run)
+        finished = step == _steps(run, recipe)
         if finished:
             report(events.Note(f"nothing to do: {run} is trained to its last step"))
         else:
             folder.require_same_images(run)
+            if before:
+                with folder.log(run, report) as logged:
+                    changes.write(run, recipe, before, step or 0, logged)
             if labelled:
                 labelled.save(run / knn.INDEX)
         yield finished
@@ -75,10 +99,13 @@ def require_divisible(recipe: Recipe, count: int) -> None:
         raise RecipeError(found, expected="a batch that divides among them")
 
 
-def _is_finished(run: Path, recipe: Recipe) -> bool:
+def _position(run: Path) -> int | None:
+    """Updates done at the newest whole checkpoint; None where there is none."""
     newest = checkpoint.newest(run)
-    if newest is None:
-        return False
+    return None if newest is None else checkpoint.read_state(newest).step
+
+
+def _steps(run: Path, recipe: Recipe) -> int:
+    """Optimiser steps of the whole run."""
     images = len(open_index(run / folder.INDEX))
-    steps = images // recipe.data.batch_size * recipe.optim.epochs
-    return artifact.read(newest, checkpoint.KIND).origin["step"] == steps
+    return images // recipe.data.batch_size * recipe.optim.epochs

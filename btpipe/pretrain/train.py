@@ -24,6 +24,8 @@ from btpipe.runtime import Runtime
 NOTABLE_FLOOR = 0.05
 """Share of D (the loss of constant embeddings) above which a loss floor is worth a warning."""
 
+PRECISION_FIX = "go on with --set run.precision=fp32 --accept-change run.precision"
+
 
 def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
     """Trains a prepared run folder to its end, from its newest checkpoint.
@@ -149,8 +151,8 @@ def _save(run: Run) -> None:
         raise NumericsError(
             f"{broken} is not finite at step {run.state.step}",
             where=run.folder,
-            fix='the checkpoints before it are good: set run.precision = "bf16" or "fp32", or'
-            " lower optim.lr, under another --name",
+            fix=f"the checkpoints before it are good: {PRECISION_FIX}, or lower optim.lr under"
+            " another --name",
         )
     started = time.perf_counter()
     if run.runtime.is_first:
@@ -183,6 +185,6 @@ def _require_finite(run: Run, found: finite.Found | None, images: NDArray[np.int
         f"the loss or a gradient is not finite at step {found.step}"
         f" (rank {', '.join(map(str, found.ranks))}); its update was left out",
         where=run.folder,
-        fix=f"see {file.name} for its images; the checkpoints are good: lower optim.lr, or set"
-        ' run.precision = "fp32", under another --name',
+        fix=f"see {file.name} for its images; the checkpoints are good: {PRECISION_FIX}, or lower"
+        " optim.lr under another --name",
     )

@@ -8,6 +8,7 @@ nearest valid key; nothing is created before the whole recipe is valid.
 from btpipe.recipe.reading import find, load, shipped
 from btpipe.recipe.tables import (
     BOOKKEEPING,
+    ROUNDING,
     VIEW_A,
     VIEW_B,
     Blur,
@@ -25,6 +26,7 @@ from btpipe.recipe.tables import (
 
 __all__ = [
     "BOOKKEEPING",
+    "ROUNDING",
     "VIEW_A",
     "VIEW_B",
     "Blur",

@@ -162,7 +162,11 @@ class Optim(Table):
 
 
 class Run(Table):
-    """How the run is carried out: what may change between two starts of the same run."""
+    """How the run is carried out.
+
+    The keys in `BOOKKEEPING` may change on a resume, those in `ROUNDING` where `--accept-change`
+    names them; `micro_batch` is part of what the run is.
+    """
 
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
     """"auto": bf16 autocast on GPUs and on CPUs with AVX512-BF16 or AMX, float32 elsewhere.
@@ -289,6 +293,12 @@ BOOKKEEPING = frozenset(
         "run.keep_every",
         "run.keep_last",
         "run.log_steps",
+        "run.memory_budget",
     }
 )
-"""Keys that may change between two starts of one run: none of them reaches the weights."""
+"""Keys that may change on a resume: none of them reaches the weights. `run.memory_budget` computes
+the same operations again: the same bytes without a compiler, with one up to the rounding of how it
+fuses them."""
+ROUNDING = frozenset({"run.compile", "run.precision"})
+"""Keys that decide only how numbers are rounded: a resume may change them on purpose, with
+`--accept-change`."""

@@ -7,11 +7,12 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from btpipe import artifact, recipe
+from btpipe import artifact
 from btpipe.data.index import open_index
 from btpipe.embed import outputs, table
 from btpipe.errors import BtpipeError
 from btpipe.events import Link
+from btpipe.pretrain import changes
 from btpipe.road.recognise import Found
 
 SAME, GONE = "here, the same", "not found near by"
@@ -114,12 +115,22 @@ def _of_run(run: Path, origin: Mapping[str, object]) -> Iterator[Link]:
             yield Link(what, digest, _shown(file), GONE)
             continue
         try:
-            here = recipe.load(file).digest if what == "recipe" else open_index(file).fingerprint
+            state = _state_of(what, run, digest)
         except BtpipeError as error:
             yield Link(what, digest, _shown(file), f"damaged: {error.what}")
             continue
-        yield Link(what, digest, _shown(file), _compared(here, digest))
+        yield Link(what, digest, _shown(file), state)
     yield from _of_initial(run)
+
+
+def _state_of(what: str, run: Path, digest: str) -> str:
+    """How a run's recipe or data stand to those of this digest."""
+    if what == "data":
+        return _compared(open_index(run / "index.parquet").fingerprint, digest)
+    *earlier, present = changes.versions(run)
+    if digest != present.recipe.digest and digest in {e.recipe.digest for e in earlier}:
+        return f"here, changed since: {present.text}"
+    return _compared(present.recipe.digest, digest)
 
 
 def _of_initial(run: Path) -> Iterator[Link]:

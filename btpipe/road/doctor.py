@@ -28,6 +28,7 @@ MEMORY_BYTES = 4 * 2**30
 OPEN_FILES = 1024
 CONTRAST = 20
 """Grey levels, the standard deviation of drawn pictures (51) must be above."""
+EAGER = "--set run.compile=off (with --accept-change run.compile where the run has begun)"
 SHARED = Path("/dev", "shm")
 SHARED_BYTES = 2**30
 """Of it: NCCL exchanges through it between GPUs, and containers often give 64 MiB."""
@@ -162,11 +163,11 @@ def _compiler() -> Finding:
     try:
         found = str(builder.get_cpp_compiler())
     except Exception:
-        fix = "apt install g++, or --set run.compile=off"
+        fix = f"apt install g++, or {EAGER}"
         return Finding("compiler", "no C++ compiler: torch.compile cannot work", "look", fix)
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.is_file():
-        fix = "apt install python3-dev, or --set run.compile=off"
+        fix = f"apt install python3-dev, or {EAGER}"
         return Finding("compiler", f"{found}; no Python.h: no torch.compile", "look", fix)
     return Finding("compiler", f"{found}, Python.h")
 

@@ -16,6 +16,7 @@ from btpipe.embed import outputs, table
 from btpipe.errors import IntegrityError
 from btpipe.events import Inspected
 from btpipe.export import contract
+from btpipe.pretrain import changes
 from btpipe.road import chain
 from btpipe.road.recognise import MANIFESTED, Kind, recognise
 
@@ -105,10 +106,12 @@ def _scores(folder: Path) -> Facts:
 
 
 def _of_run(folder: Path) -> Facts:
-    described = recipe.load(folder / "recipe.toml")
+    version = changes.versions(folder)[-1]
+    described = version.recipe
     steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*[0-9]"))
     facts = {
         "recipe": described.digest,
+        "changed on the way": version.text,
         "network": f"{described.network.backbone}, {described.data.image_size} pixels",
         "trained on": " ".join(described.data.inputs),
         "epochs, batch": f"{described.optim.epochs}, {described.data.batch_size}",

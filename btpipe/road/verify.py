@@ -17,6 +17,7 @@ from btpipe.embed import outputs, table
 from btpipe.errors import IntegrityError
 from btpipe.events import Finished, Report, Tabled
 from btpipe.export import contract
+from btpipe.pretrain import changes
 from btpipe.road.account import ANEW, Account
 from btpipe.road.recognise import Found, recognise
 
@@ -98,14 +99,17 @@ def _checkpoint(folder: Path, account: Account) -> artifact.Manifest | None:
 
 
 def _run(folder: Path, account: Account) -> None:
-    """Recipe, index and every checkpoint, and that they belong together."""
-    wanted = {"recipe": "", "data": ""}
+    """Recipe, index and every checkpoint, and that they belong together.
+
+    A checkpoint may be of a recipe that the run had before an accepted change.
+    """
+    wanted: dict[str, set[str]] = {"recipe": set(), "data": set()}
     with account.noting(folder / "recipe.toml"):
-        wanted["recipe"] = recipe.load(folder / "recipe.toml").digest
+        wanted["recipe"] = {version.recipe.digest for version in changes.versions(folder)}
         account.files += 1
     index = folder / "index.parquet"
     if index.is_file():
-        wanted["data"] = _index(index, account)
+        wanted["data"] = {_index(index, account)} - {""}
     else:
         account.wrong(index, "is missing", "run the same btpipe pretrain again: it lists anew")
     if (folder / "initial").is_dir():
@@ -114,8 +118,8 @@ def _run(folder: Path, account: Account) -> None:
         if ".tmp-" in checkpoint.name:
             continue  # what a killed process left: swept at the next start
         manifest = _checkpoint(checkpoint, account)
-        for key, digest in wanted.items() if manifest else ():
-            if manifest and digest and manifest.origin.get(key) != digest:
+        for key, digests in wanted.items() if manifest else ():
+            if manifest and digests and manifest.origin.get(key) not in digests:
                 account.wrong(checkpoint, f"is of another {key} than the run's", _MOVED)
     for name in ("quarantine.csv", "environment.json"):
         if (folder / name).is_file():

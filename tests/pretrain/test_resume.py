@@ -18,32 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_training import IMAGES, RECIPE, checkpoints, logged, pretrain, rewind, weights
 from tiny_run import draw_images, shared_home
 
 from btpipe import artifact, events
-from btpipe import recipe as recipes
 from btpipe.data import order
 from btpipe.errors import BtpipeError, IntegrityError, MachineError, NewerError, RefusedError
-from btpipe.pretrain import checkpoint, launch
+from btpipe.pretrain import checkpoint
 
-IMAGES = 34  # 4 steps of 8 an epoch, the last two images dropped
-RECIPE = """
-seed = 5
-[data]
-batch_size = 8
-image_size = 32
-[network]
-backbone = "resnet18"
-projector = [32, 32]
-[optim]
-epochs = 2
-warmup_epochs = 0
-[run]
-precision = "fp32"
-log_steps = 1
-checkpoint_steps = 3
-keep_last = 9
-"""
 DOUBLE = 1e-9  # relative, in float64: sums over ranks run in another order
 WAIT_SECONDS = 120  # for a process to get so far, on a busy machine
 
@@ -59,41 +41,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """A finished run of 8 steps with its checkpoints at 3, 6 and 8: to be copied."""
     return pretrain(tmp_path_factory.mktemp("trained"), images, "optim.name=sgd")
-
-
-def pretrain(
-    folder: Path, images: Path, *settings: str, name: str = "run", devices: str = "1"
-) -> Path:
-    """What the command does, in this process; returns the run's folder."""
-    (folder / "tiny.toml").write_text(RECIPE)
-    wanted = recipes.load(folder / "tiny.toml", (f"data.train={images}", *settings))
-    launch.pretrain(folder / name, wanted, devices=devices, mode="auto")
-    return folder / name
-
-
-def checkpoints(run: Path) -> list[int]:
-    return sorted(int(path.name[-8:]) for path in (run / "checkpoints").iterdir())
-
-
-def rewind(run: Path, step: int) -> None:
-    """As if the run had been killed soon after this step."""
-    for path in (run / "checkpoints").iterdir():
-        if int(path.name[-8:]) > step:
-            shutil.rmtree(path)
-    (run / "events.jsonl").unlink()
-
-
-def weights(run: Path) -> tuple[str, str]:
-    """sha256 of the model's and the optimiser's tensors at the newest checkpoint."""
-    newest = max((run / "checkpoints").iterdir())
-    return tuple(artifact.file_digest(newest / f"{n}.safetensors") for n in ("model", "optim"))  # type: ignore[return-value]
-
-
-def logged(run: Path, name: str) -> list[dict[str, float]]:
-    """A run's events of this name so far; a line that is being written does not count."""
-    log = run / "events.jsonl"
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    return [event for event in map(json.loads, lines) if event["event"] == name]
 
 
 def losses(run: Path) -> dict[int, float]:
