@@ -1,6 +1,7 @@
 """The command line as a process: exit codes and what it says, as a shell sees them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from btpipe import errors
 from btpipe.__main__ import main
 from btpipe.cli import app
+from btpipe.cli.options import PANELS
 
 
 def btpipe(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -107,3 +109,13 @@ def test_help_names_the_extras_that_an_option_needs() -> None:
     for words, extra in ((("embed",), "ray"), (("map",), "map"), (("plot",), "tensorboard")):
         shown = CliRunner().invoke(app, [*words, "--help"], terminal_width=200).output
         assert f"btpipe[{extra}]" in shown
+
+
+def test_help_lists_every_command_once_in_the_order_of_the_road() -> None:
+    shown = CliRunner().invoke(app, ["--help"], terminal_width=80).output
+    found = re.findall(r"^(?:╭─ ([\w ]+) ─|│ (\w+)  )", shown, re.MULTILINE)
+    expected = [word for panel, names in PANELS.items() for word in (panel, *names)]
+    assert [panel or name for panel, name in found] == ["Options", *expected]
+    assert expected[:2] == ["Train", "pretrain"]
+    registered = [*app.registered_commands, *app.registered_groups]
+    assert len(registered) == sum(map(len, PANELS.values()))

@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from btpipe.cli.options import Json, app
+from btpipe.cli.options import EXPLORE, JUDGE, Json, app
 
 
-@app.command()
+@app.command(rich_help_panel=JUDGE)
 def plot(
     runs: Annotated[
         list[Path] | None, typer.Argument(help="Run folders; the newest if none.")
@@ -53,7 +53,7 @@ def plot(
         )
 
 
-@app.command("map")
+@app.command("map", rich_help_panel=EXPLORE)
 def draw_map(
     vectors: Annotated[Path, typer.Argument(help="Vectors that btpipe embed wrote.")],
     out: Annotated[Path, typer.Option(help="X.html.")] = Path("map.html"),

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from btpipe.cli.options import Json, app, eval_app
+from btpipe.cli.options import JUDGE, Json, app, eval_app
 
 
 @eval_app.command("knn")
@@ -172,7 +172,7 @@ def eval_semisup(
     judging.judge(job, devices=devices, mode="json" if as_json else "auto")
 
 
-@app.command()
+@app.command(rich_help_panel=JUDGE)
 def compare(
     test: Annotated[Path, typer.Option(help="Labelled images that the run has not seen.")],
     run: Annotated[Path | None, typer.Argument(help="Run folder; the newest one if none.")] = None,

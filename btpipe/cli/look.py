@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from btpipe.cli.options import Json, app
+from btpipe.cli.options import EXPLORE, Json, app
 
 Table = Annotated[Path, typer.Argument(help="Table of vectors.")]
 Images = Annotated[
@@ -14,7 +14,7 @@ Images = Annotated[
 Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Page to write.")]
 
 
-@app.command()
+@app.command(rich_help_panel=EXPLORE)
 def search(
     vectors: Table,
     query: Annotated[str, typer.Argument(help="An image file, a path in the table, or a row.")],
@@ -34,7 +34,7 @@ def search(
         searching.run(vectors, query, report, k=k, model=model, html=html, images=images)
 
 
-@app.command()
+@app.command(rich_help_panel=EXPLORE)
 def dupes(
     vectors: Table,
     threshold: Annotated[
@@ -54,7 +54,7 @@ def dupes(
         duplicates.run(vectors, report, threshold=threshold, out=out, html=html, images=images)
 
 
-@app.command()
+@app.command(rich_help_panel=EXPLORE)
 def outliers(
     vectors: Table,
     k: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="Nearest that count.")] = 10,

@@ -4,17 +4,40 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
+
+PANELS = {
+    "Train": ("pretrain", "scan", "shard", "views", "plan"),
+    "Publish": ("export",),
+    "Embed": ("embed", "merge"),
+    "Judge": ("eval", "compare", "plot"),
+    "Explore": ("search", "dupes", "outliers", "map"),
+    "Look after": ("doctor", "inspect", "verify", "selftest", "bench", "demo", "recipe"),
+}
+"""The panels of `btpipe --help` and their commands, in the order of the road."""
+TRAIN, PUBLISH, EMBED, JUDGE, EXPLORE, LOOK_AFTER = PANELS
+
+
+class Commands(TyperGroup):
+    """The commands in the order of `PANELS`."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """Their names."""
+        del ctx
+        return [name for names in PANELS.values() for name in names]
+
 
 app = typer.Typer(
     name="btpipe",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Recipes: show and list them.")
-app.add_typer(recipe_app, name="recipe")
+app.add_typer(recipe_app, name="recipe", rich_help_panel=LOOK_AFTER)
 eval_app = typer.Typer(no_args_is_help=True, help="Judge vectors.")
-app.add_typer(eval_app, name="eval")
+app.add_typer(eval_app, name="eval", rich_help_panel=JUDGE)
 
 RecipePath = Annotated[Path, typer.Argument(help="A TOML file, or the name of a shipped recipe.")]
 Overrides = Annotated[

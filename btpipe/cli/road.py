@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import typer
 
 from btpipe.cli.options import (
+    LOOK_AFTER,
+    TRAIN,
     Json,
     Overrides,
     RecipePath,
@@ -15,7 +17,7 @@ from btpipe.cli.options import (
 )
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK_AFTER)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all that it makes.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Of the images and of the run.")] = 0,
@@ -27,7 +29,7 @@ def demo(
     road.run(out, seed=seed, mode="json" if as_json else "auto")
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK_AFTER)
 def bench(
     data: Annotated[Path | None, typer.Option(help="Images; drawn ones if none.")] = None,
     model: Annotated[Path | None, typer.Option(help="Bundle; a random network if none.")] = None,
@@ -54,7 +56,7 @@ def bench(
         benchmark.run(options, data, model, report)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK_AFTER)
 def selftest(as_json: Json = False) -> None:
     """Check on this machine that loss, LARS, schedule, precisions and ranks are right."""
     from btpipe import progress
@@ -64,7 +66,7 @@ def selftest(as_json: Json = False) -> None:
         testing.run(report)
 
 
-@app.command("inspect")
+@app.command("inspect", rich_help_panel=LOOK_AFTER)
 def inspect_artifact(
     path: Annotated[Path, typer.Argument(help="A run, bundle, index, table, ... or a file of it.")],
     as_json: Json = False,
@@ -77,7 +79,7 @@ def inspect_artifact(
         report(inspect.inspect(path))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK_AFTER)
 def verify(
     path: Annotated[Path, typer.Argument(help="A run, bundle, index, table, ... or a file of it.")],
     as_json: Json = False,
@@ -90,7 +92,7 @@ def verify(
         verifying.verify(path, report)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def views(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -131,7 +133,7 @@ def recipe_list() -> None:
         typer.echo(path.name)
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK_AFTER)
 def doctor(as_json: Json = False) -> None:
     """Look at this machine: what btpipe needs is there, or what to type."""
     from btpipe import progress
@@ -141,7 +143,7 @@ def doctor(as_json: Json = False) -> None:
         examining.run(report, Path())
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 from btpipe.cli.options import (
+    EMBED,
+    PUBLISH,
+    TRAIN,
     Inputs,
     Json,
     MaxBad,
@@ -21,7 +24,7 @@ from btpipe.cli.options import (
 from btpipe.data import limits
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def scan(
     source: Inputs,
     out: Annotated[Path, typer.Option(help="Index to write: NAME.parquet.")] = Path(
@@ -59,7 +62,7 @@ def scan(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def shard(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images of any kind.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -80,7 +83,7 @@ def shard(
         shards.write(made, refused, out, options, report)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
 def pretrain(
     recipe: RecipePath,
     overrides: Overrides = None,
@@ -135,7 +138,7 @@ def pretrain(
     launch.pretrain(run, wanted, devices=devices, mode=mode, accepted=accepted)
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISH)
 def export(
     run: Annotated[Path | None, typer.Argument(help="Run folder; the newest one if none.")] = None,
     onnx: Annotated[bool, typer.Option("--onnx", help="Always written; accepted.")] = False,
@@ -212,7 +215,7 @@ def export(
         )
 
 
-@app.command()
+@app.command(rich_help_panel=EMBED)
 def embed(
     source: Inputs,
     out: Annotated[
@@ -303,7 +306,7 @@ def embed(
         job.embed(source, out, encoder, report, options)
 
 
-@app.command()
+@app.command(rich_help_panel=EMBED)
 def merge(
     shards: Annotated[
         list[Path], typer.Argument(metavar="TABLE...", help="What embed --shard wrote.")
