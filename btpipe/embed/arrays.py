@@ -30,11 +30,11 @@ def ids_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.ids.parquet")
 
 
-def write(ending: str, beside: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:
-    """Streams parts to `beside` and the rows' other columns to `ids_path(beside)`; fsyncs both."""
+def write(ending: str, temporary: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:
+    """Streams parts to `temporary`, and the rows' other columns to its `ids_path`; fsyncs both."""
     columns = table.schema(footer)
     others = columns.remove(columns.get_field_index(TENSOR))
-    with beside.open("wb") as file:
+    with temporary.open("wb") as file:
         written = 0
 
         def without_vectors() -> Iterator[pa.Table]:
@@ -47,7 +47,7 @@ def write(ending: str, beside: Path, footer: table.Footer, parts: Iterable[pa.Ta
                 yield part.drop_columns([TENSOR])
 
         _write_header(file, ending, footer, 0)
-        table.write(ids_path(beside), others, without_vectors())
+        table.write(ids_path(temporary), others, without_vectors())
         file.seek(0)
         _write_header(file, ending, footer, written)
         file.flush()
@@ -69,14 +69,14 @@ def footer_of(out: Path) -> Mapping[str, str] | None:
     """
     if not out.exists():
         return None
-    found = table.footer_of(ids_path(out))
-    if found is None or len(open_matrix(out)) != table.count(ids_path(out)):
+    metadata = table.footer_of(ids_path(out))
+    if metadata is None or len(open_matrix(out)) != table.count(ids_path(out)):
         raise IntegrityError(
             f"{ids_path(out).name} is missing or of other vectors",
             where=out,
             fix="choose another --out, or replace it with --overwrite",
         )
-    return found
+    return metadata
 
 
 def rows(out: Path) -> Iterator[pa.RecordBatch]:

@@ -88,10 +88,10 @@ class Encoder:
         tf32 = self.precision == "tf32"
         session = Session(model, device=self.device, threads=1, tf32=tf32)
         self.dimension = session.dimension
-        found = (session.size, session.dimension)
-        if found != (self.geometry.size, self.bundle.dimension):
+        shape = (session.size, session.dimension)
+        if shape != (self.geometry.size, self.bundle.dimension):
             raise IntegrityError(
-                f"takes images of {found[0]} pixels and gives {found[1]} numbers",
+                f"takes images of {shape[0]} pixels and gives {shape[1]} numbers",
                 where=model,
                 expected=f"{self.geometry.size} and {self.bundle.dimension}, as config.json says",
             )

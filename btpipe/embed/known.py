@@ -11,6 +11,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -51,9 +52,7 @@ def gather(
     Raises:
         MachineError: no space.
     """
-    digests: list[NDArray[np.bytes_]] = []
-    checks: list[NDArray[np.uint32]] = []
-    paths: list[pa.Array] = []
+    batches: list[_Batch] = []
     damaged = 0
     with artifact.disk_errors(folder), (folder / VECTORS).open("wb") as file:
         for path in tables:
@@ -61,28 +60,43 @@ def gather(
             for batch in _batches(path):
                 if isinstance(batch, int):
                     lost += batch
-                    continue
-                vectors = _vectors(batch, footer)
-                file.write(vectors.tobytes())
-                hexes = batch["digest"].to_pylist()
-                digests.append(np.array([bytes.fromhex(text) for text in hexes], "S32"))
-                checks.append(np.array([zlib.crc32(v.tobytes()) for v in vectors], np.uint32))
-                paths.append(batch["path"])
+                else:
+                    batches.append(_Batch.append_to(file, batch, footer))
             if lost:
                 report(Warned(f"{path}: {lost} rows are damaged; they are computed again"))
             damaged += lost
         file.flush()
         os.fsync(file.fileno())
-    names = np.concatenate([np.zeros(0, "S32"), *digests])
+    names = np.concatenate([np.zeros(0, "S32"), *(batch.digests for batch in batches)])
     places = np.zeros(len(names), _PLACE)
     places["row"] = np.arange(len(names))
-    places["check"] = np.concatenate([np.zeros(0, np.uint32), *checks])
+    places["check"] = np.concatenate([np.zeros(0, np.uint32), *(each.checks for each in batches)])
     order = np.argsort(names, kind="stable")
     with artifact.disk_errors(folder):
         np.save(folder / DIGESTS, names[order])
         np.save(folder / PLACES, places[order])
-    still = pc.is_in(pa.chunked_array(paths, pa.string()), value_set=listed.combine_chunks())
+    paths = pa.chunked_array([batch.paths for batch in batches], pa.string())
+    still = pc.is_in(paths, value_set=listed.combine_chunks())
     return Gathered(len(names), damaged, len(still) - (pc.sum(still).as_py() or 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """What is kept of some rows beside their vectors: sha256 of the files, checksums, paths."""
+
+    digests: NDArray[np.bytes_]
+    checks: NDArray[np.uint32]
+    paths: pa.Array
+
+    @classmethod
+    def append_to(cls, file: BinaryIO, rows: pa.RecordBatch, footer: table.Footer) -> "_Batch":
+        """Appends the vectors of the rows to the file."""
+        flat = rows["embedding"].flatten().to_numpy(zero_copy_only=False)
+        vectors = flat.astype(footer.dtype, copy=False).reshape(-1, footer.dimension)
+        file.write(vectors.tobytes())
+        digests = [bytes.fromhex(text) for text in rows["digest"].to_pylist()]
+        checks = [zlib.crc32(vector.tobytes()) for vector in vectors]
+        return cls(np.array(digests, "S32"), np.array(checks, np.uint32), rows["path"])
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch | int]:
@@ -97,11 +111,6 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch | int]:
                 yield from file.read_row_group(group).to_batches()
             except (OSError, pa.ArrowException):
                 yield int(file.metadata.row_group(group).num_rows)
-
-
-def _vectors(batch: pa.RecordBatch, footer: table.Footer) -> NDArray[np.generic]:
-    flat: NDArray[np.generic] = batch["embedding"].flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(footer.dtype, copy=False).reshape(-1, footer.dimension)
 
 
 def is_whole(path: Path) -> bool:
@@ -132,9 +141,9 @@ class Known:
 
     def find(self, digest: str) -> NDArray[np.float32] | None:
         """The vector `(D,)` of a file with this sha256; None where none is known, or it changed."""
-        wanted = np.array(bytes.fromhex(digest), "S32")
-        at = int(np.searchsorted(self._digests, wanted))
-        if at == len(self._digests) or self._digests[at] != wanted:
+        key = np.array(bytes.fromhex(digest), "S32")
+        at = int(np.searchsorted(self._digests, key))
+        if at == len(self._digests) or self._digests[at] != key:
             return None
         row, check = self._places[at]
         vector = np.array(self._vectors[row])

@@ -29,14 +29,14 @@ def require() -> None:
         )
 
 
-def write(beside: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:
+def write(temporary: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:
     """Streams parts into a data set, and fsyncs its files."""
     import lance  # noqa: PLC0415 - an optional package
 
     columns = table.schema(footer)
     batches = (batch for part in parts for batch in part.to_batches())
-    lance.write_dataset(pa.RecordBatchReader.from_batches(columns, batches), str(beside))
-    for path in (*beside.rglob("*"), beside):
+    lance.write_dataset(pa.RecordBatchReader.from_batches(columns, batches), str(temporary))
+    for path in (*temporary.rglob("*"), temporary):
         artifact.fsync_path(path)
 
 

@@ -25,53 +25,53 @@ def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool 
     """
     started = time.monotonic()
     outputs.check(out)
-    ordered, footer = _in_order(shards)
-    wanted = footer.metadata()
+    tables, footer = _in_order(shards)
+    metadata = footer.metadata()
     if not overwrite:
-        found = outputs.footer_of(out)
-        if found is not None and wanted.items() <= found.items() and not found.get(table.SHARD):
-            report(Note(f"{out} is finished: nothing to do"))
-            return
-        if found is not None:
+        earlier = outputs.footer_of(out)
+        if earlier is not None:
+            if metadata.items() <= earlier.items() and not earlier.get(table.SHARD):
+                report(Note(f"{out} is finished: nothing to do"))
+                return
             fix = "choose another --out, or replace the table with --overwrite"
-            work.refuse_other(found, wanted, "vectors", out, fix)
+            work.refuse_other(earlier, metadata, "vectors", out, fix)
     folder = work.folder_of(out)
     with work.locked(folder), artifact.disk_errors(out):
         work.sweep(folder, set())
         vectors, rejects = folder / f"vectors{out.suffix}", folder / "rejects.tmp"
-        outputs.write(out, vectors, footer, _rows(ordered))
-        table.write_rejects(rejects, footer, _rejects(ordered))
+        outputs.write(out, vectors, footer, _rows(tables))
+        table.write_rejects(rejects, footer, _rejects(tables))
         table.take_place(rejects, table.rejects_path(out))
         outputs.take_place(out, vectors)
         work.remove(folder)
     rows, bad = outputs.count(out), table.count(table.rejects_path(out))
-    text = f"{out}: {rows} vectors, {bad} rejects of {len(ordered)} shards"
+    text = f"{out}: {rows} vectors, {bad} rejects of {len(tables)} shards"
     report(Finished("merge", text, time.monotonic() - started))
 
 
 def _in_order(shards: Sequence[Path]) -> tuple[list[Path], table.Footer]:
     """The tables in the order of their rows, and the footer of all of them together."""
-    found: dict[int, Path] = {}
+    tables: dict[int, Path] = {}
     first: Mapping[str, str] = {}
     count = 0
     for path in shards:
         footer = _footer(path)
         share = Share.parse(footer[table.SHARD])
-        if not found:
+        if not tables:
             first, count = footer, share.count
         _refuse_differing(path, footer, shards[0], first, count)
-        if share.number in found:
-            what = f"is shard {share.text}, as {found[share.number]} is"
+        if share.number in tables:
+            what = f"is shard {share.text}, as {tables[share.number]} is"
             raise RefusedError(what, where=path, expected="each shard once")
-        found[share.number] = path
-    missing = [f"{number}/{count}" for number in range(count) if number not in found]
+        tables[share.number] = path
+    missing = [f"{number}/{count}" for number in range(count) if number not in tables]
     if missing:
         raise RefusedError(
             f"{len(missing)} of {count} shards are missing: {', '.join(missing[:8])}",
             expected="the tables of all of them",
             fix=f"run embed --shard {missing[0]}, and name its table here",
         )
-    return [found[number] for number in range(count)], _whole(first)
+    return [tables[number] for number in range(count)], _whole(first)
 
 
 def _footer(path: Path) -> Mapping[str, str]:
@@ -105,8 +105,7 @@ def _refuse_differing(
 
 def _whole(first: Mapping[str, str]) -> table.Footer:
     """The footer of a shard as that of the whole table."""
-    made = table.Footer.of(first)
-    return dataclasses.replace(made, shard="")
+    return dataclasses.replace(table.Footer.of(first), shard="")
 
 
 def _rows(shards: Sequence[Path]) -> Iterator[pa.Table]:

@@ -189,7 +189,7 @@ def _run(job: _Job, machines: Sequence[runtime.Member]) -> Iterator[bytes]:
     config = dataclasses.replace(config, encoder=encoder)
     rows = [{"part": task.part, "first": task.first, "end": task.end} for task in job.tasks]
     # A block for each: what Ray hands out, and does again when an actor is lost.
-    made = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Station,
         fn_constructor_args=(config, job.started, job.limit_seconds, job.seen),
         compute=ray.data.ActorPoolStrategy(
@@ -199,7 +199,7 @@ def _run(job: _Job, machines: Sequence[runtime.Member]) -> Iterator[bytes]:
         num_cpus=cores,
         num_gpus=gpus,
     )
-    for batch in made.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+    for batch in results.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
         yield from batch["answer"]
 
 

@@ -89,23 +89,23 @@ def refuse_input(out: Path, inputs: Iterable[str]) -> None:
         )
 
 
-def write(out: Path, beside: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:
-    """Streams parts to `beside` in the format of the name `out`, and fsyncs it.
+def write(out: Path, temporary: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> None:
+    """Streams parts to `temporary` in the format of the name `out`, and fsyncs it.
 
     `take_place` gives it its name.
     """
     match kind_of(out):
         case "parquet":
-            table.write(beside, table.schema(footer), parts)
+            table.write(temporary, table.schema(footer), parts)
         case "folder":
-            _write_folder(beside, footer, parts)
+            _write_folder(temporary, footer, parts)
         case "array":
-            arrays.write(out.suffix, beside, footer, parts)
+            arrays.write(out.suffix, temporary, footer, parts)
         case "lance":
-            lancing.write(beside, footer, parts)
+            lancing.write(temporary, footer, parts)
 
 
-def take_place(out: Path, beside: Path) -> None:
+def take_place(out: Path, temporary: Path) -> None:
     """Gives what `write` wrote its final name; what stood there is gone.
 
     One rename where it is a file. Elsewhere the name is missing for a moment: what it holds is
@@ -114,13 +114,13 @@ def take_place(out: Path, beside: Path) -> None:
     if kind_of(out) == "array":
         out.unlink(missing_ok=True)
         artifact.fsync_path(out.parent)
-        table.take_place(arrays.ids_path(beside), arrays.ids_path(out))
+        table.take_place(arrays.ids_path(temporary), arrays.ids_path(out))
     if not out.is_dir():
-        table.take_place(beside, out)
+        table.take_place(temporary, out)
         return
-    old = beside.with_name(f"{beside.name}.old")
+    old = temporary.with_name(f"{temporary.name}.old")
     os.rename(out, old)
-    table.take_place(beside, out)
+    table.take_place(temporary, out)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -22,10 +22,10 @@ class Share:
         """
         if not text:
             return cls()
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if found is None or int(found[1]) >= int(found[2]):
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None or int(match[1]) >= int(match[2]):
             raise UsageError(f"--shard {text}", expected="i/n with i from 0 to n - 1, such as 0/8")
-        return cls(int(found[1]), int(found[2]))
+        return cls(int(match[1]), int(match[2]))
 
     @property
     def text(self) -> str:

@@ -79,13 +79,15 @@ class Footer:
         }
 
     @classmethod
-    def of(cls, found: Mapping[str, str]) -> "Footer":
+    def of(cls, metadata: Mapping[str, str]) -> "Footer":
         """The footer that `metadata` wrote.
 
         Raises:
             IntegrityError: something is missing.
         """
-        texts = {field.name: found.get(f"btpipe.{field.name}") for field in dataclasses.fields(cls)}
+        texts = {
+            field.name: metadata.get(f"btpipe.{field.name}") for field in dataclasses.fields(cls)
+        }
         try:
             return cls(
                 bundle=str(texts["bundle"]),
@@ -101,7 +103,7 @@ class Footer:
                 shard=texts["shard"] or "",
             )
         except ValueError as error:
-            raise IntegrityError(f"says nothing usable about its vectors ({found})") from error
+            raise IntegrityError(f"says nothing usable about its vectors ({metadata})") from error
 
     def settings(self) -> dict[str, str]:
         """`metadata` without what is the input's: equal where rows may stand in one table."""
@@ -210,20 +212,20 @@ def footer_of(path: Path) -> Mapping[str, str] | None:
     if not path.exists():
         return None
     try:
-        found = pq.read_schema(path).metadata
+        metadata = pq.read_schema(path).metadata
     except (pa.ArrowException, OSError) as error:
         raise _foreign(path, error) from error
-    return parse_footer(found, path)
+    return parse_footer(metadata, path)
 
 
-def parse_footer(found: Mapping[bytes, bytes] | None, path: Path) -> Mapping[str, str]:
+def parse_footer(metadata: Mapping[bytes, bytes] | None, path: Path) -> Mapping[str, str]:
     """The key-value metadata of a schema that btpipe wrote.
 
     Raises:
         IntegrityError: one of something else, or of a newer format.
     """
     try:
-        texts = {key.decode(): value.decode() for key, value in (found or {}).items()}
+        texts = {key.decode(): value.decode() for key, value in (metadata or {}).items()}
         version = int(texts[FORMAT])
     except (KeyError, ValueError) as error:
         raise _foreign(path, error) from error
@@ -256,9 +258,9 @@ def rejects_path(out: Path) -> Path:
     return out.with_name(f"{stem}.rejects.parquet")
 
 
-def take_place(beside: Path, path: Path) -> None:
+def take_place(temporary: Path, path: Path) -> None:
     """Renames a finished file to its final name, for good."""
-    os.replace(beside, path)
+    os.replace(temporary, path)
     artifact.fsync_path(path.parent)
 
 

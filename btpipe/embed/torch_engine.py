@@ -48,11 +48,11 @@ class TorchEngine:
         network = weights.load(bundle.folder / contract.WEIGHTS, weights.described(bundle))
         assert isinstance(network, ResNet)
         stages = [network.layer1, network.layer2, network.layer3, network.layer4]
-        wanted = LAYERS.index(layer) if layer != "pooled" else len(stages)
+        depth = LAYERS.index(layer) if layer != "pooled" else len(stages)
         # Every stage of a ResNet has twice the channels of the one before.
-        self.dimension = bundle.dimension >> (len(stages) - wanted)
+        self.dimension = bundle.dimension >> (len(stages) - depth)
         stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
-        whole: nn.Module = nn.Sequential(stem, *stages[:wanted])
+        whole: nn.Module = nn.Sequential(stem, *stages[:depth])
         if self._dtype != torch.float32:
             whole = weights.folded(whole).to(self._dtype).to(memory_format=torch.channels_last)
         elif self.device == "cuda":

@@ -135,15 +135,15 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 
 def refuse_other(
-    found: Mapping[str, str], wanted: Mapping[str, str], what: str, where: Path, fix: str
+    theirs: Mapping[str, str], ours: Mapping[str, str], what: str, where: Path, fix: str
 ) -> None:
     """Raises RefusedError where vectors were made with another bundle, or with other settings."""
-    differing = [key for key in MIXABLE if found.get(key, "") != wanted.get(key, "")]
+    differing = [key for key in MIXABLE if theirs.get(key, "") != ours.get(key, "")]
     if differing:
         raise RefusedError(
-            f"holds {what} of {_shown(found, differing)}",
+            f"holds {what} of {_shown(theirs, differing)}",
             where=where,
-            expected=_shown(wanted, differing),
+            expected=_shown(ours, differing),
             fix=fix,
         )
 
@@ -191,12 +191,12 @@ def committed(folder: Path, plan: JobPlan, report: Report) -> dict[int, Commit]:
     """
     done: dict[int, Commit] = {}
     for line in _lines(folder / COMMITS):
-        found = _parse(line)
-        if found is None or found.plan != plan.digest:
+        entry = _parse(line)
+        if entry is None or entry.plan != plan.digest:
             continue
-        path = part_path(folder, found.part)
-        if path.is_file() and artifact.file_digest(path) == found.sha256:
-            done[found.part] = found
+        path = part_path(folder, entry.part)
+        if path.is_file() and artifact.file_digest(path) == entry.sha256:
+            done[entry.part] = entry
         else:
             report(Warned(f"{path}: changed or gone since it was written; computed again"))
     lines = "".join(done[part].line() for part in sorted(done))
@@ -207,8 +207,8 @@ def committed(folder: Path, plan: JobPlan, report: Report) -> dict[int, Commit]:
 
 def has_commits(folder: Path, plan: JobPlan) -> bool:
     """Whether any part of the plan was done."""
-    found = map(_parse, _lines(folder / COMMITS))
-    return any(commit is not None and commit.plan == plan.digest for commit in found)
+    commits = map(_parse, _lines(folder / COMMITS))
+    return any(commit is not None and commit.plan == plan.digest for commit in commits)
 
 
 def sweep(folder: Path, parts: Set[str]) -> None:

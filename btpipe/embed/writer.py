@@ -44,11 +44,11 @@ class Writer:
         Raises:
             RefusedError: the work there is of another bundle, and `overwrite` was not asked for.
         """
-        found = work.read_plan(self.folder)
-        if found is not None and found.is_of(fresh):
-            self.plan = found
+        unfinished = work.read_plan(self.folder)
+        if unfinished is not None and unfinished.is_of(fresh):
+            self.plan = unfinished
         else:
-            self.plan = self._replace(found, fresh, earlier, overwrite=overwrite)
+            self.plan = self._replace(unfinished, fresh, earlier, overwrite=overwrite)
         self.done = work.committed(self.folder, self.plan, self.report)
         if self.done:
             kept = sum(len(self.plan.part_range(part)) for part in self.done)
@@ -56,7 +56,7 @@ class Writer:
 
     def _replace(
         self,
-        found: work.JobPlan | None,
+        unfinished: work.JobPlan | None,
         fresh: work.JobPlan,
         earlier: Path | None,
         *,
@@ -64,16 +64,16 @@ class Writer:
     ) -> work.JobPlan:
         """Makes `fresh` the plan; nothing of the one before is lost until it is."""
         tables = [earlier] if earlier else []
-        if found is not None and work.has_commits(self.folder, found):
+        if unfinished is not None and work.has_commits(self.folder, unfinished):
             if not overwrite:
                 fix = "choose another --out, finish that job, or drop its work with --overwrite"
                 work.refuse_other(
-                    found.settings, fresh.settings, "unfinished work", self.folder, fix
+                    unfinished.settings, fresh.settings, "unfinished work", self.folder, fix
                 )
             what = "the images or the settings changed since this job began; it starts afresh"
             self.report(Warned(f"{self.folder}: {what}"))
-            if found.settings == fresh.settings:
-                done = work.committed(self.folder, found, self.report)
+            if unfinished.settings == fresh.settings:
+                done = work.committed(self.folder, unfinished, self.report)
                 tables += [work.part_path(self.folder, part) for part in sorted(done)]
         if tables:
             paths = self.index.table["path"]
