@@ -245,6 +245,13 @@ def test_the_defaults_are_the_published_run_but_for_its_gpus() -> None:
     assert {**published.decisive(), **same} == recipe.Recipe().decisive()
 
 
+def test_a_run_has_the_whole_batches_of_each_epoch() -> None:
+    data, optim = recipe.Data(batch_size=8), recipe.Optim(epochs=3, warmup_epochs=1)
+    chosen = recipe.Recipe(data=data, optim=optim)
+    assert (chosen.steps_per_epoch(26), chosen.steps(26)) == (3, 9)
+    assert chosen.steps(7) == 0
+
+
 def test_the_digest_ignores_bookkeeping_and_sees_everything_else(tmp_path: Path) -> None:
     path = write(tmp_path / "a.toml", "")
     digest = recipe.load(path).digest

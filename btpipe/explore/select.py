@@ -103,7 +103,7 @@ def measure(
     if min(most, len(index)) < 2:
         raise UsageError(f"{len(index)} images", where=index.root, expected="two or more")
     known_bad = {} if images else Quarantine(folder, index).known()
-    steps_per_epoch = max(1, len(own) // described.data.batch_size)
+    steps_per_epoch = max(1, described.steps_per_epoch(len(own)))
     rows: list[Row] = []
     shares: dict[int, PerImage] = {}
     with runtime.start() as here:

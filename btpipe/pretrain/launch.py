@@ -79,7 +79,7 @@ def _open(
         # Sweeps what a killed process left: only with the lock.
         before = folder.prepare(run, recipe, report, accepted)
         step = _position(run)
-        finished = step == _steps(run, recipe)
+        finished = step == recipe.steps(len(open_index(run / folder.INDEX)))
         if finished:
             report(events.Note(f"nothing to do: {run} is trained to its last step"))
         else:
@@ -103,9 +103,3 @@ def _position(run: Path) -> int | None:
     """Updates done at the newest whole checkpoint; None where there is none."""
     newest = checkpoint.newest(run)
     return None if newest is None else checkpoint.read_state(newest).step
-
-
-def _steps(run: Path, recipe: Recipe) -> int:
-    """Optimiser steps of the whole run."""
-    images = len(open_index(run / folder.INDEX))
-    return images // recipe.data.batch_size * recipe.optim.epochs

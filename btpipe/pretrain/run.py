@@ -24,19 +24,14 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the images; the last short one is dropped."""
-        return len(self.index) // self.recipe.data.batch_size
+        """Optimiser steps of one epoch."""
+        return self.recipe.steps_per_epoch(len(self.index))
 
     @property
     def steps(self) -> int:
         """Optimiser steps of the whole run."""
-        return self.steps_per_epoch * self.recipe.optim.epochs
+        return self.recipe.steps(len(self.index))
 
     def rates(self, at: int) -> tuple[float, float]:
         """Learning rates of weights and biases at a step."""
-        return schedule.rates(
-            self.recipe.optim,
-            at,
-            steps_per_epoch=self.steps_per_epoch,
-            batch_size=self.recipe.data.batch_size,
-        )
+        return schedule.rates(self.recipe, at, len(self.index))

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from btpipe.recipe import Optim
+from btpipe.recipe import Optim, Recipe
 
 AUTHOR_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}
 """Batch to the best rate of the weights for 256 images, of the author's trials over 300 epochs with
@@ -35,12 +35,13 @@ def rate(step: int, *, steps: int, warmup_steps: int, final_ratio: float) -> flo
     return cosine + final_ratio * (1 - cosine)
 
 
-def rates(optim: Optim, step: int, *, steps_per_epoch: int, batch_size: int) -> tuple[float, float]:
-    """(rate of the weights, rate of biases and batch norm) at this step."""
+def rates(recipe: Recipe, step: int, images: int) -> tuple[float, float]:
+    """(rate of weights, rate of biases and batch norm) at a step of a run on so many images."""
+    optim, batch_size = recipe.optim, recipe.data.batch_size
     factor = rate(
         step,
-        steps=optim.epochs * steps_per_epoch,
-        warmup_steps=optim.warmup_epochs * steps_per_epoch,
+        steps=recipe.steps(images),
+        warmup_steps=optim.warmup_epochs * recipe.steps_per_epoch(images),
         final_ratio=optim.final_lr_ratio,
     )
     scaled = factor * batch_size / 256

@@ -6,6 +6,7 @@ nearest valid key; nothing is created before the whole recipe is valid.
 """
 
 from btpipe.recipe.reading import find, load, shipped
+from btpipe.recipe.steps import count_steps
 from btpipe.recipe.tables import (
     BOOKKEEPING,
     ROUNDING,
@@ -40,6 +41,7 @@ __all__ = [
     "Run",
     "Solarize",
     "View",
+    "count_steps",
     "find",
     "load",
     "shipped",

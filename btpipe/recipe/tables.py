@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from btpipe.artifact import json_digest
+from btpipe.recipe.steps import count_steps
 from btpipe.recipe.toml import flatten, toml_lines
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -225,26 +226,22 @@ class Recipe(Table):
                     f"views.{i}.size: {view.size} is not 0 or from {MIN_SIZE} to data.image_size"
                     f" {self.data.image_size}"
                 )
-            for name in ("scale", "ratio"):
-                low, high = getattr(view, name)
+            ranges = {"scale": view.scale, "ratio": view.ratio, "blur.sigma": view.blur.sigma}
+            for name, (low, high) in ranges.items():
                 if low > high:
                     raise ValueError(f"views.{i}.{name}: low {low} is above high {high}")
             if view.scale[1] > 1:
                 raise ValueError(
                     f"views.{i}.scale: a crop cannot take {view.scale[1]} of the image"
                 )
-            if view.blur.sigma[0] > view.blur.sigma[1]:
-                raise ValueError(f"views.{i}.blur.sigma: low is above high")
         if self.data.image_size not in self.view_sizes:
             raise ValueError(
                 f"views: none has full size, data.image_size {self.data.image_size}: what small"
                 " views are compared with"
             )
-        micro = self.run.micro_batch
-        if micro and (micro > self.data.batch_size or self.data.batch_size % micro):
-            raise ValueError(
-                f"run.micro_batch {micro} does not divide data.batch_size {self.data.batch_size}"
-            )
+        micro, size = self.run.micro_batch, self.data.batch_size
+        if micro and size % micro:
+            raise ValueError(f"run.micro_batch {micro} does not divide data.batch_size {size}")
         if self.optim.lr == "auto" and self.optim.name != "lars":
             raise ValueError(f'optim.lr "auto" is known for lars, not for {self.optim.name}')
         if self.optim.warmup_epochs >= max(self.optim.epochs, 1) and self.optim.warmup_epochs > 0:
@@ -265,6 +262,14 @@ class Recipe(Table):
         full = [size == self.data.image_size for size in self.view_sizes]
         pairs = itertools.combinations(range(len(full)), 2)
         return tuple((i, j) for i, j in pairs if full[i] or full[j])
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimiser steps of one epoch of so many images."""
+        return count_steps(images, self.data.batch_size)
+
+    def steps(self, images: int) -> int:
+        """Optimiser steps of a whole run on so many images."""
+        return count_steps(images, self.data.batch_size, self.optim.epochs)
 
     @property
     def digest(self) -> str:

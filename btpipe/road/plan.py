@@ -119,7 +119,7 @@ def _plan(
     sample: Index,
 ) -> Plan:
     share = recipe.data.batch_size // devices
-    steps = recipe.optim.epochs * (total // recipe.data.batch_size)
+    steps = recipe.steps(total)
     seconds = looks.at(share, [(look.images, look.turn.seconds) for look in taken])
     cpu_seconds = looks.at(share, [(look.images, look.turn.cpu_seconds) for look in taken])
     peak_bytes = looks.at(share, [(look.images, look.peak_bytes) for look in taken])

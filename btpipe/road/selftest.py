@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from btpipe import runtime
 from btpipe.events import Finished, Report
 from btpipe.pretrain import loss, network, optim, schedule, step
-from btpipe.recipe import Loss, Optim, Recipe, Run
+from btpipe.recipe import Data, Loss, Optim, Recipe, Run
 from btpipe.road import published, selftest_road, small
 from btpipe.road.checks import Check, difference, relative, require, table, worst
 
@@ -140,10 +140,10 @@ def schedule_checks() -> list[Check]:
     settings = Optim(warmup_epochs=2, epochs=20)
     errors = []
     for steps_per_epoch, batch_size in ((1, 256), (7, 128), (50, 2048)):
-        for at in range(20 * steps_per_epoch):
-            ours = schedule.rates(
-                settings, at, steps_per_epoch=steps_per_epoch, batch_size=batch_size
-            )
+        described = Recipe(data=Data(batch_size=batch_size), optim=settings)
+        images = steps_per_epoch * batch_size
+        for at in range(described.steps(images)):
+            ours = schedule.rates(described, at, images)
             theirs = published.learning_rates(
                 at,
                 epochs=settings.epochs,

@@ -168,12 +168,7 @@ def main() -> int:
             if batch.step % 50 == 0:
                 found = compare(core, batch, criterion)
                 worst = max(worst, *found)
-            rates = schedule.rates(
-                described.optim,
-                batch.step,
-                steps_per_epoch=loader.steps_per_epoch,
-                batch_size=arguments.batch,
-            )
+            rates = schedule.rates(described, batch.step, len(images))
             started = time.process_time()
             outcome = step.update(core, batch.views, *rates)
             seconds[0] += time.process_time() - started

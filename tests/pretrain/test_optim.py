@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from btpipe.pretrain import optim, schedule
-from btpipe.recipe import Optim
+from btpipe.recipe import Data, Optim, Recipe
 
 PUBLISHED = load_file(Path(__file__).parent / "published.safetensors")
 EXACT = 1e-12  # float64; the operations are the same, their grouping is not
@@ -38,10 +38,10 @@ def test_the_schedule_equals_the_published_code(name: str) -> None:
         int(v) for v in PUBLISHED[f"schedule.{name}.epochs_stepsperepoch_batch"]
     )
     settings = Optim(epochs=epochs, warmup_epochs=10, lr=0.2, bias_lr=0.0048)
+    recipe = Recipe(data=Data(batch_size=batch_size), optim=settings)
+    images = steps_per_epoch * batch_size + 1  # one that fills no batch
     for step, weights, biases in PUBLISHED[f"schedule.{name}.step_lrweights_lrbiases"].tolist():
-        lr, bias_lr = schedule.rates(
-            settings, int(step), steps_per_epoch=steps_per_epoch, batch_size=batch_size
-        )
+        lr, bias_lr = schedule.rates(recipe, int(step), images)
         assert lr == pytest.approx(weights, rel=EXACT, abs=EXACT)
         assert bias_lr == pytest.approx(biases, rel=EXACT, abs=EXACT)
 
@@ -52,7 +52,8 @@ def test_the_schedule_equals_the_published_code(name: str) -> None:
 def test_an_automatic_rate_is_the_authors_for_that_batch(batch_size: int, expected: float) -> None:
     automatic = Optim(lr="auto")
     assert schedule.base_lr(automatic, batch_size) == pytest.approx(expected)
-    lr, _ = schedule.rates(automatic, 100, steps_per_epoch=10, batch_size=batch_size)
+    recipe = Recipe(data=Data(batch_size=batch_size), optim=automatic)
+    lr, _ = schedule.rates(recipe, 100, images=10 * batch_size)
     assert lr == pytest.approx(expected * batch_size / 256)  # at the end of the warm-up
 
 
