@@ -93,10 +93,13 @@ def _open(
 
 
 def require_divisible(recipe: Recipe, count: int) -> None:
-    """Raises RecipeError where `data.batch_size` does not divide among `count` processes."""
-    if recipe.data.batch_size % count:
-        found = f"data.batch_size = {recipe.data.batch_size} on {count} processes"
-        raise RecipeError(found, expected="a batch that divides among them")
+    """Raises RecipeError where `count` processes cannot share a batch or a micro-batch equally."""
+    sizes = {"data.batch_size": recipe.data.batch_size, "run.micro_batch": recipe.run.micro_batch}
+    for key, size in sizes.items():
+        if size % count:
+            fix = f"set {key}, or change the number of processes"
+            what = f"{key} = {size} on {count} processes"
+            raise RecipeError(what, expected=f"a multiple of {count}", fix=fix)
 
 
 def _position(run: Path) -> int | None:

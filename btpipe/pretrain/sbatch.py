@@ -67,7 +67,7 @@ def write(file: Path, name: str, recipe: Recipe, arguments: Sequence[str], job: 
 
     Raises:
         UsageError: `devices` is no number.
-        RecipeError: the batch does not divide among the tasks.
+        RecipeError: a batch or a micro-batch does not divide among the tasks.
         RefusedError: the file exists and says something else.
     """
     if not job.devices.isdecimal() or int(job.devices) < 1:

@@ -224,10 +224,22 @@ def test_missing_images_are_said_before_anything_is_made(tmp_path: Path, images:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, images: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "refusal"),
+    [
+        (("data.batch_size=9",), r"data\.batch_size = 9 on 2 processes\nexpected: a multiple of 2"),
+        (
+            ("data.batch_size=6", "run.micro_batch=3"),
+            r"run\.micro_batch = 3 on 2 processes\nexpected: a multiple of 2\nto do: set run",
+        ),
+    ],
+)
+def test_a_batch_or_micro_batch_that_ranks_cannot_share_is_refused_before_they_start(
+    tmp_path: Path, images: Path, settings: tuple[str, ...], refusal: str
+) -> None:
     recipe = write_recipe(tmp_path)
-    with pytest.raises(RecipeError, match=r"data\.batch_size = 9 on 2 processes"):
-        pretrain(recipe, images, "data.batch_size=9", devices="2")
+    with pytest.raises(RecipeError, match=refusal):
+        pretrain(recipe, images, *settings, devices="2")
     assert not (tmp_path / "runs").exists()
 
 
