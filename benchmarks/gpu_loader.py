@@ -26,6 +26,7 @@ from benchmarks.stage import (
 from btpipe import recipe
 from btpipe.data import decoding, params, reading
 from btpipe.data.decoding import BatchDecoder
+from btpipe.data.loader import LoaderSettings
 
 BATCH = 256
 PAIRS_PER_SECOND = {224: 2500, 32: 16_000}
@@ -105,9 +106,9 @@ def stage_loader(place: Place) -> None:
     with judged() as require:
         for name, folder, file, batch in cases:
             size = 8 if place.small else batch
-            settings = (f"data.batch_size={size}", "optim.epochs=200", f"data.threads={cores()}")
-            described = recipe_of(place, file, *settings)
-            with loader_of(index_of(folder), described, device()) as loader:
+            described = recipe_of(place, file, f"data.threads={cores()}")
+            settings = LoaderSettings.sample(described, size)
+            with loader_of(index_of(folder), settings, device()) as loader:
                 batches = functools.partial(next, iter(loader))
                 taken = rate(batches, size, 0.5 if place.small else 5.0, warm_ups=4)
                 require(not loader.quarantine, f"good images rejected: {loader.quarantine}")

@@ -23,6 +23,7 @@ from benchmarks.stage import (
 )
 from btpipe.data import decoding, views
 from btpipe.data.evaluation import evaluation_batches
+from btpipe.data.loader import LoaderSettings
 
 DECODE_LEVELS, EVALUATION_LEVELS, VIEW_LEVELS = 0.5, 0.5, 1.5
 """Grey levels, mean over a set: decoders of a GPU round otherwise, views stretch colours."""
@@ -107,11 +108,12 @@ def _evaluation_view(place: Place, require: Require) -> None:
 
 def _training_views(place: Place, require: Require) -> None:
     index = index_of(place.photos)
-    size = f"data.batch_size={8 if place.small else min(64, len(index))}"
-    described = recipe_of(place, "imagenet-1gpu.toml", size, f"data.threads={cores()}")
+    described = recipe_of(place, "imagenet-1gpu.toml", f"data.threads={cores()}")
+    count = 8 if place.small else min(64, len(index))
+    settings = LoaderSettings.sample(described, count, steps=1)
     batches = []
     for on in (torch.device("cpu"), device()):
-        with loader_of(index, described, on) as loader:
+        with loader_of(index, settings, on) as loader:
             batches.append(next(iter(loader)))
     require((batches[0].images == batches[1].images).all().item(), "batches of other images")
     for i in range(2):

@@ -26,6 +26,7 @@ from benchmarks.stage import (
 )
 from btpipe import runtime
 from btpipe.data import decoding, views
+from btpipe.data.loader import LoaderSettings
 
 COPY_BYTES = 2**30
 FUZZED = 1000
@@ -141,11 +142,12 @@ def train_over(folder: Path, threads: int) -> None:
     from btpipe import recipe  # noqa: PLC0415 - not of a stage
 
     index = index_of(folder)
-    overrides = ["data.batch_size=32", f"data.threads={threads}", "data.max_bad=1.0"]
-    sizes = ["data.image_size=64", "optim.epochs=40", "optim.warmup_epochs=1"]
-    described = recipe.load(PROJECT / "recipes" / "folder.toml", overrides + sizes)
+    overrides = ["data.image_size=64", f"data.threads={threads}"]
+    described = recipe.load(PROJECT / "recipes" / "folder.toml", overrides)
+    steps = recipe.count_steps(len(index), batch_size=32, epochs=40)
+    settings = LoaderSettings.sample(described, 32, steps)
     listed = {path.as_py() for path in index.table["path"]}
-    with loader_of(index, described, device()) as loader:
+    with loader_of(index, settings, device()) as loader:
         for _ in loader:
             pass
         quarantined = {index.table["path"][row].as_py() for row in loader.quarantine}

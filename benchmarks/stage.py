@@ -21,7 +21,7 @@ from benchmarks.place import MARK, PROJECT, Failed, Place
 from btpipe import recipe, runtime
 from btpipe.data import index as indexes
 from btpipe.data.index import Index
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.events import Event, Rejected
 from btpipe.recipe import Recipe
 
@@ -111,7 +111,7 @@ def index_of(folder: Path) -> Index:
     return indexes.build(folder)[0]
 
 
-def loader_of(index: Index, described: Recipe, on: torch.device) -> TrainingLoader:
+def loader_of(index: Index, settings: LoaderSettings, on: torch.device) -> TrainingLoader:
     """A loader of one process from step 0; what it rejects is printed."""
 
     def report(event: Event) -> None:
@@ -120,7 +120,7 @@ def loader_of(index: Index, described: Recipe, on: torch.device) -> TrainingLoad
 
     return TrainingLoader(
         index,
-        described,
+        settings,
         rank=0,
         world_size=1,
         start_step=0,

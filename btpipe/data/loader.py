@@ -6,8 +6,9 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,61 @@ from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index
 from btpipe.errors import BudgetError, UsageError
 from btpipe.events import Rejected, Report
-from btpipe.recipe import Recipe
+from btpipe.recipe import Data, Recipe, View, count_steps
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Batch", "EvaluationBatch", "TrainingLoader", "evaluation_batches"]
+__all__ = ["Batch", "EvaluationBatch", "LoaderSettings", "TrainingLoader", "evaluation_batches"]
+
+ENDLESS = sys.maxsize
+"""Steps of a loader that never ends."""
+_DEFAULTS = Data()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderSettings:
+    """What decides the batches of a `TrainingLoader`; the words are the recipe's.
+
+    The loader ends before step `steps`. By default it has no end, gives a rank its whole share of a
+    batch at a time, and replaces every unreadable image.
+    """
+
+    seed: int
+    views: tuple[View, ...]
+    view_sizes: tuple[int, ...]
+    batch_size: int
+    steps: int = ENDLESS
+    micro_batch: int = 0
+    shuffle: Literal["full", "blocks"] = _DEFAULTS.shuffle
+    block_images: int = _DEFAULTS.block_images
+    mixed_blocks: int = _DEFAULTS.mixed_blocks
+    threads: int = _DEFAULTS.threads
+    max_bad: float = 1.0
+
+    @classmethod
+    def of(cls, recipe: Recipe, images: int) -> "LoaderSettings":
+        """For a whole run of the recipe on so many images."""
+        return dataclasses.replace(
+            cls.sample(recipe, recipe.data.batch_size, recipe.steps(images)),
+            micro_batch=recipe.run.micro_batch,
+            max_bad=recipe.data.max_bad,
+        )
+
+    @classmethod
+    def sample(cls, recipe: Recipe, batch_size: int, steps: int = ENDLESS) -> "LoaderSettings":
+        """The recipe's views and order of images, in batches of another size."""
+        return cls(
+            seed=recipe.seed,
+            views=recipe.views,
+            view_sizes=recipe.view_sizes,
+            batch_size=batch_size,
+            steps=steps,
+            shuffle=recipe.data.shuffle,
+            block_images=recipe.data.block_images,
+            mixed_blocks=recipe.data.mixed_blocks,
+            threads=recipe.data.threads,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +97,7 @@ class TrainingLoader:
     def __init__(
         self,
         index: Index,
-        recipe: Recipe,
+        settings: LoaderSettings,
         *,
         rank: int,
         world_size: int,
@@ -56,29 +106,26 @@ class TrainingLoader:
         report: Report,
         quarantine: dict[int, str],
     ) -> None:
-        """Raises UsageError: fewer images than a batch, or a batch that the ranks cannot share."""
-        size = recipe.data.batch_size
+        """Batch and micro-batch are multiples of `world_size`.
+
+        Raises:
+            UsageError: fewer images than a batch.
+        """
+        size, micro = settings.batch_size, settings.micro_batch or settings.batch_size
         if len(index) < size:
             found = f"{len(index)} images do not fill one batch of {size}"
-            fix = "add images, or set data.batch_size"
+            fix = "add images, or take a smaller batch"
             raise UsageError(found, where=index.root, expected=f"{size} or more", fix=fix)
-        if size % world_size:
-            found, fix = f"data.batch_size {size} over {world_size} ranks", "set data.batch_size"
-            raise UsageError(found, expected=f"a multiple of {world_size}", fix=fix)
-        self.index, self.recipe, self.start_step, self.device = index, recipe, start_step, device
-        self.quarantine = quarantine
-        self.allowed_bad = int(recipe.data.max_bad * len(index) + 1e-9)  # 0.29 * 100 is below 29
-        self.steps_per_epoch = len(index) // size
-        self.steps = recipe.optim.epochs * self.steps_per_epoch
+        assert size % micro == micro % world_size == 0
+        self.index, self.settings, self.device = index, settings, device
+        self.start_step, self.quarantine = start_step, quarantine
+        self.allowed_bad = int(settings.max_bad * len(index) + 1e-9)  # 0.29 * 100 is below 29
+        self.steps_per_epoch = count_steps(len(index), size)
         self._report = report
         self._share = size // world_size
         # A micro-batch is shared out like a batch: the same images form it on any number of ranks.
-        micro = recipe.run.micro_batch or size
-        if micro % world_size:
-            found, fix = f"run.micro_batch {micro} over {world_size} ranks", "set run.micro_batch"
-            raise UsageError(found, expected=f"a multiple of {world_size}", fix=fix)
         self._own = (np.arange(size).reshape(-1, world_size, micro // world_size))[:, rank].ravel()
-        self._threads = recipe.data.threads or runtime.cores()
+        self._threads = settings.threads or runtime.cores()
         self._gpu = None if device.type == "cpu" else device.index or 0
         self._decoder = (
             None if self._gpu is None else decoding.batch_decoder(self._gpu, self._threads)
@@ -94,7 +141,7 @@ class TrainingLoader:
     @property
     def view_shapes(self) -> list[tuple[int, int, int, int]]:
         """Of each view of this rank's share: (n, H, W, 3)."""
-        return [(self._share, size, size, 3) for size in self.recipe.view_sizes]
+        return [(self._share, size, size, 3) for size in self.settings.view_sizes]
 
     def close(self) -> None:
         """Stops the reading threads; what is in flight is dropped."""
@@ -105,8 +152,8 @@ class TrainingLoader:
 
         def build() -> Pipeline:
             return views.training_pipeline(
-                self.recipe.views,
-                self.recipe.view_sizes,
+                self.settings.views,
+                self.settings.view_sizes,
                 batch_size=self._share,
                 threads=self._threads,
                 gpu=self._gpu,
@@ -131,7 +178,7 @@ class TrainingLoader:
 
     def _loads(self) -> Iterator[runs.Load]:
         """The loads from `start_step` on, read ahead; what cannot be read is replaced here."""
-        steps = range(self.start_step, self.steps)
+        steps = range(self.start_step, self.settings.steps)
         tasks = ((step, self._rows(step)) for step in steps)
         for step, rows, contents in reading.read_ahead(tasks, self._read, self._finish, self._pool):
             yield self._load(step, rows, list(contents))
@@ -139,19 +186,20 @@ class TrainingLoader:
     def _epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
 
-    def _planned(self, step: int) -> NDArray[np.int64]:
-        """The images that the order alone gives this rank for a step."""
-        data, epoch = self.recipe.data, self._epoch(step)
-        start = step % self.steps_per_epoch * data.batch_size
-        place = (self.recipe.seed, epoch, len(self.index), start, start + data.batch_size)
-        if data.shuffle == "full":
+    def planned(self, step: int) -> NDArray[np.int64]:
+        """The images that the order alone gives this rank for a step: index rows (n,)."""
+        own = self.settings
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start = batch * own.batch_size
+        place = (own.seed, epoch, len(self.index), start, start + own.batch_size)
+        if own.shuffle == "full":
             return order.permutation(*place)[self._own]
-        mixed = order.blocks(*place, block_images=data.block_images, mixed_blocks=data.mixed_blocks)
+        mixed = order.blocks(*place, block_images=own.block_images, mixed_blocks=own.mixed_blocks)
         return mixed[self._own]
 
     def _rows(self, step: int) -> NDArray[np.int64]:
-        """`_planned`, with stand-ins for those that are known to be bad."""
-        rows = self._planned(step)
+        """`planned`, with stand-ins for those that are known to be bad."""
+        rows = self.planned(step)
         for i, row in enumerate(rows.tolist() if self.quarantine else ()):
             if row in self.quarantine:
                 rows[i] = self._substitute(self._epoch(step), row)
@@ -160,7 +208,7 @@ class TrainingLoader:
     def _substitute(self, epoch: int, row: int) -> int:
         """The first replacement that is not known to be bad."""
         candidates = (
-            order.replacement(self.recipe.seed, epoch, row, attempt, len(self.index))
+            order.replacement(self.settings.seed, epoch, row, attempt, len(self.index))
             for attempt in itertools.count()
         )
         return next(candidate for candidate in candidates if candidate not in self.quarantine)
@@ -185,7 +233,7 @@ class TrainingLoader:
 
     def _load(self, step: int, rows: NDArray[np.int64], contents: list[Pixels | str]) -> runs.Load:
         """The batch with its draws: bad images quarantined, readable ones in their places."""
-        epoch, planned = self._epoch(step), self._planned(step)
+        epoch, planned = self._epoch(step), self.planned(step)
         images: list[Pixels] = []
         for position, content in enumerate(contents):
             image = content
@@ -194,7 +242,7 @@ class TrainingLoader:
                 rows[position] = self._substitute(epoch, int(planned[position]))
                 (image,) = self._finish(rows, [self._read(int(rows[position]))])
             images.append(image)
-        sizes, seed = runs.sizes_of(images), self.recipe.seed
+        sizes, seed = runs.sizes_of(images), self.settings.seed
         draws = [
             params.draw(
                 view,
@@ -205,7 +253,7 @@ class TrainingLoader:
                 widths=sizes[:, 1],
                 heights=sizes[:, 0],
             )
-            for number, view in enumerate(self.recipe.views)
+            for number, view in enumerate(self.settings.views)
         ]
         return runs.Load(step, rows, images, views.training_inputs(draws, sizes))
 
@@ -223,7 +271,7 @@ class TrainingLoader:
             raise BudgetError(
                 f"{count} of {len(self.index)} images cannot be used{last}",
                 where=self.index.root,
-                expected=f"at most data.max_bad = {self.recipe.data.max_bad:g} of them",
+                expected=f"at most data.max_bad = {self.settings.max_bad:g} of them",
                 fix="see quarantine.csv in the run folder: raise data.max_bad to go on without"
                 " them, or mend them and train under another --name",
             )

@@ -22,13 +22,13 @@ from torch.nn import functional
 
 from btpipe import artifact, runtime
 from btpipe.data.index import Index, open_index
-from btpipe.data.loader import TrainingLoader, evaluation_batches
+from btpipe.data.loader import LoaderSettings, TrainingLoader, evaluation_batches
 from btpipe.data.views import Geometry
 from btpipe.errors import IntegrityError, NumericsError, Stopped
 from btpipe.events import Progressed, Report, Warned
 from btpipe.explore.head import Classifier
 from btpipe.export import contract, weights
-from btpipe.recipe import Blur, Data, Jitter, Optim, Recipe, Run, View
+from btpipe.recipe import Blur, Jitter, View, count_steps
 from btpipe.recipe.protocols import Protocol
 from btpipe.runtime import Runtime
 
@@ -37,6 +37,8 @@ STATE = "state"
 TENSORS = "state.safetensors"
 SAVE_SECONDS = 600.0
 REPORT_SECONDS = 1.0
+MAX_BAD = 0.01
+"""Share of the training images that may be unreadable."""
 CROP = View(jitter=Jitter(probability=0.0), gray=0.0, blur=Blur(probability=0.0))
 """Crop and flip, without colours."""
 
@@ -83,12 +85,13 @@ def fit(job: Job, here: Runtime, report: Report) -> Score:
     Raises:
         Stopped: a signal came; the state is saved.
         NumericsError: the loss is not finite, or a frozen encoder changed.
-        BudgetError: more training images than 1 % cannot be used.
+        UsageError: fewer training images than ranks.
+        BudgetError: more training images than `MAX_BAD` cannot be used.
     """
     bundle, protocol = contract.open_bundle(job.bundle), job.protocol
     train = open_index(job.train)
-    batch_size = min(protocol.batch_size, len(train) // here.world_size * here.world_size)
-    recipe = _recipe(bundle, protocol, batch_size)
+    share = max(min(protocol.batch_size, len(train)) // here.world_size, 1)
+    batch_size = share * here.world_size
     tuned = protocol.encoder_lr > 0
     model = Classifier(bundle, len(job.classes), tuned=tuned, seed=protocol.seed).to(here.device)
     before = weights.digest(model.encoder.state_dict())
@@ -98,7 +101,7 @@ def fit(job: Job, here: Runtime, report: Report) -> Score:
         runtime.StopSignals() as signals,
         TrainingLoader(
             train,
-            recipe,
+            _settings(bundle, protocol, batch_size, len(train)),
             rank=here.rank,
             world_size=here.world_size,
             start_step=start,
@@ -113,15 +116,18 @@ def fit(job: Job, here: Runtime, report: Report) -> Score:
     return _judge(job, bundle, model, here, report)
 
 
-def _recipe(bundle: contract.Bundle, protocol: Protocol, batch_size: int) -> Recipe:
-    """A run of one view; the loss and projector of a recipe play no part here."""
-    made = Recipe(
+def _settings(
+    bundle: contract.Bundle, protocol: Protocol, batch_size: int, images: int
+) -> LoaderSettings:
+    """One view of each image, to the end of the protocol's last epoch."""
+    return LoaderSettings(
         seed=protocol.seed,
-        data=Data(batch_size=batch_size, image_size=bundle.preprocessing.size),
-        optim=Optim(epochs=protocol.epochs, warmup_epochs=0),
-        run=Run(),
+        views=(CROP,),
+        view_sizes=(bundle.preprocessing.size,),
+        batch_size=batch_size,
+        steps=count_steps(images, batch_size, protocol.epochs),
+        max_bad=MAX_BAD,
     )
-    return made.model_copy(update={"views": (CROP,)})
 
 
 def _optimizer(model: Classifier, protocol: Protocol, batch_size: int) -> torch.optim.SGD:
@@ -145,7 +151,7 @@ def _train(
     signals: runtime.StopSignals,
     start: int,
 ) -> None:
-    numbers = _label_numbers(loader.index, job.classes)
+    numbers, steps = _label_numbers(loader.index, job.classes), loader.settings.steps
     agreement, saved = runtime.Agreement(), time.monotonic()
     reported, since, value = saved, start, torch.zeros(())
     model.train()
@@ -159,17 +165,17 @@ def _train(
         done, now = batch.step + 1, time.monotonic()
         overdue = here.is_first and now - saved > SAVE_SECONDS
         stop, save = agreement.exchange([bool(signals.asked), overdue])
-        if stop or save or done == loader.steps:
+        if stop or save or done == steps:
             _save(job, here, done, model, optimizer, value)
             saved = now
-        if stop and done < loader.steps:
+        if stop and done < steps:
             raise Stopped(
-                f"stopped at step {done} of {loader.steps}, the state is saved",
+                f"stopped at step {done} of {steps}, the state is saved",
                 fix="run the same command to go on",
             )
-        if now - reported > REPORT_SECONDS or done == loader.steps:
-            rate = (done - since) * loader.recipe.data.batch_size / max(now - reported, 1e-9)
-            report(Progressed("eval", done, loader.steps, rate, 0.0))
+        if now - reported > REPORT_SECONDS or done == steps:
+            rate = (done - since) * loader.settings.batch_size / max(now - reported, 1e-9)
+            report(Progressed("eval", done, steps, rate, 0.0))
             reported, since = now, done
 
 

@@ -1,7 +1,6 @@
 """A fixed set of images in two training views each: the same in every call."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from btpipe.data.index import Index
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.events import Report
 from btpipe.recipe import Recipe
 
@@ -46,7 +45,7 @@ def read(
     batches = -(-wanted // BATCH)
     with TrainingLoader(
         index,
-        _two_views(described, wanted // batches),
+        _two_views(described, wanted // batches, batches),
         rank=0,
         world_size=1,
         start_step=0,
@@ -54,7 +53,7 @@ def read(
         report=report,
         quarantine=dict(known_bad),
     ) as loader:
-        found = list(itertools.islice(loader, batches))
+        found = list(loader)
     drawn = np.concatenate([batch.images for batch in found])
     # An image that stands in for an unreadable one may be in the set already.
     kept = np.sort(np.unique(drawn, return_index=True)[1])
@@ -62,16 +61,16 @@ def read(
     return Pairs(drawn[kept], first, second)
 
 
-def _two_views(described: Recipe, size: int) -> Recipe:
-    """One epoch of the two views in batches of `size`, in any order."""
+def _two_views(described: Recipe, size: int, batches: int) -> LoaderSettings:
+    """So many batches of `size` images in the recipe's first two views of full size."""
     full = described.data.image_size
-    views = sorted(described.views, key=lambda view: view.size not in (0, full))[:2]
-    data = {"batch_size": size, "max_bad": 1.0, "shuffle": "full"}
-    return described.model_copy(
-        update={
-            "views": tuple(views),
-            "data": described.data.model_copy(update=data),
-            "run": described.run.model_copy(update={"micro_batch": 0}),
-            "optim": described.optim.model_copy(update={"epochs": 1}),
-        }
+    sized = zip(described.views, described.view_sizes, strict=True)
+    views, sizes = zip(*sorted(sized, key=lambda one: one[1] != full)[:2], strict=True)
+    return LoaderSettings(
+        seed=described.seed,
+        views=views,
+        view_sizes=sizes,
+        batch_size=size,
+        steps=batches,
+        threads=described.data.threads,
     )

@@ -16,7 +16,10 @@ from btpipe.runtime import Precision
 
 @dataclasses.dataclass(frozen=True)
 class Core:
-    """What an update needs and changes: the network, its optimiser, and how to compute."""
+    """What an update needs and changes: the network, its optimiser, and how to compute.
+
+    `micro_batch`: images of this rank that pass through the network together; 0: its whole batch.
+    """
 
     recipe: Recipe
     device: torch.device
@@ -25,6 +28,7 @@ class Core:
     precision: Precision
     form: loss.Form
     scale: finite.LossScale | None
+    micro_batch: int
 
     @property
     def compiled(self) -> bool:
@@ -68,7 +72,9 @@ def build(recipe: Recipe, device: torch.device) -> Core:
         pairs=len(recipe.pairs),
     )
     scale = finite.LossScale(device) if precision == "fp16" else None
-    return Core(recipe, device, model, optim.build(recipe.optim, model), precision, form, scale)
+    optimizer = optim.build(recipe.optim, model)
+    micro = recipe.run.micro_batch // runtime.world_size()
+    return Core(recipe, device, model, optimizer, precision, form, scale, micro)
 
 
 def compile(core: Core) -> None:  # noqa: A001 - torch's name
@@ -117,9 +123,8 @@ def _backward(core: Core, views: Sequence[torch.Tensor]) -> tuple[network.Embedd
         scale = core.scale.scale * factor if core.scale else factor
         return terms, [gradient.mul_(scale) for gradient in gradients]
 
-    micro = core.recipe.run.micro_batch // runtime.world_size()
-    if micro and micro < len(views[0]):
-        return gradcache.backward(core.network, forward, judge, views, micro)
+    if 0 < core.micro_batch < len(views[0]):
+        return gradcache.backward(core.network, forward, judge, views, core.micro_batch)
     embedded = forward(views)
     terms, gradients = judge(embedded.z)
     given = [gradient.to(z.dtype) for gradient, z in zip(gradients, embedded.z, strict=True)]

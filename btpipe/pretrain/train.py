@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from btpipe import artifact, events, runtime
 from btpipe.data.index import Index, open_index
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.errors import NumericsError, Stopped
 from btpipe.events import Report
 from btpipe.pretrain import checkpoint, finite, initial, loss, step
@@ -44,7 +44,7 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
     quarantine = Quarantine(folder, index)
     loader = TrainingLoader(
         index,
-        recipe,
+        LoaderSettings.of(recipe, len(index)),
         rank=here.rank,
         world_size=here.world_size,
         start_step=run.state.step,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
-from btpipe import recipe as recipes
-from btpipe.data import decoding, order, params, runs, views
+from btpipe.data import decoding, params, runs, views
 from btpipe.data.index import Index, open_index
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import ENDLESS, LoaderSettings, TrainingLoader
 from btpipe.events import ignore
 from btpipe.pretrain import network
-from btpipe.recipe import Recipe
+from btpipe.recipe import VIEW_A, VIEW_B
 from btpipe.road import probe, published_views
 from btpipe.road.seat import PeakMemory, Prepared
 
@@ -38,13 +36,16 @@ class Load:
     image_size: int
     workers: int
 
-    def recipe(self, images: int) -> Recipe:
-        """A run that is long enough; every number else is its default."""
-        epochs = math.ceil(self.batches / (images // self.batch))
-        data = recipes.Data(
-            batch_size=self.batch, image_size=self.image_size, threads=self.workers, max_bad=1.0
+    def settings(self, steps: int) -> LoaderSettings:
+        """The first `steps` batches, in the published views."""
+        return LoaderSettings(
+            seed=0,
+            views=(VIEW_A, VIEW_B),
+            view_sizes=(self.image_size, self.image_size),
+            batch_size=self.batch,
+            steps=steps,
+            threads=self.workers,
         )
-        return Recipe(data=data, optim=recipes.Optim(epochs=epochs, warmup_epochs=0))
 
 
 def published_loader(load: Load) -> Prepared:
@@ -90,8 +91,7 @@ def published_gpu_loader(load: Load) -> Prepared:
 def core_gpu_loader(load: Load, normalised: bool) -> Prepared:
     """The loader that `pretrain` uses on a GPU, `batches` more batches in each action."""
     memory = PeakMemory(GPU)
-    recipe = load.recipe(len(open_index(load.index)))
-    supply = probe.supply(probe.at(recipe, load.batch), load.index, GPU)
+    supply = probe.supply(load.settings(ENDLESS), load.index, GPU)
 
     def action() -> None:
         for batch in itertools.islice(supply, load.batches):
@@ -182,11 +182,11 @@ def core_augment(load: Load) -> Prepared:
     """The draws and the graph alone, on decoded images, in one thread."""
     images = [np.asarray(published_views.decode(content)) for content in _contents(load)]
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
-    recipe, rows = Recipe(), np.arange(len(images))
+    drawn_views, rows = (VIEW_A, VIEW_B), np.arange(len(images))
 
     def build() -> Pipeline:
         return views.training_pipeline(
-            recipe.views, [load.image_size] * 2, batch_size=len(images), threads=1, gpu=None
+            drawn_views, [load.image_size] * 2, batch_size=len(images), threads=1, gpu=None
         )
 
     def drawn(number: int) -> runs.Load:
@@ -200,7 +200,7 @@ def core_augment(load: Load) -> Prepared:
                 widths=sizes[:, 1],
                 heights=sizes[:, 0],
             )
-            for i, view in enumerate(recipe.views)
+            for i, view in enumerate(drawn_views)
         ]
         inputs = views.training_inputs(draws, sizes)
         return runs.Load(number, rows, [*images], inputs)
@@ -219,33 +219,22 @@ def _prepared(action: Callable[[], None]) -> Prepared:
 
 def _open(load: Load, index: Index, device: torch.device) -> TrainingLoader:
     """A loader that makes exactly `batches` batches."""
-    recipe = load.recipe(len(index))
     return TrainingLoader(
         index,
-        recipe,
+        load.settings(load.batches),
         rank=0,
         world_size=1,
-        start_step=start_of(load, index),
+        start_step=0,
         device=device,
         report=ignore,
         quarantine={},
     )
 
 
-def start_of(load: Load, index: Index) -> int:
-    """The step from which a run has `batches` steps left."""
-    return load.recipe(len(index)).optim.epochs * (len(index) // load.batch) - load.batches
-
-
 def rows_of(load: Load, index: Index) -> list[NDArray[np.int64]]:
     """The rows of the batches that `_open`'s loader makes."""
-    recipe, count = load.recipe(len(index)), len(index)
-    per_epoch, first = count // load.batch, start_of(load, index)
-    starts = [(step, step % per_epoch * load.batch) for step in range(first, first + load.batches)]
-    return [
-        order.permutation(recipe.seed, step // per_epoch, count, start, start + load.batch)
-        for step, start in starts
-    ]
+    with _open(load, index, torch.device("cpu")) as loader:
+        return [loader.planned(step) for step in range(load.batches)]
 
 
 def _contents(load: Load) -> list[bytes]:

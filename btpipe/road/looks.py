@@ -48,8 +48,7 @@ def take(
 
     def look(images: int, steps: int) -> Look | None:
         report(Note(f"looking at {steps} steps of {images} images, loader and network"))
-        wanted = probe.at(recipe, images)
-        prepare = functools.partial(probe.training, wanted, index, device, steps)
+        prepare = functools.partial(probe.training, recipe, index, device, images, steps)
         measured = _measured(prepare, steps)
         return Look(images, *measured) if measured else None
 
@@ -72,10 +71,11 @@ def take(
 
 def rates(recipe: Recipe, index: Path, device: probe.Device, last: Look, report: Report) -> Rates:
     report(Note(f"looking at loader and step apart, {last.images} images each"))
-    wanted, images = probe.at(recipe, last.images), last.images
+    images = last.images
     batches = max(2, round(LOOK_SECONDS / 2 / last.turn.seconds))
-    loader = _measured(functools.partial(probe.loading, wanted, index, device, batches), batches)
-    step = _measured(functools.partial(probe.stepping, wanted, index, device), 1)
+    load_batches = functools.partial(probe.loading, recipe, index, device, images, batches)
+    loader = _measured(load_batches, batches)
+    step = _measured(functools.partial(probe.stepping, recipe, index, device, images), 1)
     if loader is None or step is None:
         fix = "free the GPU: something else takes of its memory"
         raise UsageError(f"too little GPU memory for {images} images, which had fitted", fix=fix)

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from btpipe import events, runtime
 from btpipe.data import index
 from btpipe.data.evaluation import evaluation_batches
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.data.views import Geometry
-from btpipe.recipe import Data, Optim, Recipe
+from btpipe.recipe import VIEW_A, VIEW_B
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +48,17 @@ def training_views(device: "torch.device") -> list[NDArray[np.uint8]]:
         BudgetError: a picture could not be decoded.
         RuntimeError: DALI cannot use the GPU.
     """
-    described = Recipe(
-        data=Data(batch_size=IMAGES, image_size=SIZE, max_bad=0),
-        optim=Optim(epochs=1, warmup_epochs=0),
+    settings = LoaderSettings(
+        seed=0,
+        views=(VIEW_A, VIEW_B),
+        view_sizes=(SIZE, SIZE),
+        batch_size=IMAGES,
+        steps=1,
+        max_bad=0,
     )
     loader = TrainingLoader(
         _drawn(),
-        described,
+        settings,
         rank=0,
         world_size=1,
         start_step=0,

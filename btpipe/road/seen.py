@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from btpipe.data import decoding, index, params, reading
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.errors import UsageError
 from btpipe.events import Report
-from btpipe.recipe import Recipe
+from btpipe.recipe import Recipe, count_steps
 
 ORIGINAL_PIXELS = 640
 """The longer side of an original in a picture; larger ones are made smaller."""
@@ -70,12 +70,13 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
         raise UsageError("no images are named", where="data.train", fix=fix)
     found, _ = index.build(recipe.data.train, report)
     count = min(count, len(found))
+    step = count_steps(len(found), count, epoch)
     with TrainingLoader(
         found,
-        _short(recipe, count, epoch),
+        LoaderSettings.sample(recipe, count, steps=step + 1),
         rank=0,
         world_size=1,
-        start_step=epoch * (len(found) // count),
+        start_step=step,
         device=torch.device("cpu"),
         report=report,
         quarantine={},
@@ -106,17 +107,6 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
         )
         for i, row in enumerate(batch.images)
     ]
-
-
-def _short(recipe: Recipe, count: int, epoch: int) -> Recipe:
-    """A run whose first step of this epoch has the first `count` images that the real one has."""
-    return recipe.model_copy(
-        update={
-            "data": recipe.data.model_copy(update={"batch_size": count, "max_bad": 1.0}),
-            "optim": recipe.optim.model_copy(update={"epochs": epoch + 1}),
-            "run": recipe.run.model_copy(update={"micro_batch": 0}),
-        }
-    )
 
 
 def _decoded(found: index.Index, row: int) -> NDArray[np.uint8]:

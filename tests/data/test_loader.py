@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -18,7 +19,13 @@ from tiny_run import draw_images
 from btpipe import recipe
 from btpipe.data import index
 from btpipe.data.evaluation import evaluation_stream
-from btpipe.data.loader import Batch, EvaluationBatch, TrainingLoader, evaluation_batches
+from btpipe.data.loader import (
+    Batch,
+    EvaluationBatch,
+    LoaderSettings,
+    TrainingLoader,
+    evaluation_batches,
+)
 from btpipe.data.views import Geometry
 from btpipe.errors import BudgetError, UsageError
 from btpipe.events import Event, Rejected, ignore
@@ -44,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def settings(**data: object) -> recipe.Recipe:
+def described(**data: object) -> recipe.Recipe:
     values = {"batch_size": 8, "image_size": 32, "threads": 2, "max_bad": 0.5} | data
     return recipe.Recipe(
         seed=11,
@@ -55,17 +62,22 @@ def settings(**data: object) -> recipe.Recipe:
 
 def batches(
     images: index.Index,
-    chosen: recipe.Recipe | None = None,
+    chosen: recipe.Recipe | LoaderSettings | None = None,
     *,
     rank: int = 0,
     world_size: int = 1,
     start_step: int = 0,
+    most: int | None = None,
     quarantine: dict[int, str] | None = None,
     events: list[Event] | None = None,
 ) -> list[Batch]:
+    """The batches of a loader, at most `most`."""
+    chosen = chosen or described()
+    if isinstance(chosen, recipe.Recipe):
+        chosen = LoaderSettings.of(chosen, len(images))
     with TrainingLoader(
         images,
-        chosen or settings(),
+        chosen,
         rank=rank,
         world_size=world_size,
         start_step=start_step,
@@ -73,7 +85,7 @@ def batches(
         report=ignore if events is None else events.append,
         quarantine={} if quarantine is None else quarantine,
     ) as loader:
-        return list(loader)
+        return list(itertools.islice(loader, most))
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -105,7 +117,7 @@ def test_an_epoch_is_every_full_batch_of_different_images(folder: Path) -> None:
 
 def test_the_same_seed_gives_the_same_bytes_with_any_number_of_threads(folder: Path) -> None:
     made, _ = index.build(folder)
-    assert_same(batches(made, settings(threads=1)), batches(made, settings(threads=3)))
+    assert_same(batches(made, described(threads=1)), batches(made, described(threads=3)))
 
 
 def test_two_ranks_together_get_what_one_gets(folder: Path) -> None:
@@ -124,9 +136,9 @@ def test_two_ranks_together_get_what_one_gets(folder: Path) -> None:
 
 def test_more_views_leave_the_first_ones_as_they_are_and_small_ones_are_small(folder: Path) -> None:
     made, _ = index.build(folder)
-    pair = batches(made, settings(max_bad=0.0))
+    pair = batches(made, described(max_bad=0.0))
     small = recipe.View(size=16, scale=(0.05, 0.3))
-    chosen = settings(max_bad=0.0).model_copy(
+    chosen = described(max_bad=0.0).model_copy(
         update={"views": (recipe.VIEW_A, recipe.VIEW_B, small, small)}
     )
     four = batches(made, chosen)
@@ -142,13 +154,13 @@ def test_four_ranks_get_what_one_gets_while_a_file_in_a_hundred_is_junk_and_some
 ) -> None:
     draw_images(tmp_path / "images", 100)
     made, _ = index.build(tmp_path / "images")
-    clean = batches(made, settings(shuffle=shuffle, block_images=7, mixed_blocks=4))
+    clean = batches(made, described(shuffle=shuffle, block_images=7, mixed_blocks=4))
     drawn = np.unique(np.concatenate([batch.images for batch in clean]))
     made.file(int(drawn[3])).write_bytes(b"not an image any more")
     made.file(int(drawn[40])).unlink()
     made.file(int(drawn[77])).unlink()
     gone = drawn[[3, 40, 77]]
-    chosen = settings(shuffle=shuffle, block_images=7, mixed_blocks=4, max_bad=0.03)
+    chosen = described(shuffle=shuffle, block_images=7, mixed_blocks=4, max_bad=0.03)
     alone = batches(made, chosen)
     for world_size in (2, 4):
         parts = [
@@ -176,7 +188,7 @@ def test_four_ranks_get_what_one_gets_while_a_file_in_a_hundred_is_junk_and_some
 
 def test_a_micro_batch_holds_the_same_images_on_any_number_of_ranks(folder: Path) -> None:
     made, _ = index.build(folder)
-    chosen = settings()
+    chosen = described()
     size = chosen.data.batch_size
     chosen = chosen.model_copy(update={"run": recipe.Run(micro_batch=size // 2)})
     alone = batches(made, chosen)
@@ -187,8 +199,21 @@ def test_a_micro_batch_holds_the_same_images_on_any_number_of_ranks(folder: Path
             shared = np.concatenate([one.images[own], other.images[own]])
             micro = slice(half * size // 2, (half + 1) * size // 2)
             np.testing.assert_array_equal(shared, whole.images[micro])
-    with pytest.raises(UsageError, match="micro_batch"):
-        batches(made, chosen, rank=0, world_size=size)
+
+
+def test_a_sample_is_the_run_in_batches_of_another_size_without_budget_or_end(folder: Path) -> None:
+    made, _ = index.build(folder)
+    truncate(folder / "05.jpg")
+    whole = described(max_bad=0.1).model_copy(update={"run": recipe.Run(micro_batch=4)})
+    epoch = np.concatenate([batch.images for batch in batches(made, whole, most=3)])
+    sample = LoaderSettings.sample(whole, 6)
+    first = batches(made, dataclasses.replace(sample, steps=4))
+    np.testing.assert_array_equal(np.concatenate([batch.images for batch in first]), epoch)
+    late = batches(made, sample, start_step=10**7, most=3)
+    assert [batch.step for batch in late] == [10**7, 10**7 + 1, 10**7 + 2]
+    for path in sorted(folder.iterdir())[:20]:
+        truncate(path)
+    assert set(batches(made, sample, most=1)[0].images) <= set(range(20, IMAGES))
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 6])
@@ -263,7 +288,7 @@ def test_files_that_vanish_while_a_run_goes_on_are_replaced(folder: Path) -> Non
     events: list[Event] = []
     with TrainingLoader(
         made,
-        settings(batch_size=2),
+        LoaderSettings.of(described(batch_size=2), len(made)),
         rank=0,
         world_size=1,
         start_step=0,
@@ -325,10 +350,10 @@ def test_more_bad_images_than_allowed_end_the_run(folder: Path) -> None:
     made, _ = index.build(folder)
     for name in ("03.jpg", "04.jpg", "05.jpg"):
         truncate(folder / name)
-    allowed = settings(max_bad=3 / IMAGES)
+    allowed = described(max_bad=3 / IMAGES)
     assert len(batches(made, allowed)) == 6
     with pytest.raises(BudgetError, match=r"3 of 26 images cannot be used(.|\n)*max_bad"):
-        batches(made, settings(max_bad=2 / IMAGES))
+        batches(made, described(max_bad=2 / IMAGES))
 
 
 def test_a_folder_of_bad_images_only_ends_instead_of_searching_for_ever(folder: Path) -> None:
@@ -336,15 +361,13 @@ def test_a_folder_of_bad_images_only_ends_instead_of_searching_for_ever(folder: 
     for path in folder.iterdir():
         truncate(path)
     with pytest.raises(BudgetError, match="26 of 26"):
-        batches(made, settings(max_bad=1.0))
+        batches(made, described(max_bad=1.0))
 
 
-def test_too_few_images_or_a_batch_that_cannot_be_shared_is_refused(folder: Path) -> None:
+def test_too_few_images_for_a_batch_are_refused(folder: Path) -> None:
     made, _ = index.build(folder)
     with pytest.raises(UsageError, match="26 images do not fill one batch of 32"):
-        batches(made, settings(batch_size=32))
-    with pytest.raises(UsageError, match="over 3 ranks"):
-        batches(made, world_size=3)
+        batches(made, described(batch_size=32))
 
 
 def evaluated(

@@ -10,7 +10,7 @@ from tiny_run import draw_images
 
 from btpipe import recipe
 from btpipe.data import index
-from btpipe.data.loader import Batch, TrainingLoader
+from btpipe.data.loader import Batch, LoaderSettings, TrainingLoader
 from btpipe.data.patience import RETRY_SECONDS, read_patiently
 from btpipe.events import Event
 
@@ -73,7 +73,7 @@ def first_batches(images: index.Index, events: list[Event]) -> list[Batch]:
     )
     with TrainingLoader(
         images,
-        chosen,
+        LoaderSettings.of(chosen, len(images)),
         rank=0,
         world_size=1,
         start_step=0,

@@ -17,7 +17,7 @@ from PIL import Image
 from btpipe import artifact, recipe
 from btpipe.data import decoding, index, listing, shards
 from btpipe.data.index import Index, open_index
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.data.shard import Options
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Event, Finished, Note, Rejected, ignore
@@ -176,7 +176,7 @@ def test_training_reads_the_images_of_the_shards(folder: Path, tmp_path: Path) -
     quarantine: dict[int, str] = {}
     with TrainingLoader(
         made,
-        chosen,
+        LoaderSettings.of(chosen, len(made)),
         rank=0,
         world_size=1,
         start_step=0,

@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from btpipe import recipe
 from btpipe.data import index, listing
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
 from btpipe.events import ignore
+from btpipe.recipe import VIEW_A, VIEW_B
 
 
 def test_synthetic_images_are_indexed_as_they_are() -> None:
@@ -28,9 +28,8 @@ def test_synthetic_images_are_indexed_as_they_are() -> None:
 
 def test_a_training_loader_takes_them_from_memory() -> None:
     made, _ = index.build("synthetic:20x48")
-    chosen = recipe.Recipe(
-        data=recipe.Data(batch_size=8, image_size=32, threads=1),
-        optim=recipe.Optim(epochs=1, warmup_epochs=0),
+    chosen = LoaderSettings(
+        seed=0, views=(VIEW_A, VIEW_B), view_sizes=(32, 32), batch_size=8, steps=2, threads=1
     )
     with TrainingLoader(
         made,

@@ -25,7 +25,7 @@ from torch import nn
 
 from btpipe import neighbours, recipe
 from btpipe.data import index as data_index
-from btpipe.data.loader import Batch, TrainingLoader, evaluation_batches
+from btpipe.data.loader import Batch, LoaderSettings, TrainingLoader, evaluation_batches
 from btpipe.data.views import Geometry
 from btpipe.events import ignore
 from btpipe.pretrain import network, schedule, step
@@ -151,7 +151,7 @@ def main() -> int:
     descent = descent_of(plain, described.optim)
     loader = TrainingLoader(
         images,
-        described,
+        LoaderSettings.of(described, len(images)),
         rank=0,
         world_size=1,
         start_step=0,

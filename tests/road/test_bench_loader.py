@@ -52,13 +52,12 @@ def test_both_loaders_get_the_same_images_and_hand_out_alike_views(tmp_path: Pat
     made.save(tmp_path / "index.parquet")
     load = Load(tmp_path / "index.parquet", batch=8, batches=12, image_size=32, workers=1)
     rows = loader_worker.rows_of(load, made)
-    recipe = load.recipe(len(made))
     with TrainingLoader(
         made,
-        recipe,
+        load.settings(load.batches),
         rank=0,
         world_size=1,
-        start_step=loader_worker.start_of(load, made),
+        start_step=0,
         device=torch.device("cpu"),
         report=ignore,
         quarantine={},

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from btpipe import recipe
 from btpipe.cli import app
 from btpipe.data import index, params
-from btpipe.data.loader import TrainingLoader
+from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.errors import UsageError
 from btpipe.events import ignore
 from btpipe.road import seen, views_sheet
@@ -59,7 +59,7 @@ def test_it_shows_the_first_images_of_an_epoch_as_the_run_sees_them(tmp_path: Pa
         samples = seen.draw(wanted, ignore, count=6, epoch=epoch)
         with TrainingLoader(
             found,
-            wanted,
+            LoaderSettings.of(wanted, len(found)),
             rank=0,
             world_size=1,
             start_step=epoch * (40 // 16),
