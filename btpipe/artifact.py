@@ -7,22 +7,26 @@ sha256, the kind of artifact, its `format_version`, and what it was made from.
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from btpipe import __version__
-from btpipe.errors import IntegrityError, MachineError, NewerError
+from btpipe.errors import IntegrityError, MachineError, NewerError, RefusedError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """The disk, or this user's share of it, is full."""
+GLANCE_SECONDS = 0.25
+"""Patience with one who only looks whether a lock is free (`btpipe plot --live`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,42 @@ def _says(error: Exception, codes: tuple[int, ...]) -> bool:
     if isinstance(error, OSError):
         return error.errno in codes
     return any(f"(os error {code})" in str(error) for code in codes)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str, fix: str, wait_seconds: float = 0) -> Iterator[None]:
+    """A folder for this process alone, made where there is none; a dead process's lock is free.
+
+    `what` and `fix` are said where another process holds it for longer than `wait_seconds`.
+
+    Raises:
+        RefusedError: a living process holds it.
+        MachineError: it cannot be made.
+    """
+    deadline = time.monotonic() + max(wait_seconds, GLANCE_SECONDS)
+    while (handle := _lock(folder)) is None:
+        if time.monotonic() >= deadline:
+            raise RefusedError(what, where=folder, fix=fix)
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """The open folder with its lock; None where another process has it, or removes the folder."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(folder.stat(), os.fstat(handle)):
+            return handle
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(handle)
+    return None
 
 
 def fsync_path(path: Path) -> None:

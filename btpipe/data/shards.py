@@ -8,7 +8,6 @@ settings give the same bytes. Until all is done the shards lie in DIR.work/, eac
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -96,14 +95,8 @@ def _work_of(out: Path) -> Path:
 def _work(out: Path, plan: Plan) -> Iterator[Path]:
     """The work folder of this plan, new or as an interrupted start left it; held by one process."""
     work = _work_of(out)
-    with artifact.disk_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-    handle = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RefusedError("another process is writing these shards", where=work) from error
+    fix = "wait for it, or choose another --out"
+    with artifact.locked(work, "another process is writing these shards", fix):
         if (work / PLAN).is_file():
             there = json.loads((work / PLAN).read_text())
             _require_same(there, plan, work, "remove that folder, or choose another --out")
@@ -113,8 +106,6 @@ def _work(out: Path, plan: Plan) -> Iterator[Path]:
         for left in out.parent.glob(f"{out.name}.tmp-*"):
             shutil.rmtree(left, ignore_errors=True)
         yield work
-    finally:
-        os.close(handle)
 
 
 def _shards(index: Index, work: Path, options: Options, report: Report) -> Iterator[Shard]:

@@ -8,6 +8,7 @@ batch of an epoch is left out, and the result is the last epoch's, not the best 
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -45,17 +46,18 @@ CROP = View(jitter=Jitter(probability=0.0), gray=0.0, blur=Blur(probability=0.0)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is judged, on what. `train` and `test` are index files with a label for each row.
-
-    `work` keeps the state; `classes` are the labels' names, in order.
-    """
+    """What is judged, on what: index files with a label for each row. `work` keeps the state."""
 
     bundle: Path
     train: Path
     test: Path
-    classes: tuple[str, ...]
     protocol: Protocol
     work: Path
+
+    @functools.cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the training images' labels, in order."""
+        return tuple(sorted({str(label) for label in open_index(self.train).labels}))
 
     @property
     def identity(self) -> dict[str, object]:

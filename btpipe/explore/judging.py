@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,6 @@ from btpipe.export import contract
 from btpipe.recipe.protocols import Protocol
 
 Kind = Literal["linear", "semisup"]
-SCORE = "score.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,48 +70,74 @@ def _is_table(path: Path) -> bool:
 def judge(asked: Asked, *, devices: str, mode: progress.Mode) -> None:
     """Trains, judges and writes `asked.out`; run again, it goes on, or says what stands there.
 
+    `devices`: processes on this machine ("auto": one for each GPU, or one). Under torchrun and in
+    a SLURM step the ranks are theirs.
+
     Raises:
         UsageError: inputs without labels, test classes that no training image has.
-        RefusedError: `out` holds another evaluation.
+        RefusedError: `out` holds another evaluation, or another process works on it.
         BtpipeError: whatever `classifier.fit` raises.
     """
+    count = 1 if runtime.is_rank() else runtime.devices(devices)
+    if count == 1:
+        judge_on_rank(asked, mode)
+    else:
+        runtime.launch(count, judge_on_rank, (asked, mode))
+
+
+def judge_on_rank(asked: Asked, mode: progress.Mode) -> None:
+    """One rank's part: the first one holds the work folder, shows progress and writes the score."""
     started = time.monotonic()
-    with progress.show(mode) as report:
-        opened = contract.open_bundle(asked.bundle)
-        work = asked.out.with_name(f"{asked.out.name}.work")
-        job = prepare(asked, work, report)
-        images = len(indexes.open_index(job.train))
-        wanted = {"kind": asked.kind, "train images": images, **job.identity}
-        if _stands(asked.out, wanted):
-            report(events.Note(f"{asked.out} holds this evaluation already: nothing to do"))
-            return
-    runtime.launch(runtime.devices(devices), train_on_rank, (job, mode))
-    with progress.show(mode) as report:
-        score = classifier.Score(**json.loads((work / SCORE).read_text()))
-        artifact.write_json(asked.out, {**wanted, **_record(score)})
-        shutil.rmtree(work)
-        report(_table(asked, opened, score))
-        report(Finished("eval", str(asked.out), time.monotonic() - started))
-
-
-def train_on_rank(job: classifier.Job, mode: progress.Mode) -> None:
-    """Runs on every rank; the first one shows progress and writes the score."""
     with runtime.start() as here:
         if not here.is_first:
-            classifier.fit(job, here, events.ignore)
+            if not runtime.any_rank(False):
+                classifier.fit(_job(asked), here, events.ignore)
+                runtime.barrier()
             return
-        with progress.show(mode) as report:
-            score = classifier.fit(job, here, report)
-        artifact.write_json(job.work / SCORE, dataclasses.asdict(score))
+        with progress.show(mode) as report, _open(asked, report) as identity:
+            if runtime.any_rank(_stands(asked.out, identity)):
+                report(events.Note(f"{asked.out} holds this evaluation already: nothing to do"))
+                return
+            score = classifier.fit(_job(asked), here, report)
+            runtime.barrier()  # the others have read the lists of images
+            artifact.write_json(asked.out, {**identity, **_record(score)})
+            report(_table(asked, score))
+            report(Finished("eval", str(asked.out), time.monotonic() - started))
 
 
-def prepare(asked: Asked, work: Path, report: Report) -> classifier.Job:
+@contextlib.contextmanager
+def _open(asked: Asked, report: Report) -> Iterator[dict[str, object]]:
+    """Holds the prepared work folder, for one process at a time; what the score is to be of.
+
+    After an error the folder stays where it holds a state to go on from.
+    """
+    contract.open_bundle(asked.bundle)
+    work, fix = _job(asked).work, "wait for it, or choose another --out"
+    with artifact.locked(work, "another process judges here", fix):
+        try:
+            job = prepare(asked, report)
+            images = len(indexes.open_index(job.train))
+            yield {"kind": asked.kind, "train images": images, **job.identity}
+            shutil.rmtree(work / classifier.STATE, ignore_errors=True)
+        finally:
+            if not (work / classifier.STATE).exists():
+                shutil.rmtree(work)
+
+
+def _job(asked: Asked) -> classifier.Job:
+    work = asked.out.with_name(f"{asked.out.name}.work")
+    files = work / "train.parquet", work / "test.parquet"
+    return classifier.Job(asked.bundle, *files, asked.protocol, work)
+
+
+def prepare(asked: Asked, report: Report) -> classifier.Job:
     """The job, with the lists of its images in the work folder; raises as `judge`."""
     train, _ = indexes.build(asked.train, report)
     test, _ = indexes.build(asked.test, report)
     _require_labels(train, "the training images")
     _require_labels(test, "the test images")
-    classes = tuple(sorted({str(label) for label in train.labels}))
+    chosen = _chosen(train, asked)
+    classes = sorted({str(label) for label in chosen.labels})
     unknown = sorted({str(label) for label in test.labels} - set(classes))
     if unknown:
         raise UsageError(
@@ -120,12 +145,11 @@ def prepare(asked: Asked, work: Path, report: Report) -> classifier.Job:
             expected=f"some of {', '.join(classes[:5])}{' ...' if len(classes) > 5 else ''}",
             fix="give both folders the same class folders",
         )
-    chosen = _chosen(train, asked)
-    work.mkdir(parents=True, exist_ok=True)
-    files = work / "train.parquet", work / "test.parquet"
-    for index, file in zip((chosen, test), files, strict=True):
-        index.save(file)
-    return classifier.Job(asked.bundle, *files, classes, asked.protocol, work)
+    job = _job(asked)
+    job.work.mkdir(parents=True, exist_ok=True)
+    chosen.save(job.train)
+    test.save(job.test)
+    return job
 
 
 def _require_labels(index: Index, what: str) -> None:
@@ -205,7 +229,7 @@ def _record(score: classifier.Score) -> dict[str, object]:
     }
 
 
-def _table(asked: Asked, bundle: contract.Bundle, score: classifier.Score) -> Tabled:
+def _table(asked: Asked, score: classifier.Score) -> Tabled:
     low, high = knn.wilson(score.top1, score.images)
     name = {"linear": "Linear classifier", "semisup": "Fine-tuned"}[asked.kind]
     row = (
@@ -215,4 +239,4 @@ def _table(asked: Asked, bundle: contract.Bundle, score: classifier.Score) -> Ta
     )
     note = f"{score.images:,} test images, {asked.protocol.epochs} epochs, the last one's result"
     columns = ("top-1 %", "95 % interval", "top-5 %")
-    return Tabled(f"{name} on {bundle.folder}", columns, (row,), note)
+    return Tabled(f"{name} on {asked.bundle}", columns, (row,), note)

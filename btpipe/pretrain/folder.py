@@ -6,10 +6,8 @@ initial/ (with `network.init_from`)
 
 import fcntl
 import json
-import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from btpipe import artifact, runtime
@@ -27,8 +25,6 @@ RECIPE, INDEX, ENVIRONMENT, EVENTS = (
     "events.jsonl",
 )
 QUARANTINE = "quarantine.csv"
-GLANCE_SECONDS = 0.25
-"""Patience with one who only looks whether the lock is free (`btpipe plot --live`)."""
 
 
 def prepare(
@@ -107,33 +103,14 @@ def require_same_images(folder: Path) -> None:
         )
 
 
-@contextmanager
-def lock(folder: Path, wait_seconds: float = 0) -> Iterator[None]:
+def lock(folder: Path, wait_seconds: float = 0) -> AbstractContextManager[None]:
     """One process group at a time in a run folder; a dead one's lock is free.
 
-    `wait_seconds`: patience with a holder that may be about to end.
-
-    Raises:
-        RefusedError: a living process holds it.
+    `wait_seconds`: patience with a holder that may be about to end. Entering raises RefusedError
+    where a living process holds it.
     """
-    handle, started = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), time.monotonic()
-    try:
-        while not _locked(handle):
-            if time.monotonic() - started >= max(wait_seconds, GLANCE_SECONDS):
-                fix = "wait for it, or stop it; choose another --name for a second run"
-                raise RefusedError("another process is training here", where=folder, fix=fix)
-            time.sleep(0.1)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _locked(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    fix = "wait for it, or stop it; choose another --name for a second run"
+    return artifact.locked(folder, "another process is training here", fix, wait_seconds)
 
 
 @contextmanager

@@ -80,6 +80,11 @@ def test_a_linear_classifier_learns_and_leaves_the_bundle_alone(
         judging.judge(other, devices="1", mode="json")
 
 
+def train_on_rank(job: classifier.Job) -> None:
+    with runtime.start() as here:
+        classifier.fit(job, here, ignore)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", [LINEAR, SEMISUP])
 def test_the_number_of_ranks_does_not_change_what_is_learnt(
@@ -89,10 +94,10 @@ def test_the_number_of_ranks_does_not_change_what_is_learnt(
     states = []
     for ranks in (1, 2):
         work = tmp_path / str(ranks)
+        work.mkdir()
         job = asked("linear", bundle, images, work / "s.json", short(protocol, epochs=1))
-        made = judging.prepare(job, work, ignore)
-        runtime.launch(ranks, judging.train_on_rank, (made, "json"))
-        states.append(load_file(work / classifier.STATE / classifier.TENSORS))
+        runtime.launch(ranks, train_on_rank, (judging.prepare(job, ignore),))
+        states.append(load_file(work / "s.json.work" / classifier.STATE / classifier.TENSORS))
     one, two = states
     assert one.keys() == two.keys()
     assert ("model.encoder.conv1.weight" in one) == (protocol is SEMISUP)
@@ -121,6 +126,47 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_weights(
     assert json.loads(out.read_text()) == json.loads(whole.read_text())
 
 
+def test_two_ranks_of_torchrun_are_one_evaluation(
+    tmp_path: Path, bundle: Path, images: Path
+) -> None:
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    command = [torchrun, "--standalone", "--nproc-per-node", "2", "-m", "btpipe", "eval", "linear"]
+    command += [str(bundle), str(images / "train"), "--test", str(images / "test")]
+    command += ["--epochs", "2", "--out", "score.json", "--json"]
+    for line in ("Tabled", "Note"):  # the second start finds the score
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        told = [json.loads(text)["event"] for text in done.stdout.splitlines()]
+        assert told.count("Tabled") + told.count("Note") == told.count(line) == 1
+    assert json.loads((tmp_path / "score.json").read_text())["test images"] == 18
+    assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
+
+
+def test_a_second_evaluation_into_the_same_file_is_refused(
+    tmp_path: Path, bundle: Path, images: Path
+) -> None:
+    out = tmp_path / "score.json"
+    command = [sys.executable, "-m", "btpipe", "eval", "semisup", str(bundle), "--json"]
+    command += [str(images / "train"), "--test", str(images / "test"), "--epochs", "500"]
+    command += ["--percent", "100", "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        next(line for line in first.stdout if "Progressed" in line)
+        second = subprocess.run(command, check=False, capture_output=True, text=True)
+        first.send_signal(signal.SIGTERM)
+        first.stdout.read()
+    assert second.returncode == 4
+    assert "another process judges here" in second.stdout + second.stderr
+    assert first.returncode == os.EX_TEMPFAIL
+    assert (tmp_path / "score.json.work" / classifier.STATE).is_dir()
+
+
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, bundle: Path, images: Path) -> None:
+    job = asked("linear", bundle, images, tmp_path / "s.json", LINEAR)
+    with pytest.raises(UsageError, match="no image in 0 files"):
+        judging.judge(dataclasses.replace(job, train=(str(tmp_path),)), devices="1", mode="json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_share_of_the_labels_is_of_each_class_and_by_the_seed(
     tmp_path: Path, bundle: Path, images: Path
 ) -> None:
@@ -128,18 +174,18 @@ def test_a_share_of_the_labels_is_of_each_class_and_by_the_seed(
     for seed in (0, 0, 1):
         job = asked("semisup", bundle, images, tmp_path / "s.json", short(SEMISUP, seed=seed))
         job = dataclasses.replace(job, percent=25.0)
-        index = open_index(judging.prepare(job, tmp_path / "work", ignore).train)
+        index = open_index(judging.prepare(job, ignore).train)
         chosen.append(index.table["path"].to_pylist())
         assert sorted(map(str, index.labels)) == ["blue"] * 3 + ["green"] * 3 + ["red"] * 3
     assert chosen[0] == chosen[1] != chosen[2]
     named = tmp_path / "split.txt"
     named.write_text("\n".join(chosen[2]))
     job = dataclasses.replace(job, split=named, percent=100.0)
-    index = open_index(judging.prepare(job, tmp_path / "work", ignore).train)
+    index = open_index(judging.prepare(job, ignore).train)
     assert index.table["path"].to_pylist() == chosen[2]
     named.write_text("nobody.png\n")
     with pytest.raises(UsageError, match="not among the images"):
-        judging.prepare(job, tmp_path / "work", ignore)
+        judging.prepare(job, ignore)
 
 
 def test_images_without_labels_are_refused(tmp_path: Path, bundle: Path, images: Path) -> None:
