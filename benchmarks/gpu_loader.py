@@ -158,19 +158,10 @@ def _drawing(seconds: float) -> None:
     default = recipe.Recipe()
     rows = np.arange(BATCH)
     for size, wanted in PAIRS_PER_SECOND.items():
-        sides = np.full(BATCH, 32 if size == 32 else 480, np.int64)
+        sizes = np.full((BATCH, 2), 32 if size == 32 else 480, np.int64)
 
-        def action(sides: NDArray[np.int64] = sides) -> None:
-            for number, view in enumerate(default.views):
-                params.draw(
-                    view,
-                    seed=0,
-                    epoch=0,
-                    view_number=number,
-                    images=rows,
-                    widths=sides,
-                    heights=sides,
-                )
+        def action(sizes: NDArray[np.int64] = sizes) -> None:
+            params.draw_views(default.views, seed=0, epoch=0, images=rows, sizes=sizes)
 
         found = rate(action, BATCH, seconds)
         tell(

@@ -243,18 +243,9 @@ class TrainingLoader:
                 (image,) = self._finish(rows, [self._read(int(rows[position]))])
             images.append(image)
         sizes, seed = runs.sizes_of(images), self.settings.seed
-        draws = [
-            params.draw(
-                view,
-                seed=seed,
-                epoch=epoch,
-                view_number=number,
-                images=rows,
-                widths=sizes[:, 1],
-                heights=sizes[:, 0],
-            )
-            for number, view in enumerate(self.settings.views)
-        ]
+        draws = params.draw_views(
+            self.settings.views, seed=seed, epoch=epoch, images=rows, sizes=sizes
+        )
         return runs.Load(step, rows, images, views.training_inputs(draws, sizes))
 
     def _reject(self, row: int, reason: str) -> None:

@@ -20,6 +20,7 @@ graph that clips.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,30 @@ def uniforms(
     counter[..., 3] = np.asarray(blocks, dtype=np.uint32)
     words = philox(counter.reshape(-1, 4), key_of(seed)).reshape(len(images), -1)
     return words.astype(np.float64) * 2.0**-32
+
+
+def draw_views(
+    views: Sequence[recipe.View],
+    *,
+    seed: int,
+    epoch: int,
+    images: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+) -> list[Draws]:
+    """Every view of each image; `sizes` are upright [height, width], (n, 2)."""
+    heights, widths = sizes.T
+    return [
+        draw(
+            view,
+            seed=seed,
+            epoch=epoch,
+            view_number=number,
+            images=images,
+            widths=widths,
+            heights=heights,
+        )
+        for number, view in enumerate(views)
+    ]
 
 
 def draw(

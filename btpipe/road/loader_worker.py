@@ -190,18 +190,7 @@ def core_augment(load: Load) -> Prepared:
         )
 
     def drawn(number: int) -> runs.Load:
-        draws = [
-            params.draw(
-                view,
-                seed=0,
-                epoch=number,
-                view_number=i,
-                images=rows,
-                widths=sizes[:, 1],
-                heights=sizes[:, 0],
-            )
-            for i, view in enumerate(drawn_views)
-        ]
+        draws = params.draw_views(drawn_views, seed=0, epoch=number, images=rows, sizes=sizes)
         inputs = views.training_inputs(draws, sizes)
         return runs.Load(number, rows, [*images], inputs)
 

@@ -85,18 +85,9 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
     pixels = [view.numpy() for view in batch.views]
     originals = [_decoded(found, int(row)) for row in batch.images]
     sizes = np.array([pixels.shape[:2] for pixels in originals])
-    draws = [
-        params.draw(
-            view,
-            seed=recipe.seed,
-            epoch=epoch,
-            view_number=number,
-            images=batch.images,
-            widths=sizes[:, 1],
-            heights=sizes[:, 0],
-        )
-        for number, view in enumerate(recipe.views)
-    ]
+    draws = params.draw_views(
+        recipe.views, seed=recipe.seed, epoch=epoch, images=batch.images, sizes=sizes
+    )
     return [
         Sample(
             path=found.table["path"][int(row)].as_py(),
