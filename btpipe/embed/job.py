@@ -157,7 +157,7 @@ class _Run:
             fix = "make one first: btpipe export --onnx"
             raise UsageError("no bundle there", where=requested.bundle, fix=fix)
         opened = contract.open_bundle(requested.bundle)
-        earlier = {} if options.overwrite else resolve.settings_there(out)
+        earlier = {} if options.overwrite else resolve.earlier_settings(out)
         self.encoder = resolve.resolve(opened, requested, earlier, report)
         self._footer = resolve.footer(opened, self.encoder, self._share, options.dtype)
         self.before: Mapping[str, str] | None = None

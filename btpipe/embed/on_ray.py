@@ -60,7 +60,7 @@ class _Job:
     workers: int
     limit_seconds: float
     started: JobStarted
-    seen: "_Seen"
+    shared: "_SharedPaths"
     tasks: Sequence[PartTask]
 
 
@@ -124,8 +124,8 @@ class RayPool:
             UsageError: more workers than the cluster has GPUs or cores.
         """
         started = dataclasses.replace(started, folder=started.folder.absolute())
-        seen = _Seen.here(started, index)
-        job = _Job(self._config, self._workers, self._limit_seconds, started, seen, tasks)
+        shared = _SharedPaths.of(started, index)
+        job = _Job(self._config, self._workers, self._limit_seconds, started, shared, tasks)
         with contextlib.suppress(OSError):  # it is gone: `_receive` says so
             self._connection.send(job)
         images = {task.part: task.end - task.first for task in tasks}
@@ -190,8 +190,8 @@ def _run(job: _Job, machines: Sequence[runtime.Member]) -> Iterator[bytes]:
     rows = [{"part": task.part, "first": task.first, "end": task.end} for task in job.tasks]
     # A block for each: what Ray hands out, and does again when an actor is lost.
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Station,
-        fn_constructor_args=(config, job.started, job.limit_seconds, job.seen),
+        _Actor,
+        fn_constructor_args=(config, job.started, job.limit_seconds, job.shared),
         compute=ray.data.ActorPoolStrategy(
             size=min(workers, len(rows)), max_tasks_in_flight_per_actor=1
         ),
@@ -230,7 +230,7 @@ def _share_out(machines: Sequence[runtime.Member], requested: int, gpus: int) ->
 
 
 @dataclasses.dataclass(frozen=True)
-class _Seen:
+class _SharedPaths:
     """What the job sees on its machine, and every other must see under the same path.
 
     Relative paths are from `folder`.
@@ -240,7 +240,7 @@ class _Seen:
     paths: tuple[str, ...]
 
     @classmethod
-    def here(cls, started: JobStarted, index: Index) -> "_Seen":
+    def of(cls, started: JobStarted, index: Index) -> "_SharedPaths":
         """The work folder, and the inputs that are files or folders."""
         paths = [os.fspath(started.folder / work.PLAN), os.fspath(index.root)]
         paths += [origin.place for origin in index.sources]
@@ -263,14 +263,14 @@ class _Seen:
         os.chdir(self.folder)
 
 
-class _Station:
-    """An actor: the supervisor of one worker, which opens the bundle once."""
+class _Actor:
+    """The supervisor of one worker, which opens the bundle once."""
 
     def __init__(
-        self, config: WorkerConfig, started: JobStarted, limit_seconds: float, seen: _Seen
+        self, config: WorkerConfig, started: JobStarted, limit_seconds: float, shared: _SharedPaths
     ) -> None:
         self._config, self._started, self._limit_seconds = config, started, limit_seconds
-        self._seen = seen
+        self._shared = shared
         self._pool: WorkerPool | None = None
         self._events: list[Event] = []
 
@@ -290,7 +290,7 @@ class _Station:
 
     def _make(self, task: PartTask) -> PartWritten:
         if self._pool is None:
-            self._seen.require()
+            self._shared.require()
             self._index = open_index(self._started.folder / work.INDEX)
             config = dataclasses.replace(self._config, cores=runtime.core_groups(1)[0])
             self._pool = WorkerPool(

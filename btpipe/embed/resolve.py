@@ -16,7 +16,7 @@ from btpipe.events import Note, Report
 from btpipe.export import contract
 
 
-def settings_there(out: Path) -> Mapping[str, str]:
+def earlier_settings(out: Path) -> Mapping[str, str]:
     """What the table that is there, or the unfinished one, says of its vectors."""
     try:
         footer = outputs.footer_of(out)
