@@ -40,7 +40,8 @@ def smaller(words: Sequence[str]) -> list[str]:
     if words[:2] == ("eval", "select"):
         return ["--most", "8"]
     if words[:2] in (("eval", "linear"), ("eval", "semisup")):
-        return [] if "--cached" in words else ["--epochs", "1"]
+        is_table = words[2].endswith(".parquet")
+        return [] if is_table else ["--epochs", "1"]
     if words[0] not in ("pretrain", "plan", "views"):
         return []
     shown = [value for flag, value in itertools.pairwise(words) if flag == "--set"]

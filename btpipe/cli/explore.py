@@ -1,11 +1,20 @@
 """The commands that say what vectors are worth."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from btpipe.cli.options import JUDGE, Json, app, eval_app
+
+if TYPE_CHECKING:
+    from btpipe.explore.labelled import Labels
+
+LabelList = Annotated[
+    Path | None, typer.Option(metavar="CSV", help="Labels of a table by path: path,label.")
+]
+LabelColumn = Annotated[str, typer.Option(help="Column of the tables that holds the labels.")]
 
 
 @eval_app.command("knn")
@@ -23,10 +32,8 @@ def eval_knn(
         typer.Option("-k", "--neighbours", min=1, help="Neighbours that vote; 10, 20, 100, 200."),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.001, help="Of the votes' weights.")] = 0.07,
-    labels: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="Labels by path: path,label.")
-    ] = None,
-    label_column: Annotated[str, typer.Option(help="Column of the tables.")] = "label",
+    labels: LabelList = None,
+    label_column: LabelColumn = "label",
     as_json: Json = False,
 ) -> None:
     """Judge vectors by how many test images their nearest neighbours name rightly."""
@@ -76,70 +83,89 @@ def eval_select(
 
 @eval_app.command("linear")
 def eval_linear(
-    what: Annotated[Path, typer.Argument(help="A bundle, its encoder frozen; or VECTORS.")],
+    what: Annotated[Path, typer.Argument(help="A table of vectors, or a bundle.")],
     train: Annotated[
-        list[str] | None, typer.Argument(metavar="[INPUT]...", help="Labelled images.")
+        list[str] | None, typer.Argument(metavar="[INPUT]...", help="Bundle: labelled images.")
     ] = None,
-    cached: Annotated[bool, typer.Option("--cached", help="Judge a table of vectors.")] = False,
     test: Annotated[
-        list[str] | None,
-        typer.Option(help="Labelled images to judge on; with --cached a table of vectors."),
+        list[str] | None, typer.Option(help="Table, or bundle: labelled images, to judge on.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Score to write; BUNDLE or VECTORS.linear.json.")
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=0, help="0: the published 100.")] = 0,
-    lr: Annotated[float, typer.Option(min=0, help="For 256 images; 0: the published 0.3.")] = 0,
-    devices: Annotated[str, typer.Option(help="auto, or how many processes.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Score to write; WHAT.linear.json.")] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="Bundle: 0 is the published 100.")] = 0,
+    lr: Annotated[float, typer.Option(min=0, help="Bundle: for 256 images; 0 is 0.3.")] = 0,
+    devices: Annotated[str, typer.Option(help="Bundle: auto, or how many processes.")] = "auto",
     split: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="--cached without --test: share judged; 0.2."),
+        typer.Option(min=0, max=1, help="Table without --test: share that is judged; 0.2."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="--cached: which rows the share is.")] = 0,
-    labels: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="--cached: labels by path: path,label.")
-    ] = None,
-    label_column: Annotated[str, typer.Option(help="--cached: column of the tables.")] = "label",
+    seed: Annotated[int, typer.Option(min=0, help="Table: seed of that share.")] = 0,
+    labels: LabelList = None,
+    label_column: LabelColumn = "label",
     as_json: Json = False,
 ) -> None:
-    """Train a linear classifier: on the frozen encoder as published (run again, it goes on), or,
-    with --cached, on vectors by logistic regression, in seconds to minutes.
+    """Train a linear classifier: on a table's vectors by logistic regression, in seconds to
+    minutes, or on a bundle's frozen encoder as published, in hours (run again, it goes on).
     """
-    from btpipe import progress
     from btpipe.explore import judging, linear
     from btpipe.explore.labelled import Labels
-    from btpipe.recipe import protocols
 
     images, tests = tuple(train or ()), tuple(test or ())
-    if cached:
-        theirs = {"--epochs": epochs > 0, "--lr": lr > 0, "--devices": devices != "auto"}
-        linear.check(what, images, tests, [name for name, given in theirs.items() if given])
-        table = Path(tests[0]) if tests else None
-        place = out or linear.score_path(what)
-        with progress.show("json" if as_json else "auto") as report:
-            judged = linear.judge(
-                what,
-                table,
-                place,
-                report,
-                labels=Labels(label_column, labels),
-                split=0.2 if split is None else split,
-                seed=seed,
-            )
-            report(judged if as_json else judged.table(f"Linear classifier on {what}"))
-        return
-    theirs = {
-        "--split": split is not None,
-        "--seed": seed > 0,
-        "--labels": labels is not None,
-        "--label-column": label_column != "label",
-    }
-    judging.check(what, images, tests, [name for name, given in theirs.items() if given])
-    asked = {"epochs": epochs, "lr": lr}
-    protocol = protocols.LINEAR.model_copy(update={k: v for k, v in asked.items() if v})
-    place = out or what.with_name(f"{what.name}.linear.json")
-    job = judging.Asked("linear", what, images, tests, place, protocol)
+    if judging.is_bundle(what):
+        column = label_column != "label"
+        tables = {"--split": split is not None, "--seed": seed, "--labels": labels}
+        judging.check(images, tests, _set({**tables, "--label-column": column}))
+        _linear_on_images(what, images, tests, out, epochs, lr, devices, as_json=as_json)
+    else:
+        bundles = {"--epochs": epochs, "--lr": lr, "--devices": devices != "auto"}
+        linear.check(what, images, tests, _set(bundles))
+        test_table = Path(tests[0]) if tests else None
+        names = Labels(label_column, labels)
+        _linear_on_vectors(what, test_table, out, names, split, seed, as_json=as_json)
+
+
+def _set(options: Mapping[str, object]) -> list[str]:
+    """Names of the options that were used."""
+    return [name for name, value in options.items() if value]
+
+
+def _linear_on_images(
+    bundle: Path,
+    images: tuple[str, ...],
+    tests: tuple[str, ...],
+    out: Path | None,
+    epochs: int,
+    lr: float,
+    devices: str,
+    *,
+    as_json: bool,
+) -> None:
+    from btpipe.explore import judging
+    from btpipe.recipe import protocols
+
+    values = {"epochs": epochs, "lr": lr}
+    protocol = protocols.LINEAR.model_copy(update={k: v for k, v in values.items() if v})
+    score = out or bundle.with_name(f"{bundle.name}.linear.json")
+    job = judging.Asked("linear", bundle, images, tests, score, protocol)
     judging.judge(job, devices=devices, mode="json" if as_json else "auto")
+
+
+def _linear_on_vectors(
+    vectors: Path,
+    test: Path | None,
+    out: Path | None,
+    labels: "Labels",
+    split: float | None,
+    seed: int,
+    *,
+    as_json: bool,
+) -> None:
+    from btpipe import progress
+    from btpipe.explore import linear
+
+    score, share = out or linear.score_path(vectors), 0.2 if split is None else split
+    with progress.show("json" if as_json else "auto") as report:
+        judged = linear.judge(vectors, test, score, report, labels=labels, split=share, seed=seed)
+        report(judged if as_json else judged.table(f"Linear classifier on {vectors}"))
 
 
 @eval_app.command("semisup")

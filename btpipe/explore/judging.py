@@ -15,8 +15,7 @@ import numpy as np
 from btpipe import artifact, events, progress, runtime
 from btpipe.data import index as indexes
 from btpipe.data.index import Index
-from btpipe.embed import outputs
-from btpipe.errors import BtpipeError, RefusedError, UsageError
+from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Finished, Report, Tabled
 from btpipe.explore import classifier, knn
 from btpipe.export import contract
@@ -43,28 +42,24 @@ class Asked:
     split: Path | None = None
 
 
-def check(bundle: Path, inputs: Sequence[str], tests: Sequence[str], others: Sequence[str]) -> None:
-    """Passes the arguments of `eval linear` without --cached; `others` are options of that way.
+def is_bundle(path: Path) -> bool:
+    """Whether an encoder is judged, not a table of vectors."""
+    return (path / artifact.MANIFEST).is_file()
+
+
+def check(inputs: Sequence[str], tests: Sequence[str], others: Sequence[str]) -> None:
+    """Passes the arguments of `eval linear BUNDLE`; `others` are options of `eval linear TABLE`.
 
     Raises:
-        UsageError: a table of vectors, no images to train or to judge on, or such an option.
+        UsageError: no images to train or to judge on, or such an option.
     """
-    if _is_table(bundle):
-        raise UsageError("is a table of vectors", where=bundle, fix="add --cached")
     if others:
-        raise UsageError(
-            f"{others[0]} is for tables of vectors", fix="add --cached and name a table"
-        )
+        fix = "leave it out, or name a table of vectors instead of the bundle"
+        raise UsageError(f"{others[0]} is for tables of vectors", fix=fix)
     if not inputs or not tests:
         missing = "--test" if inputs else "INPUT"
-        expected = "eval linear BUNDLE INPUT... --test INPUT, or VECTORS --cached"
+        expected = "eval linear BUNDLE INPUT... --test INPUT"
         raise UsageError(f"no labelled images: {missing} is missing", expected=expected)
-
-
-def _is_table(path: Path) -> bool:
-    with contextlib.suppress(BtpipeError):
-        return not (path / artifact.MANIFEST).is_file() and outputs.footer_of(path) is not None
-    return False
 
 
 def judge(asked: Asked, *, devices: str, mode: progress.Mode) -> None:

@@ -1,4 +1,4 @@
-"""`eval linear --cached`: a linear classifier on a table's vectors, and the score it leaves."""
+"""`eval linear TABLE`: a linear classifier on a table's vectors, and the score it leaves."""
 
 import dataclasses
 import hashlib
@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btpipe import artifact
+from btpipe.embed import outputs
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Event, Progressed, Report, Tabled, Warned
 from btpipe.explore import knn, labelled, logistic
 from btpipe.explore.labelled import Labelled, Labels
 
-KIND = "linear, cached"
+KIND = "linear probe"
 HELD_OUT = 0.2
 """Share of the training images that chooses C."""
 ROWS = 4096
@@ -91,25 +92,27 @@ def score_path(vectors: Path) -> Path:
 def check(
     vectors: Path, inputs: Sequence[str], tests: Sequence[str], others: Sequence[str]
 ) -> None:
-    """Passes the arguments of `eval linear --cached`; `others` are options of the other way.
+    """Passes the arguments of `eval linear TABLE`; `others` are options of `eval linear BUNDLE`.
 
     Raises:
-        UsageError: a bundle, inputs, several tables to test on, or an option without meaning here.
+        UsageError: no table, inputs, several tables to test on, or such an option.
+        IntegrityError: a damaged table.
     """
-    if (vectors / artifact.MANIFEST).is_file():
+    if outputs.footer_of(vectors) is None:
         raise UsageError(
-            "is a bundle, not a table of vectors",
+            "neither a bundle nor a table of vectors",
             where=vectors,
-            fix="embed images and judge the table, or leave out --cached",
+            expected="eval linear TABLE, or eval linear BUNDLE INPUT... --test INPUT",
         )
     if inputs or len(tests) > 1:
         raise UsageError(
-            f"--cached with {inputs[0] if inputs else '--test, more than once'}",
+            f"a table of vectors with {inputs[0] if inputs else '--test, more than once'}",
+            where=vectors,
             expected="one table of vectors, and one for --test or none",
         )
     if others:
-        fix = "leave it out, or judge the bundle on images without --cached"
-        raise UsageError(f"--cached with {others[0]}: it trains for no epochs", fix=fix)
+        fix = "leave it out, or name a bundle and images instead of the table"
+        raise UsageError(f"{others[0]} is for bundles: a table is trained for no epochs", fix=fix)
 
 
 def judge(
@@ -254,6 +257,6 @@ def _require_ours(out: Path) -> None:
         raise RefusedError(
             "holds something else",
             where=out,
-            expected="a score of eval linear --cached",
+            expected="a score of eval linear TABLE",
             fix="choose another --out",
         )

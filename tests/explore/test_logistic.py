@@ -128,9 +128,7 @@ def tables(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_table_is_judged_by_another_and_its_score_stands_beside_it(tmp_path: Path) -> None:
     known, asked = tables(tmp_path)
-    done = CliRunner().invoke(
-        app, ["eval", "linear", str(known), "--cached", "--test", str(asked), "--json"]
-    )
+    done = CliRunner().invoke(app, ["eval", "linear", str(known), "--test", str(asked), "--json"])
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout.splitlines()[-1])
     written = json.loads((tmp_path / "known.linear.json").read_text())
@@ -144,9 +142,7 @@ def test_a_table_is_judged_by_another_and_its_score_stands_beside_it(tmp_path: P
     assert (round(80 * written["top1"]), round(80 * written["top5"])) == (top1, int(five.sum()))
     assert tuple(written["interval1"]) == knn.wilson(top1, 80)
     assert 0.4 < written["top1"] < written["top5"] < 1
-    shown = CliRunner().invoke(
-        app, ["eval", "linear", str(known), "--cached", "--test", str(asked)]
-    )
+    shown = CliRunner().invoke(app, ["eval", "linear", str(known), "--test", str(asked)])
     assert f"{100 * top1 / 80:.1f}" in shown.stdout
 
 
@@ -218,17 +214,18 @@ def test_another_file_is_not_replaced_by_a_score(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["known.parquet", "--cached", "images"], "--cached with images"),
-        (["known.parquet", "--cached", "--test", "a", "--test", "b"], "more than once"),
-        (["known.parquet", "--cached", "--epochs", "3"], "--cached with --epochs"),
-        (["known.parquet", "--cached", "--devices", "2"], "--cached with --devices"),
-        (["bundle", "--cached"], "is a bundle"),
-        (["known.parquet"], "add --cached"),
-        (["known.parquet", "images", "--test", "images"], "add --cached"),
+        (["known.parquet", "images"], "a table of vectors with images"),
+        (["known.parquet", "--test", "a", "--test", "b"], "more than once"),
+        (["known.parquet", "--epochs", "3"], "--epochs is for bundles"),
+        (["known.parquet", "--lr", "3"], "--lr is for bundles"),
+        (["known.parquet", "--devices", "2"], "--devices is for bundles"),
+        (["missing.parquet"], "neither a bundle nor a table"),
         (["bundle", "--test", "images"], "INPUT is missing"),
         (["bundle", "images"], "--test is missing"),
         (["bundle", "images", "--test", "images", "--split", "0.3"], "--split is for tables"),
         (["bundle", "images", "--test", "images", "--labels", "l.csv"], "--labels is for tables"),
+        (["bundle", "images", "--test", "images", "--seed", "1"], "--seed is for tables"),
+        (["bundle", "--label-column", "kind"], "--label-column is for tables"),
     ],
 )
 def test_options_of_the_other_way_to_judge_are_refused(

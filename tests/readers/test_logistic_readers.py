@@ -1,4 +1,4 @@
-"""`eval linear --cached` beside scikit-learn's logistic regression (it comes with umap-learn)."""
+"""`eval linear TABLE` beside scikit-learn's logistic regression (it comes with umap-learn)."""
 
 import warnings
 
