@@ -11,6 +11,8 @@ import pytest
 # one number of threads, because sums over another number of threads round differently.
 os.environ["OMP_NUM_THREADS"] = "2"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # a thread that waits leaves its core to others
+# Bytecode is kept: without it each of the hundreds of processes compiles btpipe for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["COLUMNS"] = (
     "200"  # so that messages are not wrapped in the middle of what is looked for
 )

@@ -29,7 +29,7 @@ RECIPE = """
 seed = 5
 [data]
 batch_size = 8
-image_size = 32
+image_size = 16
 [network]
 backbone = "resnet18"
 projector = [32, 32]
