@@ -106,6 +106,15 @@ def test_the_number_of_ranks_does_not_change_what_is_learnt(
         assert float((two[name] - tensor).abs().max()) < CLOSE * largest, name
 
 
+def test_a_batch_that_ranks_cannot_share_is_made_smaller(
+    tmp_path: Path, bundle: Path, images: Path
+) -> None:
+    out = tmp_path / "score.json"
+    odd = short(LINEAR, epochs=1, batch_size=13)
+    judging.judge(asked("linear", bundle, images, out, odd), devices="2", mode="json")
+    assert json.loads(out.read_text())["train images"] == 36
+
+
 @pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_weights(
     tmp_path: Path, bundle: Path, images: Path
