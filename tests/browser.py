@@ -46,7 +46,7 @@ DARK = "--blink-settings=preferredColorScheme=0"
 Message = dict[str, Any]
 """Of the protocol: JSON of many shapes."""
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, which pip cannot install")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; pip has none")
 
 
 class Browser:
