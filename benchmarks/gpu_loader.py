@@ -111,7 +111,7 @@ def stage_loader(place: Place) -> None:
             with loader_of(index_of(folder), settings, device()) as loader:
                 batches = functools.partial(next, iter(loader))
                 taken = rate(batches, size, 0.5 if place.small else 5.0, warm_ups=4)
-                require(not loader.quarantine, f"good images rejected: {loader.quarantine}")
+                require(not loader.rejected, f"good images rejected: {loader.rejected}")
             tell(
                 f"loader alone, {name}, batch {size}",
                 pairs_per_second=round(taken.per_second),
@@ -134,8 +134,7 @@ def _readers(name: str, folder: Path, seconds: float) -> None:
     mean = float(np.mean([index.table["bytes"][int(row)].as_py() for row in rows[:64]]))
 
     def read(row: int) -> object:
-        content = reading.read_file(index, row)
-        return content if isinstance(content, str) else decoding.parse(content)
+        return decoding.parse(np.frombuffer(index.read_bytes(row), np.uint8))
 
     def action() -> None:
         tasks = enumerate(np.array_split(rows, max(1, len(rows) // BATCH)))

@@ -24,6 +24,7 @@ from benchmarks.stage import (
 from btpipe.data import decoding, views
 from btpipe.data.evaluation import evaluation_batches
 from btpipe.data.loader import LoaderSettings
+from btpipe.data.rejects import BadInputError
 
 DECODE_LEVELS, EVALUATION_LEVELS, VIEW_LEVELS = 0.5, 0.5, 1.5
 """Grey levels, mean over a set: decoders of a GPU round otherwise, views stretch colours."""
@@ -52,7 +53,7 @@ def _decoders(place: Place, require: Require) -> None:
         synchronize()
         shapes = sum(a.shape != np.shape(b) for a, b in zip(images, expected, strict=True))
         pairs = [(a, b) for a, b in zip(images, expected, strict=True) if a.shape == np.shape(b)]
-        errors = [_levels(a, b) for a, b in pairs if not isinstance(b, str)]
+        errors = [_levels(a, b) for a, b in pairs]
         tell(
             f"decode, {name}",
             mean=round(float(np.mean(errors)), 4),
@@ -77,8 +78,8 @@ def _keep_busy(products: int) -> None:
             torch.mm(matrix, matrix)
 
 
-def _on_host(image: decoding.Pixels | str) -> object:
-    assert not isinstance(image, str), image
+def _on_host(image: decoding.Pixels | BadInputError) -> object:
+    assert not isinstance(image, BadInputError), image
     return image if isinstance(image, np.ndarray) else image.cpu()
 
 

@@ -27,6 +27,7 @@ from benchmarks.stage import (
 from btpipe import runtime
 from btpipe.data import decoding, views
 from btpipe.data.loader import LoaderSettings
+from btpipe.data.rejects import BadInputError
 
 COPY_BYTES = 2**30
 FUZZED = 1000
@@ -150,9 +151,9 @@ def train_over(folder: Path, threads: int) -> None:
     with loader_of(index, settings, device()) as loader:
         for _ in loader:
             pass
-        quarantined = {index.table["path"][row].as_py() for row in loader.quarantine}
+        rejected = {index.table["path"][row].as_py() for row in loader.rejected}
     refused = {path.name for path in folder.iterdir()} - listed
-    for name in sorted(refused | quarantined):
+    for name in sorted(refused | rejected):
         print(f"bad: {name}")
 
 
@@ -173,7 +174,7 @@ def decode_damaged(folder: Path, count: int, header_bytes: int) -> None:
             whole = decoding.parse(np.frombuffer(draws.choice(good), np.uint8))
             batch += [one for one in (found, whole) if one]
         made = decoder.decode(batch)
-        rejected += sum(isinstance(image, str) for image in made)
-        decoded += sum(not isinstance(image, str) for image in made)
+        rejected += sum(isinstance(image, BadInputError) for image in made)
+        decoded += sum(not isinstance(image, BadInputError) for image in made)
     synchronize()
     print(f"{refused} kept out, {rejected} rejected, {decoded} decoded")

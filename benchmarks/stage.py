@@ -126,7 +126,7 @@ def loader_of(index: Index, settings: LoaderSettings, on: torch.device) -> Train
         start_step=0,
         device=on,
         report=report,
-        quarantine={},
+        rejected={},
     )
 
 

@@ -297,5 +297,4 @@ def decoded(image: Image.Image, kind: str) -> tuple[Pixels, Pixels]:
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
     ours = decoding.decode(np.frombuffer(file.getvalue(), np.uint8))
-    assert not isinstance(ours, str), ours
     return ours, np.asarray(Image.open(file).convert("RGB"))

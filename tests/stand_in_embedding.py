@@ -13,7 +13,7 @@ CROWD_SECONDS = 1.0
 _at_work: list[int] = []
 
 
-def decode(content: NDArray[np.uint8]) -> NDArray[np.uint8] | str:
+def decode(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Dies, hangs or decodes; the marks follow the end of a JPEG, where no decoder looks.
 
     A file with the mark of a crowd dies when another is decoded meanwhile.

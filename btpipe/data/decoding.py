@@ -30,6 +30,7 @@ from nvidia.nvimgcodec import (
 
 from btpipe import runtime
 from btpipe.data import header, views
+from btpipe.data.rejects import BadInputError
 from btpipe.errors import MachineError
 
 Pixels: TypeAlias = NDArray[np.uint8] | Image
@@ -39,21 +40,24 @@ OPTIONS = ":fancy_upsampling=1"  # as libjpeg, and as every decoder on a CPU
 _threads = threading.local()
 
 
-def decode(file: NDArray[np.uint8]) -> NDArray[np.uint8] | str:
-    """Encoded bytes (n,) -> upright RGB pixels (height, width, 3), or why DALI has none.
+def decode(file: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Encoded bytes (n,) -> upright RGB pixels (height, width, 3).
 
     Each thread keeps a decoder, on the CPU.
+
+    Raises:
+        BadInputError: DALI makes no pixels of it.
     """
     if not len(file):
-        return "empty file"
+        raise header.damage(b"")
     kept: Pipeline | None = _threads.__dict__.pop("decoder", None)
     pipeline = kept or views.decoding_pipeline()
     try:
         pipeline.feed_input("encoded", [file])
         pipeline.schedule_run()
         (output,) = pipeline.outputs()
-    except RuntimeError:
-        return header.damage(file.tobytes())
+    except RuntimeError as error:
+        raise header.damage(file.tobytes()) from error
     _threads.decoder = pipeline
     return np.array(output.at(0))  # DALI uses its buffer again
 
@@ -118,7 +122,9 @@ class BatchDecoder:
         self._params = DecodeParams(apply_exif_orientation=True, color_spec=ColorSpec.SRGB)
         self._one_at_a_time = threading.Lock()
 
-    def decode(self, contents: Sequence[Encoded | NDArray[np.uint8]]) -> list[Pixels | str]:
+    def decode(
+        self, contents: Sequence[Encoded | NDArray[np.uint8]]
+    ) -> list[Pixels | BadInputError]:
         """The pixels of each, or why there are none; pixels of the host are copied to the GPU.
 
         A file that fails in the batch is decoded alone, on the CPU, whose word is the last one: a
@@ -147,12 +153,13 @@ class BatchDecoder:
             fix = "see nvidia-smi: free some of its memory, or take a smaller batch"
             raise MachineError(f"nvImageCodec fails on the GPU: {error}", fix=fix) from error
 
-    def _or_alone(self, image: Image | None, file: NDArray[np.uint8]) -> Pixels | str:
+    def _or_alone(self, image: Image | None, file: NDArray[np.uint8]) -> Pixels | BadInputError:
         if image is not None:
             return image
-        pixels = decode(file)
-        if isinstance(pixels, str):
-            return pixels
+        try:
+            pixels = decode(file)
+        except BadInputError as error:
+            return error
         self.rescued += 1
         return self._copied(pixels)
 

@@ -15,11 +15,13 @@ from nvidia.dali import Pipeline
 from btpipe.data import decoding, reading, runs, views
 from btpipe.data.decoding import BatchDecoder, Encoded, Pixels
 from btpipe.data.index import Index
+from btpipe.data.rejects import BadInputError
+from btpipe.events import Rejected
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatch:
-    """Good rows, their pixels (n, S, S, 3) and their files' sha256; bad rows and why.
+    """Good rows, their pixels (n, S, S, 3) and their files' sha256; the rejects of bad rows.
 
     `sizes` (n, 2) are the upright [height, width] of the decoded images. `known`: rows of which the
     digest was enough, and the digest.
@@ -28,13 +30,13 @@ class EvaluationBatch:
     rows: NDArray[np.int64]
     pixels: NDArray[np.uint8]
     digests: list[str]
-    rejected: list[tuple[int, str]]
+    rejected: dict[int, Rejected]
     sizes: NDArray[np.int64]
     known: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
-Decode = Callable[[NDArray[np.uint8]], reading.Content]
-"""Encoded bytes -> pixels (H, W, 3), or why there are none: `decoding.decode`, or a stand-in."""
+Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""Encoded bytes -> pixels (H, W, 3), or a BadInputError: `decoding.decode`, or a stand-in."""
 Mark = Callable[[Sequence[int], bool], AbstractContextManager[None]]
 """A context in which rows are in a decoder's hands; whether they are one file, decoded alone."""
 
@@ -44,7 +46,7 @@ class _Known:
     """Of a row whose pixels are not needed."""
 
 
-_Content: TypeAlias = Pixels | str | _Known
+_Content: TypeAlias = Pixels | Rejected | _Known
 
 
 def _no_mark(_rows: Sequence[int], _alone: bool) -> AbstractContextManager[None]:
@@ -110,14 +112,14 @@ def evaluation_stream(
             bad, known = packed.beside.pop(load.number)
             names = [reader.digests.pop(row) for row in load.rows.tolist()]
             named = [(row, reader.digests.pop(row)) for row in known]
-            for row, _ in bad:
+            for row in bad:
                 reader.digests.pop(row, None)
             yield EvaluationBatch(load.rows, pixels, names, bad, load.sizes, named)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """What becomes of a file: pixels, a reason, or nothing where it is known.
+    """What becomes of a file: pixels, a reject, or nothing where it is known.
 
     `digests` keeps the sha256 of each file that could be read.
     """
@@ -132,17 +134,19 @@ class _Reader:
 
     def read(self, row: int) -> Encoded | _Content:
         """A row's file, decoded where that is not done in a batch."""
-        content = reading.read_file(self.index, row)
-        if isinstance(content, str):
-            return content
-        self.digests[row] = digest = hashlib.sha256(content.data).hexdigest()
-        if self.is_known(row, digest, len(content)):
-            return _Known()
-        encoded = decoding.parse(content) if self.decoder and not self.is_apart(row) else None
-        if encoded is not None:
-            return encoded
-        with self.mark((row,), True):
-            return self.decode(content)
+        try:
+            content = self.index.read_bytes(row)
+            self.digests[row] = digest = hashlib.sha256(content).hexdigest()
+            if self.is_known(row, digest, len(content)):
+                return _Known()
+            file = np.frombuffer(content, np.uint8)
+            encoded = decoding.parse(file) if self.decoder and not self.is_apart(row) else None
+            if encoded is not None:
+                return encoded
+            with self.mark((row,), True):
+                return self.decode(file)
+        except BadInputError as error:
+            return self.index.reject(row, "decode", error)
 
     def finish(
         self, rows: NDArray[np.int64], contents: Sequence[Encoded | _Content]
@@ -153,17 +157,18 @@ class _Reader:
         good = {i: content for i, content in enumerate(contents) if _is_image(content)}
         with self.mark([int(rows[i]) for i, c in good.items() if isinstance(c, Encoded)], False):
             images = dict(zip(good, self.decoder.decode(list(good.values())), strict=True))
-        return [images.get(i, content) for i, content in enumerate(contents)]
+        decoded = [images.get(i, content) for i, content in enumerate(contents)]
+        return self.index.with_rejects(rows, decoded)
 
 
 def _is_image(content: Encoded | _Content) -> TypeGuard[Encoded | NDArray[np.uint8]]:
-    return not isinstance(content, str | _Known)
+    return not isinstance(content, Rejected | _Known)
 
 
 class _Packed:
     """Good rows packed into loads of `batch_size`.
 
-    `beside` keeps for each load's number the rows that are bad, and why, and those that are known.
+    `beside` keeps for each load's number the rejects of bad rows, and those that are known.
     """
 
     def __init__(self, geometry: views.Geometry, batch_size: int) -> None:
@@ -171,17 +176,17 @@ class _Packed:
         self._number = 0
         self._rows: list[int] = []
         self._images: list[Pixels] = []
-        self._bad: list[tuple[int, str]] = []
+        self._bad: dict[int, Rejected] = {}
         self._known: list[int] = []
-        self.beside: dict[int, tuple[list[tuple[int, str]], list[int]]] = {}
+        self.beside: dict[int, tuple[dict[int, Rejected], list[int]]] = {}
 
     def loads(
         self, tasks: Iterator[tuple[NDArray[np.int64], Sequence[_Content]]]
     ) -> Iterator[runs.Load]:
         for rows, contents in tasks:
             for row, content in zip(rows.tolist(), contents, strict=True):
-                if isinstance(content, str):
-                    self._bad.append((row, content))
+                if isinstance(content, Rejected):
+                    self._bad[row] = content
                 elif isinstance(content, _Known):
                     self._known.append(row)
                 else:
@@ -199,6 +204,6 @@ class _Packed:
         rows, images = np.array(self._rows[:count], np.int64), self._images[:count]
         self._rows, self._images = self._rows[count:], self._images[count:]
         self.beside[self._number] = self._bad, self._known
-        self._bad, self._known, self._number = [], [], self._number + 1
+        self._bad, self._known, self._number = {}, [], self._number + 1
         inputs = views.evaluation_inputs(self._geometry, runs.sizes_of(images)) if count else {}
         return runs.Load(self._number - 1, rows, images, inputs)

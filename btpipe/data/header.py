@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from btpipe.data import patience
+from btpipe.data.rejects import BadInputError
+
 SUPPORTED = {
     "JPEG": "JPEG",
     "MPO": "JPEG",
@@ -85,16 +88,13 @@ class Header:
     mode: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """Why a file is not used, and whether it is an image at all."""
+class NotAnImageError(BadInputError):
+    """Nothing in the content says that the file is an image; its name may."""
 
-    reason: str
-    is_image: bool
 
-    def is_image_or_named(self, name: bytes) -> bool:
-        """Whether content or name says that it is an image: then it is refused aloud."""
-        return self.is_image or has_image_name(name)
+def is_image_or_named(error: BadInputError, name: bytes) -> bool:
+    """Whether content or name says that it is an image: then it is refused aloud."""
+    return not isinstance(error, NotAnImageError) or has_image_name(name)
 
 
 def has_image_name(name: bytes) -> bool:
@@ -102,21 +102,27 @@ def has_image_name(name: bytes) -> bool:
     return name[name.rfind(b".") :].lower() in EXTENSIONS
 
 
-def read(path: Path) -> Header | Refusal:
+def read(path: Path) -> Header:
     """Reads the header; decodes nothing.
 
     Raises:
+        BadInputError: no image that can be used.
         OSError: the file cannot be read.
     """
     with open(path, "rb", opener=_open_now) as file:
         return look(file, os.fsencode(path))
 
 
-def look(file: BinaryIO, name: bytes) -> Header | Refusal:
-    """The header of an open file; its name counts only where the content has no mark of its own."""
+def look(file: BinaryIO, name: bytes) -> Header:
+    """The header of an open file; its name counts only where the content has no mark of its own.
+
+    Raises:
+        BadInputError: no image that can be used; NotAnImageError where nothing says that it is one.
+        OSError: the disk or the network fails.
+    """
     start = file.read(_SNIFF_BYTES)
     if not start:
-        return Refusal("empty file", is_image=False)
+        raise NotAnImageError("empty file")
     unsupported = (
         _sniff(start, _UNSUPPORTED_MAGIC)
         or ("SVG" if b"<svg" in start else None)
@@ -124,7 +130,7 @@ def look(file: BinaryIO, name: bytes) -> Header | Refusal:
     )
     if unsupported:
         names = ", ".join(dict.fromkeys(SUPPORTED.values()))
-        return Refusal(f"{unsupported} is not supported ({names} are)", is_image=True)
+        raise BadInputError(f"{unsupported} is not supported ({names} are)")
     file.seek(0)
     return parse(file, start)
 
@@ -134,8 +140,12 @@ def _open_now(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def parse(file: BinaryIO, start: bytes) -> Header | Refusal:
-    """The header of an open file whose first bytes are `start`."""
+def parse(file: BinaryIO, start: bytes) -> Header:
+    """The header of an open file whose first bytes are `start`.
+
+    Raises:
+        BadInputError: as `look`.
+    """
     known = _sniff(start, _MAGIC)
     try:
         with warnings.catch_warnings():
@@ -144,51 +154,61 @@ def parse(file: BinaryIO, start: bytes) -> Header | Refusal:
                 width, height = image.size
                 found, orientation = SUPPORTED[image.format or ""], _orientation(image)
                 mode = image.mode
-    except Image.DecompressionBombError:
-        return _bomb("more")
+    except Image.DecompressionBombError as error:
+        raise _bomb("more") from error
     except Exception as error:  # a parser of hostile files raises anything; all of it is a reason
+        if patience.is_transient(error):
+            raise
         if known:
-            return Refusal(f"damaged {known} header: {_sentence(error)}", is_image=True)
-        return Refusal("not an image", is_image=False)
+            raise BadInputError(f"damaged {known} header: {_sentence(error)}") from error
+        raise NotAnImageError("not an image") from error
     if width * height > MAX_PIXELS:
-        return _bomb(f"{width} x {height}")
+        raise _bomb(f"{width} x {height}")
     if width < 1 or height < 1:
-        return Refusal(f"no pixels: {width} x {height}", is_image=True)
+        raise BadInputError(f"no pixels: {width} x {height}")
     if orientation in _SIDEWAYS:
         width, height = height, width
     return Header(found, width, height, orientation, mode)
 
 
-def damage(content: bytes) -> str:
+def damage(content: bytes) -> BadInputError:
     """Why DALI cannot decode these bytes, in words; Pillow is asked what it makes of them."""
     if not content:
-        return "empty file"
-    found = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
-    if isinstance(found, Refusal):
-        return found.reason
+        return NotAnImageError("empty file")
+    try:
+        found = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
+    except BadInputError as error:
+        return error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=_OPENED) as image:
                 mode, _ = image.mode, image.load()
     except Exception as error:
-        return f"truncated or damaged {found.format}: {_sentence(error)}"
-    return f"a kind of {found.format} that DALI does not decode (mode {mode}), or a damaged one"
+        return BadInputError(f"truncated or damaged {found.format}: {_sentence(error)}")
+    kind = f"a kind of {found.format} that DALI does not decode (mode {mode})"
+    return BadInputError(f"{kind}, or a damaged one")
 
 
-def scan_bomb(content: bytes) -> str:
-    """Why a JPEG is not decoded that draws its pixels again and again; "" for anything else.
+def refuse_scan_bomb(content: bytes) -> None:
+    """Passes anything but a JPEG that draws its pixels again and again.
 
     Compressed data holds no such marker, so they are counted without being parsed: 25 us for 30 kB.
+
+    Raises:
+        BadInputError: such a JPEG.
     """
     scans = content.count(_START_OF_SCAN) if content.startswith(b"\xff\xd8\xff") else 0
     if scans <= MAX_SCANNED_PIXELS // MAX_PIXELS:
-        return ""
-    found = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
-    if isinstance(found, Refusal) or scans * found.width * found.height <= MAX_SCANNED_PIXELS:
-        return ""
-    size = f"{found.width} x {found.height}"
-    return f"scan bomb: {scans} scans of {size} pixels, which take too long to decode"
+        return
+    try:
+        found = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
+    except BadInputError:
+        return  # the decoder says more about it
+    if scans * found.width * found.height > MAX_SCANNED_PIXELS:
+        size = f"{found.width} x {found.height}"
+        what = f"scan bomb: {scans} scans of {size} pixels, which take too long to decode"
+        raise BadInputError(what)
 
 
 def has_end(jpeg: NDArray[np.uint8]) -> bool:
@@ -203,8 +223,8 @@ def has_end(jpeg: NDArray[np.uint8]) -> bool:
     return content.rfind(end) > content.rfind(_START_OF_SCAN)
 
 
-def _bomb(found: str) -> Refusal:
-    return Refusal(f"pixel bomb: {found} pixels, at most {MAX_PIXELS} are decoded", is_image=True)
+def _bomb(found: str) -> BadInputError:
+    return BadInputError(f"pixel bomb: {found} pixels, at most {MAX_PIXELS} are decoded")
 
 
 def _sentence(error: Exception) -> str:

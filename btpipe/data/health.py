@@ -41,29 +41,25 @@ _ADVICE = (
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What became of a file's content: sha256, upright size, or why there are no pixels.
-
-    `is_flat`: the picture has one colour.
-    """
+    """What a file's content is: sha256, upright size, and whether the picture has one colour."""
 
     digest: str
     height: int
     width: int
     is_flat: bool
-    reason: str
 
 
 def examine(content: bytes) -> Verdict:
-    """Decodes a file as the training does; the header goes first, so that no bomb is decoded."""
-    digest = hashlib.sha256(content).hexdigest()
-    found = header.parse(io.BytesIO(content), content)
-    if isinstance(found, header.Refusal):
-        return Verdict(digest, 0, 0, is_flat=False, reason=found.reason)
+    """Decodes a file as the training does; the header goes first, so that no bomb is decoded.
+
+    Raises:
+        BadInputError: no pixels can be made of it.
+    """
+    header.parse(io.BytesIO(content), content)
     pixels = decoding.decode(np.frombuffer(content, dtype=np.uint8))
-    if isinstance(pixels, str):
-        return Verdict(digest, 0, 0, is_flat=False, reason=pixels)
     height, width = pixels.shape[:2]
-    return Verdict(digest, height, width, is_flat=_is_flat(pixels), reason="")
+    digest = hashlib.sha256(content).hexdigest()
+    return Verdict(digest, height, width, is_flat=_is_flat(pixels))
 
 
 def _is_flat(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bool:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from btpipe import artifact
 from btpipe.data import mapping, patience, rejects, seal
+from btpipe.data.rejects import BadInputError
 from btpipe.data.sources import (
     Source,
     collecting,
@@ -44,6 +45,7 @@ FORMAT_VERSION = 2
 MAPPED_ROWS = 100_000
 """An index of so many images has its table beside it, uncompressed, to be mapped into memory."""
 _PROGRESS_SECONDS = 1.0
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +83,29 @@ class Index:
         """The image file's content; a stumbling disk or network is tried again before it raises.
 
         Raises:
-            OSError: vanished, not permitted, no longer a regular file, another content by now.
+            BadInputError: empty, vanished, not permitted, no longer a regular file, shorter by now.
         """
         origin = self.origin(row)
-        return patience.read_patiently(lambda: self._read(origin, row))
+        try:
+            content = patience.read_patiently(lambda: self._read(origin, row))
+        except OSError as error:
+            raise rejects.unreadable(error) from error
+        if not content:
+            raise BadInputError("empty file")
+        return content
+
+    def with_rejects(
+        self, rows: NDArray[np.int64], results: Sequence[Result | BadInputError]
+    ) -> list[Result | Rejected]:
+        """The results of decoding these rows, with a reject for each that has none."""
+        return [
+            self.reject(int(row), "decode", result) if isinstance(result, BadInputError) else result
+            for row, result in zip(rows, results, strict=True)
+        ]
+
+    def reject(self, row: int, stage: str, error: BadInputError) -> Rejected:
+        """The row as an input that is not used."""
+        return Rejected(self.table["path"][row].as_py(), stage, error.kind, error.reason)
 
     def _read(self, origin: Source, row: int) -> bytes:
         if origin.kind == "tar":

@@ -123,10 +123,11 @@ def _walked(source: Source, passed_over: Set[str]) -> list[bytes]:
             raise MachineError(what, where=source.place, fix=_FIX) from error
     if not Path(source.place).is_dir():
         raise MachineError("the training images are not there", where=source.place, fix=_FIX)
-    names, refused = folder.walk(Path(source.place))
-    for name, reason in refused:
-        if reason.startswith("folder cannot be read") and _shown(source, name) not in passed_over:
-            raise MachineError(reason, where=Path(source.place) / os.fsdecode(name), fix=_FIX)
+    names, rejected = folder.walk(source)
+    for bad in rejected:
+        if bad.reason.startswith("folder cannot be read") and bad.path not in passed_over:
+            place = Path(source.place) / bad.path.removeprefix(source.prefix)
+            raise MachineError(bad.reason, where=place, fix=_FIX)
     if not names:
         what = "the folder of the training images is empty"
         raise MachineError(what, where=source.place, fix=_FIX)

@@ -19,6 +19,7 @@ from btpipe.data import decoding, header, order, params, reading, runs, views
 from btpipe.data.decoding import Encoded, Pixels
 from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index
+from btpipe.data.rejects import BadInputError
 from btpipe.errors import BudgetError, UsageError
 from btpipe.events import Rejected, Report
 from btpipe.recipe import Data, Recipe, View, count_steps
@@ -90,8 +91,8 @@ class Batch:
 class TrainingLoader:
     """The batches of one rank from `start_step` on: what is drawn depends on seed and step alone.
 
-    An image that cannot be read or decoded goes to `quarantine` (row to reason) and another takes
-    its place, the same one in every run. Files are read by threads, DALI runs ahead.
+    An image that cannot be read or decoded goes to `rejected`, by its row, and another takes its
+    place, the same one in every run. Files are read by threads, DALI runs ahead.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class TrainingLoader:
         start_step: int,
         device: "torch.device",
         report: Report,
-        quarantine: dict[int, str],
+        rejected: dict[int, Rejected],
     ) -> None:
         """Batch and micro-batch are multiples of `world_size`.
 
@@ -118,7 +119,7 @@ class TrainingLoader:
             raise UsageError(found, where=index.root, expected=f"{size} or more", fix=fix)
         assert size % micro == micro % world_size == 0
         self.index, self.settings, self.device = index, settings, device
-        self.start_step, self.quarantine = start_step, quarantine
+        self.start_step, self.rejected = start_step, rejected
         self.allowed_bad = int(settings.max_bad * len(index) + 1e-9)  # 0.29 * 100 is below 29
         self.steps_per_epoch = count_steps(len(index), size)
         self._report = report
@@ -200,8 +201,8 @@ class TrainingLoader:
     def _rows(self, step: int) -> NDArray[np.int64]:
         """`planned`, with stand-ins for those that are known to be bad."""
         rows = self.planned(step)
-        for i, row in enumerate(rows.tolist() if self.quarantine else ()):
-            if row in self.quarantine:
+        for i, row in enumerate(rows.tolist() if self.rejected else ()):
+            if row in self.rejected:
                 rows[i] = self._substitute(self._epoch(step), row)
         return rows
 
@@ -211,36 +212,40 @@ class TrainingLoader:
             order.replacement(self.settings.seed, epoch, row, attempt, len(self.index))
             for attempt in itertools.count()
         )
-        return next(candidate for candidate in candidates if candidate not in self.quarantine)
+        return next(candidate for candidate in candidates if candidate not in self.rejected)
 
-    def _read(self, row: int) -> Encoded | reading.Content:
-        """A file's pixels, the file as a GPU's batch takes it, or why there is neither."""
-        content = reading.read_file(self.index, row)
-        if isinstance(content, str):
-            return content
-        if bomb := header.scan_bomb(content.tobytes()):
-            return bomb
-        encoded = decoding.parse(content) if self._decoder else None
-        return encoded or decoding.decode(content)
+    def _read(self, row: int) -> Encoded | NDArray[np.uint8] | Rejected:
+        """A file's pixels, or the file as a GPU's batch takes it."""
+        try:
+            content = self.index.read_bytes(row)
+            header.refuse_scan_bomb(content)
+            file = np.frombuffer(content, np.uint8)
+            encoded = decoding.parse(file) if self._decoder else None
+            return encoded or decoding.decode(file)
+        except BadInputError as error:
+            return self.index.reject(row, "decode", error)
 
     def _finish(
-        self, _: NDArray[np.int64], contents: Sequence[Encoded | reading.Content]
-    ) -> list[Pixels | str]:
-        """The pixels of a batch where its views are made, or why there are none."""
-        good = [content for content in contents if not isinstance(content, str)]
+        self, rows: NDArray[np.int64], contents: Sequence[Encoded | NDArray[np.uint8] | Rejected]
+    ) -> list[Pixels | Rejected]:
+        """The pixels of a batch where its views are made."""
+        good = [content for content in contents if not isinstance(content, Rejected)]
         images = iter(self._decoder.decode(good) if self._decoder else good)
-        return [content if isinstance(content, str) else next(images) for content in contents]
+        decoded = [each if isinstance(each, Rejected) else next(images) for each in contents]
+        return self.index.with_rejects(rows, decoded)
 
-    def _load(self, step: int, rows: NDArray[np.int64], contents: list[Pixels | str]) -> runs.Load:
-        """The batch with its draws: bad images quarantined, readable ones in their places."""
+    def _load(
+        self, step: int, rows: NDArray[np.int64], contents: list[Pixels | Rejected]
+    ) -> runs.Load:
+        """The batch with its draws: readable images in the places of those that are rejected."""
         epoch, planned = self._epoch(step), self.planned(step)
         images: list[Pixels] = []
         for position, content in enumerate(contents):
             image = content
-            while isinstance(image, str):
+            while isinstance(image, Rejected):
                 self._reject(int(rows[position]), image)
-                rows[position] = self._substitute(epoch, int(planned[position]))
-                (image,) = self._finish(rows, [self._read(int(rows[position]))])
+                rows[position] = row = self._substitute(epoch, int(planned[position]))
+                (image,) = self._finish(rows[position : position + 1], [self._read(row)])
             images.append(image)
         sizes, seed = runs.sizes_of(images), self.settings.seed
         draws = params.draw_views(
@@ -248,13 +253,13 @@ class TrainingLoader:
         )
         return runs.Load(step, rows, images, views.training_inputs(draws, sizes))
 
-    def _reject(self, row: int, reason: str) -> None:
-        if row in self.quarantine:
+    def _reject(self, row: int, rejected: Rejected) -> None:
+        if row in self.rejected:
             return
-        self.quarantine[row] = reason
-        path = self.index.table["path"][row].as_py()
-        self._report(Rejected(path, "decode", "content", reason))
-        self.require_budget(len(self.quarantine), f", {path} the last: {reason}")
+        self.rejected[row] = rejected
+        self._report(rejected)
+        last = f", {rejected.path} the last: {rejected.reason}"
+        self.require_budget(len(self.rejected), last)
 
     def require_budget(self, count: int, last: str = "") -> None:
         """Raises BudgetError where `count` unusable images are more than `data.max_bad` allows."""
@@ -263,6 +268,6 @@ class TrainingLoader:
                 f"{count} of {len(self.index)} images cannot be used{last}",
                 where=self.index.root,
                 expected=f"at most data.max_bad = {self.settings.max_bad:g} of them",
-                fix="see quarantine.csv in the run folder: raise data.max_bad to go on without"
+                fix="see rejects.csv in the run folder: raise data.max_bad to go on without"
                 " them, or mend them and train under another --name",
             )

@@ -9,25 +9,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from btpipe.data.index import Index
-
 TASKS_AHEAD = 2
 """Batches whose files are read while DALI works on others."""
 _CHUNK_FILES = 16
 
-Content = NDArray[np.uint8] | str
-"""A file's bytes, or why there are none."""
 Read = TypeVar("Read")
 Made = TypeVar("Made")
-
-
-def read_file(index: Index, row: int) -> Content:
-    """The bytes of a row's file, or why there are none."""
-    try:
-        content = index.read_bytes(row)
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-    return np.frombuffer(content, dtype=np.uint8) if content else "empty file"
 
 
 def read_ahead(

@@ -1,7 +1,8 @@
-"""`X.rejects.csv` and a run's `quarantine.csv`: inputs that are not used, each with its reason."""
+"""Inputs that cannot be used, each with its kind and reason; the CSV files that list them."""
 
 import csv
 import dataclasses
+import errno
 import io
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,33 @@ from typing import cast
 from btpipe import artifact
 from btpipe.events import Kind, Rejected
 
+_GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
+_CONTENT = frozenset(
+    {None, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
+)
+"""What an operating system says of something that is no plain file; Arrow says None of damage."""
 COLUMNS = ("path", "stage", "kind", "reason", "bytes", "mtime_ns")
+
+
+class BadInputError(Exception):
+    """An input that cannot be used, and why; whoever knows its path makes a `Rejected` of it."""
+
+    def __init__(self, reason: str, kind: Kind = "content") -> None:
+        super().__init__(reason, kind)
+        self.reason, self.kind = reason, kind
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def unreadable(error: OSError) -> BadInputError:
+    """Why a file cannot be read: it is gone, it is no file, or the machine failed."""
+    kind: Kind = "machine"
+    if isinstance(error, FileNotFoundError) or error.errno in _GONE:
+        kind = "gone"
+    elif error.errno in _CONTENT and not isinstance(error, TimeoutError | ConnectionError):
+        kind = "content"
+    return BadInputError(f"cannot be read: {error.strerror or error}", kind)
 
 
 def below(rejected: Rejected, prefix: str) -> Rejected:

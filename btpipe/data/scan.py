@@ -21,6 +21,7 @@ from btpipe import artifact, runtime
 from btpipe.data import findings, health, index, known, limits, reading, rejects, supervisor
 from btpipe.data.findings import Finding
 from btpipe.data.health import Verdict
+from btpipe.data.rejects import BadInputError
 from btpipe.errors import BudgetError, Stopped, UsageError
 from btpipe.events import Finished, Note, Progressed, Rejected, Report, Tabled, per_second
 
@@ -148,22 +149,25 @@ class _Work:
         starts = range(0, len(rows), _READ_FILES)
         tasks = ((i, rows[start : start + _READ_FILES]) for i, start in enumerate(starts))
 
-        def read(row: int) -> reading.Content:
-            return reading.read_file(self._listed, row)
+        def read(row: int) -> bytes | BadInputError:
+            try:
+                return self._listed.read_bytes(row)
+            except BadInputError as error:
+                return error
 
         for _, part, contents in reading.read_ahead(tasks, read, lambda _, read: read, pool):
             for row, content in zip(part.tolist(), contents, strict=True):
-                if isinstance(content, str):
-                    self._reject(row, Rejected(self._path(row), "decode", "content", content))
+                if isinstance(content, BadInputError):
+                    self._reject(row, self._listed.reject(row, "decode", content))
                 else:
-                    yield row, content.tobytes()
+                    yield row, content
 
-    def _note(self, row: int, verdict: Verdict | supervisor.Lost) -> None:
+    def _note(self, row: int, verdict: Verdict | BadInputError) -> None:
         """Keeps what came of a decode."""
-        if isinstance(verdict, supervisor.Lost) or verdict.reason:
+        if isinstance(verdict, BadInputError):
             size, mtime_ns = (self._listed.table[n][row].as_py() for n in ("bytes", "mtime_ns"))
-            path, reason = self._path(row), verdict.reason
-            self._reject(row, Rejected(path, "decode", "content", reason, size, mtime_ns))
+            rejected = self._listed.reject(row, "decode", verdict)
+            self._reject(row, dataclasses.replace(rejected, bytes=size, mtime_ns=mtime_ns))
             return
         self._is_known[row], self._new[row] = True, verdict.digest
         self._widths[row], self._heights[row] = verdict.width, verdict.height

@@ -13,16 +13,17 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from btpipe import artifact
-from btpipe.data import decoding, header, order, reading
+from btpipe.data import decoding, header, order
 from btpipe.data.index import Index
+from btpipe.data.rejects import BadInputError
 from btpipe.events import Rejected
 
 ORDER_SEED = 0
@@ -80,23 +81,21 @@ def name_of(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
-def shrink(content: NDArray[np.uint8], options: Options) -> Small | str:
-    """Encoded bytes (n,) of any format -> a small upright JPEG, or why it cannot be used.
+def shrink(content: bytes, options: Options) -> Small:
+    """An encoded image of any format -> a small upright JPEG.
 
     What is a JPEG already, upright and small enough, is kept byte for byte, once it has decoded.
+
+    Raises:
+        BadInputError: it cannot be used.
     """
-    pixels = decoding.decode(content)
-    if isinstance(pixels, str):
-        return pixels
+    pixels = decoding.decode(np.frombuffer(content, np.uint8))
     height, width = pixels.shape[:2]
-    raw = content.tobytes()
-    found = header.parse(io.BytesIO(raw), raw[:512])
-    if isinstance(found, header.Refusal):
-        return found.reason
+    found = header.parse(io.BytesIO(content), content[:512])
     shorter = min(height, width)
     upright = found.format == "JPEG" and found.orientation == 1 and found.mode in _COPIED_MODES
     if shorter <= options.shorter_side and upright:
-        return Small(raw, width, height, found.mode)
+        return Small(content, width, height, found.mode)
     image = Image.fromarray(pixels)
     if shorter > options.shorter_side:
         width, height = (side * options.shorter_side // shorter for side in (width, height))
@@ -105,7 +104,8 @@ def shrink(content: NDArray[np.uint8], options: Options) -> Small | str:
     try:
         image.save(made, format="JPEG", quality=options.quality)
     except (OSError, ValueError) as error:  # a JPEG has at most 65,535 pixels on a side
-        return f"cannot be written as a JPEG of {width} x {height}: {error}"
+        what = f"cannot be written as a JPEG of {width} x {height}: {error}"
+        raise BadInputError(what) from error
     return Small(made.getvalue(), width, height, "RGB")
 
 
@@ -116,7 +116,7 @@ class Maker:
         self.index = index
         self._options, self._positions = options, iter(range(position, len(index)))
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, "btpipe-shard")
-        self._ahead: collections.deque[tuple[int, int, concurrent.futures.Future[Small | str]]] = (
+        self._ahead: collections.deque[tuple[int, int, Future[Small | Rejected]]] = (
             collections.deque()
         )
 
@@ -126,8 +126,8 @@ class Maker:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def __iter__(self) -> Iterator[tuple[int, int, Small | str]]:
-        """(position, row, image or reason); goes on where the last one stopped."""
+    def __iter__(self) -> Iterator[tuple[int, int, Small | Rejected]]:
+        """(position, row, image or reject); goes on where the last one stopped."""
         count = len(self.index)
         while True:
             for position in itertools.islice(self._positions, _AHEAD_IMAGES - len(self._ahead)):
@@ -138,9 +138,11 @@ class Maker:
             position, row, made = self._ahead.popleft()
             yield position, row, made.result()
 
-    def _make(self, row: int) -> Small | str:
-        content = reading.read_file(self.index, row)
-        return content if isinstance(content, str) else shrink(content, self._options)
+    def _make(self, row: int) -> Small | Rejected:
+        try:
+            return shrink(self.index.read_bytes(row), self._options)
+        except BadInputError as error:
+            return self.index.reject(row, "shard", error)
 
 
 def write(
@@ -161,9 +163,8 @@ def write(
             for position, row, small in maker:
                 positions.append(position)
                 advance(position + 1)
-                if isinstance(small, str):
-                    name = index.table["path"][row].as_py()
-                    rejected.append(Rejected(name, "shard", "content", small))
+                if isinstance(small, Rejected):
+                    rejected.append(small)
                     continue
                 members.append(_add(tar, row, f"{position:09d}", small, index))
                 if tar.offset >= options.shard_bytes:

@@ -7,7 +7,6 @@ anew, the file is tried once more with nothing else running, and then it is give
 import collections
 import contextlib
 import ctypes
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -15,8 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing import connection
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
+from btpipe.data.rejects import BadInputError
 from btpipe.errors import MachineError
 
 START_SECONDS = 120.0
@@ -27,13 +27,8 @@ _CONTEXT = multiprocessing.get_context("spawn")  # a fork would copy other threa
 
 Task = TypeVar("Task")
 Answer = TypeVar("Answer")
-
-
-@dataclasses.dataclass(frozen=True)
-class Lost:
-    """A task that hung or ended two processes, one of them its own, and how."""
-
-    reason: str
+Outcome: TypeAlias = tuple[Answer | BadInputError] | BadInputError
+"""An answer, or how a task was lost with its process."""
 
 
 def supervise(
@@ -43,10 +38,11 @@ def supervise(
     processes: int,
     limit_seconds: float,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Generator[tuple[int, Answer | Lost], None, None]:
-    """(key, task) -> (key, `work(task)` or how it was lost), as they are done.
+) -> Generator[tuple[int, Answer | BadInputError], None, None]:
+    """(key, task) -> (key, `work(task)` or why there is none), as they are done.
 
-    `work` is a function of a module, because the workers import it; what it raises ends its worker.
+    `work` is a function of a module, because the workers import it. A BadInputError that it raises
+    is its answer; anything else ends its worker.
     A worker has one task at a time, so the culprit is known. A task that took longer than
     `limit_seconds` or ended its worker waits until the others are done, and is tried once more in a
     process of its own: the machine may have been busy, or memory short. When `should_stop` says so,
@@ -75,7 +71,7 @@ def supervise(
             elif not waiting and not at_work:
                 return
             for worker, given, outcome in _wait([w for w in workers if not w.is_idle]):
-                if isinstance(outcome, Lost):
+                if isinstance(outcome, BadInputError):
                     workers.remove(worker)
                     suspects.append(given)
                 else:
@@ -91,7 +87,7 @@ def _alone(
     task: Task,
     limit_seconds: float,
     should_stop: Callable[[], bool],
-) -> Answer | Lost | None:
+) -> Answer | BadInputError | None:
     """The task's answer from a process of its own, while no other has a task; None if stopped."""
     worker: _Worker[Task, Answer] = _Worker(work)
     try:
@@ -99,7 +95,7 @@ def _alone(
             if worker.is_idle:
                 worker.give(key, task, limit_seconds)
             for _, _, outcome in _wait([worker]):
-                return outcome if isinstance(outcome, Lost) else outcome[0]
+                return outcome if isinstance(outcome, BadInputError) else outcome[0]
         return None
     finally:
         worker.end()
@@ -125,17 +121,18 @@ class _Worker(Generic[Task, Answer]):
             self.connection.send(task)
         self.deadline = time.monotonic() + limit_seconds
 
-    def outcome(self) -> tuple[Answer] | Lost | None:
-        """What became of the task; None while it is not known. Never waits."""
+    def outcome(self) -> "Outcome[Answer] | None":
+        """Its answer, or how it was lost with its process; None while neither. Never waits."""
         try:
             if self.connection.poll():
-                answer: tuple[Answer] = self.connection.recv()
+                answer: tuple[Answer | BadInputError] = self.connection.recv()
                 return answer
         except (EOFError, OSError):
             self._process.join()
-            return Lost(f"decoding ended the process ({_ending(self._process.exitcode or 0)})")
+            how = _ending(self._process.exitcode or 0)
+            return BadInputError(f"decoding ended the process ({how})")
         if time.monotonic() > self.deadline:
-            return Lost(f"decoding took longer than {self._limit_seconds:g} s")
+            return BadInputError(f"decoding took longer than {self._limit_seconds:g} s")
         return None
 
     def end(self) -> None:
@@ -147,7 +144,7 @@ class _Worker(Generic[Task, Answer]):
 
 def _wait(
     workers: "list[_Worker[Task, Answer]]",
-) -> "list[tuple[_Worker[Task, Answer], tuple[int, Task], tuple[Answer] | Lost]]":
+) -> "list[tuple[_Worker[Task, Answer], tuple[int, Task], Outcome[Answer]]]":
     """Waits a moment for a worker to answer, be lost or too late; the tasks that are decided.
 
     A worker that is lost is ended.
@@ -163,12 +160,13 @@ def _wait(
         outcome = worker.outcome()
         if outcome is None:
             continue
-        task, worker.task, worker.is_idle = worker.task, None, not isinstance(outcome, Lost)
+        task, worker.task = worker.task, None
+        worker.is_idle = not isinstance(outcome, BadInputError)
         if not worker.is_idle:
             worker.end()
         if task is not None:
             decided.append((worker, task, outcome))
-        elif isinstance(outcome, Lost):
+        elif isinstance(outcome, BadInputError):
             found = f"a process for decoding cannot start: it {outcome.reason[len('decoding ') :]}"
             fix = "see what it wrote on standard error; free some memory if it was killed"
             raise MachineError(found, fix=fix)
@@ -194,4 +192,8 @@ def _serve(tasks: "connection.Connection", work: Callable[[Task], Answer]) -> No
             task = tasks.recv()
         except EOFError:
             return
-        tasks.send((work(task),))
+        try:
+            answer: Answer | BadInputError = work(task)
+        except BadInputError as error:
+            answer = error
+        tasks.send((answer,))

@@ -4,6 +4,7 @@ The process that supervises decodes nothing and runs no network, so no file can 
 """
 
 import collections
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -13,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 
 from btpipe import runtime
-from btpipe.data import reading
 from btpipe.data.index import Index
+from btpipe.data.rejects import BadInputError
 from btpipe.embed import culprits
 from btpipe.embed.orders import (
     Drain,
@@ -30,7 +31,7 @@ from btpipe.embed.orders import (
 )
 from btpipe.embed.worker_process import serve
 from btpipe.errors import MachineError
-from btpipe.events import Report, Warned
+from btpipe.events import Rejected, Report, Warned
 
 STALL_SECONDS = 600.0
 """How long a worker may have nothing to say: a file server may be away for some minutes."""
@@ -75,7 +76,7 @@ class WorkerPool:
         self._fruitless = 0
         self._crash_counts: collections.Counter[int] = collections.Counter()
         self._losses: collections.Counter[int] = collections.Counter()
-        self._rejected_rows: dict[int, str] = {}
+        self._rejected_rows: dict[int, Rejected] = {}
         self._apart: set[int] = set()
         self._workers: list[_WorkerProcess] = []
 
@@ -187,19 +188,25 @@ class WorkerPool:
         Files that are well, but were there when workers were lost, are decoded apart from then on:
         one that was decoded apart, alone, is found when it takes another worker along.
         """
-        contents = ((row, reading.read_file(self._index, row)) for row in rows)
-        files = {row: file.tobytes() for row, file in contents if not isinstance(file, str)}
+        files = {}
+        for row in rows:
+            with contextlib.suppress(BadInputError):  # the next worker meets it, and rejects it
+                files[row] = self._index.read_bytes(row)
         limit, stop = self._limit_seconds, self._is_stopped
         try:
-            rejected = culprits.find(files, config, limit_seconds=limit, should_stop=stop)
-            self._rejected_rows |= rejected
+            guilty = culprits.find(files, config, limit_seconds=limit, should_stop=stop)
+            self._rejected_rows |= {
+                row: self._index.reject(row, "decode", error) for row, error in guilty.items()
+            }
         except MachineError:
             if not self._is_stopped():  # what asks every process to stop ends one that starts
                 raise
         if "SIGKILL" in how:  # that is somebody's, or want of memory
             return
         if len(rows) == 1 and rows[0] in self._apart:
-            self._rejected_rows.setdefault(rows[0], f"decoding it, {CRASHES + 1} workers {how}")
+            error = BadInputError(f"decoding it, {CRASHES + 1} workers {how}")
+            rejected = self._index.reject(rows[0], "decode", error)
+            self._rejected_rows.setdefault(rows[0], rejected)
         self._crash_counts.update(rows)
         suspects = {row for row in rows if self._crash_counts[row] >= CRASHES}
         self._apart |= suspects - self._rejected_rows.keys()

@@ -1,10 +1,12 @@
 """Which files end a process: found by halves, with the decoder of the worker that was lost."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from btpipe import runtime
 from btpipe.data import supervisor
+from btpipe.data.rejects import BadInputError
 from btpipe.embed.orders import WorkerConfig
 
 GPU_SECONDS = 60.0
@@ -17,7 +19,7 @@ def find(
     *,
     limit_seconds: float,
     should_stop: Callable[[], bool],
-) -> dict[int, str]:
+) -> dict[int, BadInputError]:
     """The rows of those of the files that end or hang a process, and how.
 
     On a CPU each file is decoded alone, as a worker does. On a GPU all of them are decoded
@@ -29,11 +31,11 @@ def find(
     """
     in_batches = config.gpu is not None
     groups = [sorted(files)] if in_batches else [[row] for row in sorted(files)]
-    reasons: dict[int, str] = {}
+    culprits: dict[int, BadInputError] = {}
     while groups:
         tasks = ((i, [files[row] for row in group]) for i, group in enumerate(groups))
         lost = {
-            i: answer.reason
+            i: answer
             for i, answer in supervisor.supervise(
                 functools.partial(decode_together, config),
                 tasks,
@@ -41,12 +43,12 @@ def find(
                 limit_seconds=limit_seconds + GPU_SECONDS * in_batches,
                 should_stop=should_stop,
             )
-            if isinstance(answer, supervisor.Lost)
+            if isinstance(answer, BadInputError)
         }
-        reasons |= {groups[i][0]: how for i, how in lost.items() if len(groups[i]) == 1}
+        culprits |= {groups[i][0]: how for i, how in lost.items() if len(groups[i]) == 1}
         halves = [half for i in lost if len(groups[i]) > 1 for half in _halves(groups[i])]
         groups = halves
-    return reasons
+    return culprits
 
 
 def decode_together(config: WorkerConfig, contents: Sequence[bytes]) -> bool:
@@ -61,7 +63,8 @@ def decode_together(config: WorkerConfig, contents: Sequence[bytes]) -> bool:
     files = [np.frombuffer(content, dtype=np.uint8) for content in contents]
     if config.gpu is None or config.decode:
         for file in files:
-            (config.decode or decoding.decode)(file)
+            with contextlib.suppress(BadInputError):
+                (config.decode or decoding.decode)(file)
     else:
         encoded = [parsed for file in files if (parsed := decoding.parse(file)) is not None]
         decoding.batch_decoder(0, config.encoder.threads or runtime.cores()).decode(encoded)

@@ -14,6 +14,7 @@ from nvidia.dali import Pipeline
 from btpipe import runtime
 from btpipe.data import decoding, header, runs, views
 from btpipe.data.decoding import Encoded, Pixels
+from btpipe.data.rejects import BadInputError
 from btpipe.data.views import Geometry
 from btpipe.errors import UsageError
 
@@ -55,12 +56,12 @@ def pixels(
             yield runs.copied(outputs[0])
 
 
-def _whole(content: Encoded | Pixels | str, image: Image) -> Pixels:
+def _whole(content: Encoded | Pixels | BadInputError, image: Image) -> Pixels:
     """The pixels; raises UsageError where a file has none."""
     assert not isinstance(content, Encoded)
-    if isinstance(content, str):
+    if isinstance(content, BadInputError):
         assert isinstance(image, str | Path)
-        raise UsageError(content, where=image)
+        raise UsageError(content.reason, where=image)
     return content
 
 
@@ -76,14 +77,11 @@ def _read(place: int, image: Image, *, in_batches: bool) -> Encoded | NDArray[np
         return np.array(PIL.ImageOps.exif_transpose(image).convert("RGB"))
     path = Path(image)
     try:
-        found, content = header.read(path), path.read_bytes()
+        header.read(path)
+        file = np.frombuffer(path.read_bytes(), np.uint8)
+        encoded = decoding.parse(file) if in_batches else None
+        return encoded or decoding.decode(file)
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=path) from error
-    if isinstance(found, header.Refusal):
-        raise UsageError(found.reason, where=path, expected="an image file")
-    file = np.frombuffer(content, np.uint8)
-    encoded = decoding.parse(file) if in_batches else None
-    decoded = encoded or decoding.decode(file)
-    if isinstance(decoded, str):
-        raise UsageError(decoded, where=path)
-    return decoded
+    except BadInputError as error:
+        raise UsageError(error.reason, where=path, expected="an image file") from error

@@ -15,7 +15,7 @@ from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 from btpipe.events import Rejected
 
-Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8] | str]
+Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 """`decoding.decode`, or a function of a module that stands in for it."""
 
 
@@ -48,7 +48,7 @@ class PartTask:
     part: int
     first: int
     end: int
-    excluded: Mapping[int, str]
+    excluded: Mapping[int, Rejected]
     apart: frozenset[int] = frozenset()
 
 

@@ -57,7 +57,7 @@ class _Part:
     sizes: list[NDArray[np.int64]] = dataclasses.field(default_factory=list)
     digests: list[str] = dataclasses.field(default_factory=list)
     vectors: list[NDArray[np.float32]] = dataclasses.field(default_factory=list)
-    rejects: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    rejects: dict[int, Rejected] = dataclasses.field(default_factory=dict)
     reused: int = 0
 
     @property
@@ -129,7 +129,7 @@ class _Worker:
         """The rows of the parts that are asked for, batch by batch, until a `Drain`."""
         task: PartTask | Drain = first
         while isinstance(task, PartTask):
-            self._parts.append(_Part(task, rejects=list(task.excluded.items())))
+            self._parts.append(_Part(task, rejects=dict(task.excluded)))
             self._apart |= task.apart
             every = range(task.first, task.end)
             rows = np.fromiter((row for row in every if row not in task.excluded), np.int64)
@@ -172,7 +172,7 @@ class _Worker:
             part.digests += [batch.digests[i] for i in good]
             part.digests += [digest for _, digest in known]
             part.vectors += [vectors[good], *(v[None] for v in found if v is not None)]
-            part.rejects += [(row, why) for row, why in batch.rejected if row in inside]
+            part.rejects |= {row: why for row, why in batch.rejected.items() if row in inside}
             part.reused += len(known)
 
     def _write(self, part: _Part) -> None:
@@ -193,10 +193,7 @@ class _Worker:
             table.write(temporary, table.schema(self._footer), [columns])
             digest = artifact.file_digest(temporary)
         paths = self._index.table["path"]
-        rejects = [
-            Rejected(str(paths[row].as_py()), "decode", "content", why)
-            for row, why in sorted(part.rejects)
-        ]
+        rejects = [part.rejects[row] for row in sorted(part.rejects)]
         names = tuple(str(paths[int(rows[i])].as_py()) for i in changed)
         self._send(
             PartWritten(

@@ -109,7 +109,7 @@ def fit(job: Job, here: Runtime, report: Report) -> Score:
             start_step=start,
             device=here.device,
             report=report,
-            quarantine={},
+            rejected={},
         ) as loader,
     ):
         _train(job, here, report, loader, model, optimizer, signals, start)
@@ -282,8 +282,8 @@ def _judge(
     model.eval()
     rows = np.arange(here.rank, len(test), here.world_size)
     for batch in evaluation_batches(test, rows, geometry, batch_size=64, threads=runtime.cores()):
-        for row, reason in batch.rejected:
-            report(Warned(f"{test.table['path'][row].as_py()} is not judged: {reason}"))
+        for bad in batch.rejected.values():
+            report(Warned(f"{bad.path} is not judged: {bad.reason}"))
         counts[3] += len(batch.rejected)
         if len(batch.rows) == 0:
             continue

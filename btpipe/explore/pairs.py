@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from btpipe.data.index import Index
 from btpipe.data.loader import LoaderSettings, TrainingLoader
-from btpipe.events import Report
+from btpipe.events import Rejected, Report
 from btpipe.recipe import Recipe
 
 BATCH = 64
@@ -32,7 +32,7 @@ def read(
     device: torch.device,
     report: Report,
     *,
-    known_bad: Mapping[int, str],
+    known_bad: Mapping[int, Rejected],
 ) -> Pairs:
     """At most `most` images, spread at random by the recipe's seed, as the first epoch draws them.
 
@@ -51,7 +51,7 @@ def read(
         start_step=0,
         device=device,
         report=report,
-        quarantine=dict(known_bad),
+        rejected=dict(known_bad),
     ) as loader:
         found = list(loader)
     drawn = np.concatenate([batch.images for batch in found])

@@ -10,6 +10,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from btpipe.data import index, patience
+from btpipe.data.rejects import BadInputError
 from btpipe.data.sources import places
 from btpipe.embed import table
 from btpipe.errors import BtpipeError
@@ -78,7 +79,7 @@ class Pictures:
         source = None
         if self._room > 0:
             with contextlib.suppress(
-                OSError, ValueError, BtpipeError, PIL.Image.DecompressionBombError
+                OSError, ValueError, BtpipeError, BadInputError, PIL.Image.DecompressionBombError
             ):
                 source = page.embedded(self._thumbnail(row))
         if source is None or len(source) > self._room:
@@ -94,7 +95,7 @@ class Pictures:
             return page.thumbnail(PIL.ImageOps.exif_transpose(picture))
 
     def content(self, row: int) -> bytes:
-        """The bytes of a row's picture; OSError or KeyError where there is none."""
+        """The bytes of a row's picture; OSError, KeyError or BadInputError where there is none."""
         place = self.place(row)
         if place is not None:
             return patience.read_patiently(lambda: places.read(place))

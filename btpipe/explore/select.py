@@ -15,13 +15,13 @@ from btpipe.data.evaluation import evaluation_batches
 from btpipe.data.index import Index, build, open_index
 from btpipe.data.views import Geometry
 from btpipe.errors import IntegrityError, UsageError
-from btpipe.events import Finished, Note, Progressed, Report, Warned, per_second
+from btpipe.events import Finished, Note, Progressed, Rejected, Report, Warned, per_second
 from btpipe.explore import history, measures, pairs
 from btpipe.explore.pairs import Pairs
 from btpipe.explore.selected import By, Row, Selected
 from btpipe.export import source
 from btpipe.pretrain import checkpoint, knn, network
-from btpipe.pretrain.folder import INDEX, Quarantine
+from btpipe.pretrain.folder import INDEX, RunRejects
 from btpipe.recipe import Recipe
 
 BATCH = 64
@@ -102,7 +102,7 @@ def measure(
     index = build(images, report)[0] if images else own
     if min(most, len(index)) < 2:
         raise UsageError(f"{len(index)} images", where=index.root, expected="two or more")
-    known_bad = {} if images else Quarantine(folder, index).known()
+    known_bad = {} if images else RunRejects(folder, index).known()
     steps_per_epoch = max(1, described.steps_per_epoch(len(own)))
     rows: list[Row] = []
     shares: dict[int, PerImage] = {}
@@ -170,7 +170,7 @@ def _read(
     labelled: Index | None,
     device: torch.device,
     report: Report,
-    known_bad: Mapping[int, str],
+    known_bad: Mapping[int, Rejected],
 ) -> _Set:
     found = pairs.read(index, described, most, device, report, known_bad=known_bad)
     pixels = [p for _, p in _evaluation(index, found.rows, described, device)]

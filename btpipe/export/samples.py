@@ -10,7 +10,7 @@ from btpipe.data.index import Index
 from btpipe.data.loader import evaluation_batches
 from btpipe.data.views import Geometry
 from btpipe.errors import UsageError
-from btpipe.events import Rejected, Report
+from btpipe.events import Report
 from btpipe.export.contract import Preprocessing
 
 GATE_IMAGES = 256
@@ -83,9 +83,8 @@ def read(index: Index, rows: NDArray[np.int64], prepared: Preprocessing, report:
         good.append(batch.rows)
         parts.append(batch.pixels)
         digests += batch.digests
-        for row, reason in batch.rejected:
-            path = str(index.table["path"][row].as_py())
-            report(Rejected(path, "export", "content", reason))
+        for rejected in batch.rejected.values():
+            report(dataclasses.replace(rejected, stage="export"))
     return Read(np.concatenate(good), np.concatenate(parts), digests)
 
 

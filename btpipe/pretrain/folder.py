@@ -1,6 +1,6 @@
 """The run folder `runs/NAME/`: made once from a recipe and its images, guarded, and gone on with.
 
-recipe.toml  index.parquet  environment.json  events.jsonl  quarantine.csv  checkpoints/step-N/
+recipe.toml  index.parquet  environment.json  events.jsonl  rejects.csv  checkpoints/step-N/
 initial/ (with `network.init_from`)
 """
 
@@ -24,7 +24,7 @@ RECIPE, INDEX, ENVIRONMENT, EVENTS = (
     "environment.json",
     "events.jsonl",
 )
-QUARANTINE = "quarantine.csv"
+REJECTS = "rejects.csv"
 
 
 def prepare(
@@ -56,7 +56,7 @@ def prepare(
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     artifact.write_file(folder / RECIPE, wanted.to_toml().encode())
     artifact.write_json(folder / ENVIRONMENT, runtime.environment())
-    rejects.write(folder / QUARANTINE, rejected)
+    rejects.write(folder / REJECTS, rejected)
     if adopted:
         initial.adopt(folder, adopted)
     index.save(folder / INDEX)
@@ -83,14 +83,14 @@ def _index(wanted: Recipe, report: Report) -> tuple[data_index.Index, list[Rejec
 def require_same_images(folder: Path) -> None:
     """Makes sure that `data.train` still holds the images that the run's index lists.
 
-    Files in quarantine.csv are of no account: they are not trained on, or others stand in for them.
+    Files in rejects.csv are of no account: they are not trained on, or others stand in for them.
 
     Raises:
         RefusedError: images came, went or changed since the run began.
         MachineError: the folder cannot be read.
     """
     index = data_index.open_index(folder / INDEX)
-    passed_over = {rejected.path for rejected in rejects.read(folder / QUARANTINE)}
+    passed_over = {rejected.path for rejected in rejects.read(folder / REJECTS)}
     found = listing.changes(index, passed_over)
     if found:
         kinds = {"added": found.added, "removed": found.removed, "of another size": found.resized}
@@ -126,34 +126,26 @@ def log(folder: Path, report: Report) -> Iterator[Report]:
         yield both
 
 
-class Quarantine:
-    """quarantine.csv: the images of the index that could not be decoded, each with its reason."""
+class RunRejects:
+    """rejects.csv: the inputs that the index left out, and its images that cannot be used."""
 
     def __init__(self, folder: Path, index: data_index.Index) -> None:
         self._folder, self._index = folder, index
 
-    def known(self) -> dict[int, str]:
-        """Row of the index to reason, for what was found so far."""
-        reasons = {one.path: one.reason for one in rejects.read(self._folder / QUARANTINE)}
-        paths = self._index.table.column("path").to_pylist() if reasons else []
-        return {row: reasons[path] for row, path in enumerate(paths) if path in reasons}
+    def known(self) -> dict[int, Rejected]:
+        """By their rows, the images of the index that were rejected so far."""
+        rejected = {bad.path: bad for bad in rejects.read(self._folder / REJECTS)}
+        paths = self._index.table.column("path").to_pylist() if rejected else []
+        return {row: rejected[path] for row, path in enumerate(paths) if path in rejected}
 
-    def update(self, found: Mapping[int, str]) -> None:
-        """Adds what this rank found to what the file already names; one rank at a time."""
-        if not found:
+    def update(self, rejected: Mapping[int, Rejected]) -> None:
+        """Adds what this rank rejected to what the file already names; one rank at a time."""
+        if not rejected:
             return
         with (self._folder / RECIPE).open() as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
-            self._add(found)
-
-    def _add(self, found: Mapping[int, str]) -> None:
-        before = rejects.read(self._folder / QUARANTINE)
-        listed = {rejected.path for rejected in before}
-        paths = self._index.table.column("path")
-        new = [
-            Rejected(paths[row].as_py(), "decode", "content", reason)
-            for row, reason in sorted(found.items())
-        ]
-        fresh = [rejected for rejected in new if rejected.path not in listed]
-        if fresh:
-            rejects.write(self._folder / QUARANTINE, before + fresh)
+            before = rejects.read(self._folder / REJECTS)
+            listed = {bad.path for bad in before}
+            fresh = [rejected[row] for row in sorted(rejected) if rejected[row].path not in listed]
+            if fresh:
+                rejects.write(self._folder / REJECTS, before + fresh)

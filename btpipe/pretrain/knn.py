@@ -1,7 +1,8 @@
 """The encoder judged while it trains: how many labelled images their nearest neighbours name."""
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -115,13 +116,11 @@ class Judge:
         empty = np.zeros((0, network.features(recipe.network)), np.float32)
         return np.concatenate([self._rows[:0], *rows]), np.concatenate([empty, *vectors])
 
-    def _tell(self, rejected: list[tuple[int, str]]) -> None:
+    def _tell(self, rejected: Mapping[int, events.Rejected]) -> None:
         """Names an unreadable image once."""
-        for row, reason in rejected:
-            if row not in self._told:
-                self._told.add(row)
-                path = self._images.table["path"][row].as_py()
-                self._run.report(events.Rejected(path, "knn", "content", reason))
+        for row in rejected.keys() - self._told:
+            self._told.add(row)
+            self._run.report(dataclasses.replace(rejected[row], stage="knn"))
 
 
 def judged(images: data_index.Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

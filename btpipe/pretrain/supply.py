@@ -6,7 +6,7 @@ import torch
 from btpipe import runtime
 from btpipe.data.loader import Batch, TrainingLoader
 from btpipe.errors import BudgetError
-from btpipe.pretrain.folder import Quarantine
+from btpipe.pretrain.folder import RunRejects
 
 
 class Supply:
@@ -17,13 +17,13 @@ class Supply:
     `require_budget` comes before every checkpoint.
     """
 
-    def __init__(self, loader: TrainingLoader, quarantine: Quarantine) -> None:
+    def __init__(self, loader: TrainingLoader, rejects: RunRejects) -> None:
         """Raises BudgetError: what earlier starts of this run found is over the budget."""
-        if loader.quarantine:
-            loader.require_budget(len(loader.quarantine))
-        self._loader, self._quarantine = loader, quarantine
+        if loader.rejected:
+            loader.require_budget(len(loader.rejected))
+        self._loader, self._rejects = loader, rejects
         self._batches = iter(loader)
-        self._counted = self._recorded = len(loader.quarantine)
+        self._counted = self._recorded = len(loader.rejected)
         self._over: BudgetError | None = None
 
     def next(self, step: int) -> Batch:
@@ -41,7 +41,7 @@ class Supply:
 
     def has_found(self) -> bool:
         """Whether this rank found unusable images since they were last counted."""
-        return self._over is not None or len(self._loader.quarantine) > self._counted
+        return self._over is not None or len(self._loader.rejected) > self._counted
 
     def require_budget(self) -> None:
         """Counts the unusable images over all ranks, each once; every rank must call it.
@@ -49,7 +49,7 @@ class Supply:
         Raises:
             BudgetError: they are more than `data.max_bad` allows.
         """
-        bad = self._loader.quarantine
+        bad = self._loader.rejected
         self._counted = len(bad)
         if runtime.world_size() > 1:
             rows = torch.zeros(len(self._loader.index), dtype=torch.int32)
@@ -61,8 +61,8 @@ class Supply:
             raise self._over
 
     def record(self) -> None:
-        """Writes what this rank found to quarantine.csv, where a kill cannot take it away."""
-        bad = self._loader.quarantine
+        """Writes what this rank found to rejects.csv, where a kill cannot take it away."""
+        bad = self._loader.rejected
         if len(bad) > self._recorded:
-            self._quarantine.update(bad)
+            self._rejects.update(bad)
             self._recorded = len(bad)

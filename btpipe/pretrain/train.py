@@ -13,7 +13,7 @@ from btpipe.data.loader import LoaderSettings, TrainingLoader
 from btpipe.errors import NumericsError, Stopped
 from btpipe.events import Report
 from btpipe.pretrain import checkpoint, finite, initial, loss, step
-from btpipe.pretrain.folder import Quarantine
+from btpipe.pretrain.folder import RunRejects
 from btpipe.pretrain.health import Health
 from btpipe.pretrain.meter import Meter, SaveClock
 from btpipe.pretrain.run import Run
@@ -41,7 +41,7 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
     index = open_index(folder / "index.parquet")
     run = _open(folder, recipe, here, report, index)
     _announce(run)
-    quarantine = Quarantine(folder, index)
+    rejects = RunRejects(folder, index)
     loader = TrainingLoader(
         index,
         LoaderSettings.of(recipe, len(index)),
@@ -50,13 +50,13 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
         start_step=run.state.step,
         device=here.device,
         report=report,
-        quarantine=quarantine.known(),
+        rejected=rejects.known(),
     )
     with runtime.StopSignals() as signals, loader:
         try:
-            _loop(run, Supply(loader, quarantine), signals)
+            _loop(run, Supply(loader, rejects), signals)
         finally:
-            quarantine.update(loader.quarantine)
+            rejects.update(loader.rejected)
 
 
 def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: Index) -> Run:

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from btpipe import runtime
-from btpipe.data import reading
 from btpipe.data.evaluation import EvaluationBatch, evaluation_batches
 from btpipe.data.index import Index, open_index
 from btpipe.embed import outputs, table
@@ -82,9 +81,7 @@ def read_alone(work: Work) -> Prepared:
     index = open_index(work.index)
 
     def read(row: int) -> None:
-        content = reading.read_file(index, row)
-        assert not isinstance(content, str), content
-        hashlib.sha256(content.data).hexdigest()
+        hashlib.sha256(index.read_bytes(row)).hexdigest()
 
     def action() -> None:
         with ThreadPoolExecutor(runtime.cores() + 2) as pool:

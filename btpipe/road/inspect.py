@@ -116,7 +116,7 @@ def _of_run(folder: Path) -> Facts:
         "trained on": " ".join(described.data.inputs),
         "epochs, batch": f"{described.optim.epochs}, {described.data.batch_size}",
         "checkpoints": ", ".join(steps) or "none yet",
-        "quarantined": _lines(folder / "quarantine.csv"),
+        "rejected": _lines(folder / "rejects.csv"),
     }
     index = folder / "index.parquet"
     if index.is_file():

@@ -216,7 +216,7 @@ def _open(load: Load, index: Index, device: torch.device) -> TrainingLoader:
         start_step=0,
         device=device,
         report=ignore,
-        quarantine={},
+        rejected={},
     )
 
 

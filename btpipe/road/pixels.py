@@ -36,8 +36,8 @@ def evaluation_views(gpu: int | None) -> NDArray[np.uint8]:
         gpu=gpu,
     )
     found = list(batches)
-    for _, reason in (bad for batch in found for bad in batch.rejected):
-        raise RuntimeError(f"a drawn JPEG cannot be decoded: {reason}")
+    for rejected in (bad for batch in found for bad in batch.rejected.values()):
+        raise RuntimeError(f"a drawn JPEG cannot be decoded: {rejected.reason}")
     return np.concatenate([batch.pixels for batch in found])
 
 
@@ -64,7 +64,7 @@ def training_views(device: "torch.device") -> list[NDArray[np.uint8]]:
         start_step=0,
         device=device,
         report=events.ignore,
-        quarantine={},
+        rejected={},
     )
     with loader:
         batch = next(iter(loader))

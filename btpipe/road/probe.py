@@ -73,6 +73,6 @@ def supply(settings: LoaderSettings, index: Path, device: torch.device) -> "iter
         start_step=0,
         device=device,
         report=ignore,
-        quarantine={},
+        rejected={},
     )
     return itertools.chain(loader)

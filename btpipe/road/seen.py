@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from btpipe.data import decoding, index, params, reading
+from btpipe.data import decoding, index, params
 from btpipe.data.loader import LoaderSettings, TrainingLoader
+from btpipe.data.rejects import BadInputError
 from btpipe.errors import UsageError
 from btpipe.events import Report
 from btpipe.recipe import Recipe, count_steps
@@ -79,7 +80,7 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
         start_step=step,
         device=torch.device("cpu"),
         report=report,
-        quarantine={},
+        rejected={},
     ) as loader:
         batch = next(iter(loader))
     pixels = [view.numpy() for view in batch.views]
@@ -102,12 +103,11 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
 
 def _decoded(found: index.Index, row: int) -> NDArray[np.uint8]:
     """The pixels of an image that the loader has just decoded."""
-    content = reading.read_file(found, row)
-    pixels = content if isinstance(content, str) else decoding.decode(content)
-    if isinstance(pixels, str):
+    try:
+        return decoding.decode(np.frombuffer(found.read_bytes(row), np.uint8))
+    except BadInputError as error:
         where = found.table["path"][row].as_py()
-        raise UsageError(f"changed while it was read: {pixels}", where=where)
-    return pixels
+        raise UsageError(f"changed while it was read: {error.reason}", where=where) from error
 
 
 def _shown(pixels: NDArray[np.uint8]) -> Image.Image:

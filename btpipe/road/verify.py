@@ -121,7 +121,7 @@ def _run(folder: Path, account: Account) -> None:
         for key, digests in wanted.items() if manifest else ():
             if manifest and digests and manifest.origin.get(key) not in digests:
                 account.wrong(checkpoint, f"is of another {key} than the run's", _MOVED)
-    for name in ("quarantine.csv", "environment.json"):
+    for name in ("rejects.csv", "environment.json"):
         if (folder / name).is_file():
             with account.noting(folder / name):
                 text = (folder / name).read_text()

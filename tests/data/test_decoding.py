@@ -10,6 +10,7 @@ from nvidia.nvimgcodec import Backend, BackendKind
 from PIL import Image
 
 from btpipe.data import decoding
+from btpipe.data.rejects import BadInputError
 
 FUZZED = 1000
 HEADER_BYTES = 700
@@ -63,11 +64,13 @@ def test_a_thousand_damaged_headers_beside_good_files_cost_no_process_and_no_nei
             found for pair in zip(neighbours, spoilt, strict=True) for found in pair if found
         ]
         made = decoder.decode(entering)
-        rejected += sum(isinstance(image, str) for image in made)
-        assert all(image for image in made if isinstance(image, str)), "a reason without words"
+        reasons = [image.reason for image in made if isinstance(image, BadInputError)]
+        assert all(reasons), "a reason without words"
+        rejected += len(reasons)
         for i, neighbour in enumerate(neighbours):
-            image = made[entering.index(neighbour)] if neighbour else ""
-            assert not isinstance(image, str)
+            assert neighbour
+            image = made[entering.index(neighbour)]
+            assert not isinstance(image, BadInputError)
             np.testing.assert_array_equal(pixels_of(image), good[i % DIFFERENT][1])
     assert refused > FUZZED // 20
     assert rejected
@@ -87,7 +90,7 @@ def test_the_batch_gives_the_pixels_of_the_file_alone(decoder: decoding.BatchDec
     assert all(parsed)
     made = decoder.decode([found for found in parsed if found])
     for content, image in zip(files, made, strict=True):
-        assert not isinstance(image, str)
+        assert not isinstance(image, BadInputError)
         np.testing.assert_array_equal(pixels_of(image), decoding.decode(array(content)))
 
 
@@ -125,10 +128,10 @@ def test_a_file_that_fails_in_decoding_costs_no_neighbour(decoder: decoding.Batc
     broken[len(broken) // 2] ^= 0xFF
     parsed = [decoding.parse(array(bytes(content))) for content in (good, broken, good)]
     first, middle, last = decoder.decode([found for found in parsed if found])
-    assert isinstance(middle, str)
-    assert middle.startswith("truncated or damaged PNG")
+    assert isinstance(middle, BadInputError)
+    assert middle.reason.startswith("truncated or damaged PNG")
     for image in (first, last):
-        assert not isinstance(image, str)
+        assert not isinstance(image, BadInputError)
         np.testing.assert_array_equal(pixels_of(image), decoding.decode(array(good)))
 
 
@@ -138,6 +141,6 @@ def test_a_decoder_that_fails_for_every_file_costs_no_good_image() -> None:
     files = [encoded("JPEG", 1), encoded("PNG", 2)]
     parsed = [found for content in files if (found := decoding.parse(array(content)))]
     for content, image in zip(files, failing.decode(parsed), strict=True):
-        assert not isinstance(image, str), image
+        assert not isinstance(image, BadInputError), image
         np.testing.assert_array_equal(pixels_of(image), decoding.decode(array(content)))
     assert failing.rescued == len(files)

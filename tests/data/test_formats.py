@@ -171,7 +171,7 @@ def seen(folder: Path) -> dict[str, NDArray[np.uint8] | str]:
     names, rows = made.table["path"].to_pylist(), np.arange(len(made))
     geometry = Geometry.for_size(32)
     for batch in evaluation_batches(made, rows, geometry, batch_size=16, threads=2):
-        found |= {names[row]: reason for row, reason in batch.rejected}
+        found |= {names[row]: bad.reason for row, bad in batch.rejected.items()}
         good = zip(batch.rows.tolist(), batch.pixels, strict=True)
         found |= {names[row]: pixels[16, 16].copy() for row, pixels in good}
     return found

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from btpipe.data import index
+from btpipe.data.rejects import BadInputError
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.events import Event, Rejected
 
@@ -222,5 +223,5 @@ def test_a_pipe_that_takes_a_files_place_is_an_error_and_no_wait(tmp_path: Path)
     made, _ = index.build(tmp_path)
     image.unlink()
     os.mkfifo(image)
-    with pytest.raises(OSError, match="not a regular file"):
+    with pytest.raises(BadInputError, match="not a regular file"):
         made.read_bytes(0)

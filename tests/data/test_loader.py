@@ -68,7 +68,7 @@ def batches(
     world_size: int = 1,
     start_step: int = 0,
     most: int | None = None,
-    quarantine: dict[int, str] | None = None,
+    rejected: dict[int, Rejected] | None = None,
     events: list[Event] | None = None,
 ) -> list[Batch]:
     """The batches of a loader, at most `most`."""
@@ -83,7 +83,7 @@ def batches(
         start_step=start_step,
         device=torch.device("cpu"),
         report=ignore if events is None else events.append,
-        quarantine={} if quarantine is None else quarantine,
+        rejected={} if rejected is None else rejected,
     ) as loader:
         return list(itertools.islice(loader, most))
 
@@ -227,8 +227,8 @@ def test_a_truncated_jpeg_costs_only_its_own_place(folder: Path) -> None:
     clean = batches(made)
     truncate(folder / "05.jpg")
     events: list[Event] = []
-    quarantine: dict[int, str] = {}
-    got = batches(made, quarantine=quarantine, events=events)
+    rejected: dict[int, Rejected] = {}
+    got = batches(made, rejected=rejected, events=events)
     replaced = 0
     for one, other in zip(clean, got, strict=True):
         same = one.images != 5
@@ -242,20 +242,20 @@ def test_a_truncated_jpeg_costs_only_its_own_place(folder: Path) -> None:
             one.views[1][torch.from_numpy(same)], other.views[1][torch.from_numpy(same)]
         )
     assert replaced >= 1
-    assert list(quarantine) == [5]
-    assert quarantine[5].startswith("truncated or damaged JPEG")
-    assert events == [Rejected("05.jpg", "decode", "content", quarantine[5])]
+    assert list(rejected) == [5]
+    assert rejected[5].reason.startswith("truncated or damaged JPEG")
+    assert events == [Rejected("05.jpg", "decode", "content", rejected[5].reason)]
 
 
 def test_a_stand_in_is_the_same_whether_the_bad_file_was_known_or_found(folder: Path) -> None:
     made, _ = index.build(folder)
     for name in ("05.jpg", "06.jpg", "07.jpg", "20.jpg"):
         truncate(folder / name)
-    quarantine: dict[int, str] = {}
-    found = batches(made, quarantine=quarantine)
-    assert set(quarantine) <= {5, 6, 7, 20}
-    assert_same(batches(made, quarantine=dict(quarantine)), found)
-    assert_same(batches(made, start_step=4, quarantine=dict(quarantine)), found[4:])
+    rejected: dict[int, Rejected] = {}
+    found = batches(made, rejected=rejected)
+    assert set(rejected) <= {5, 6, 7, 20}
+    assert_same(batches(made, rejected=dict(rejected)), found)
+    assert_same(batches(made, start_step=4, rejected=dict(rejected)), found[4:])
     assert_same(batches(made, start_step=4), found[4:])
 
 
@@ -273,13 +273,17 @@ def test_a_stand_in_is_drawn_as_that_image_would_be(folder: Path) -> None:
                 assert torch.equal(batch.views[0][i], clean[batch.step // 3, int(row)])
 
 
-def test_a_vanished_file_is_quarantined_and_replaced(folder: Path) -> None:
+def test_a_vanished_file_is_rejected_and_replaced(folder: Path) -> None:
     made, _ = index.build(folder)
     (folder / "05.jpg").unlink()
     (folder / "06.jpg").write_bytes(b"")
-    quarantine: dict[int, str] = {}
-    assert len(batches(made, quarantine=quarantine)) == 6
-    assert quarantine == {5: "cannot be read: No such file or directory", 6: "empty file"}
+    rejected: dict[int, Rejected] = {}
+    assert len(batches(made, rejected=rejected)) == 6
+    gone = "cannot be read: No such file or directory"
+    assert rejected == {
+        5: Rejected("05.jpg", "decode", "gone", gone),
+        6: Rejected("06.jpg", "decode", "content", "empty file"),
+    }
 
 
 def test_files_that_vanish_while_a_run_goes_on_are_replaced(folder: Path) -> None:
@@ -294,7 +298,7 @@ def test_files_that_vanish_while_a_run_goes_on_are_replaced(folder: Path) -> Non
         start_step=0,
         device=torch.device("cpu"),
         report=events.append,
-        quarantine={},
+        rejected={},
     ) as loader:
         running = iter(loader)
         got = [next(running)]
@@ -389,7 +393,7 @@ def test_evaluation_keeps_the_order_of_the_rows(folder: Path) -> None:
     np.testing.assert_array_equal(np.concatenate([batch.rows for batch in got]), rows)
     digests = [digest for batch in got for digest in batch.digests]
     assert digests == [hashlib.sha256(made.read_bytes(int(row))).hexdigest() for row in rows]
-    assert all(batch.rejected == [] for batch in got)
+    assert all(batch.rejected == {} for batch in got)
 
 
 def test_an_images_pixels_do_not_depend_on_its_neighbours(folder: Path) -> None:
@@ -439,7 +443,7 @@ def test_bad_images_are_rejected_with_their_reason_and_the_others_kept(folder: P
     (folder / "11.jpg").write_text("not found")
     got = evaluated(made)
     kept = pixels_of(got)
-    rejected = dict(pair for batch in got for pair in batch.rejected)
+    rejected = {row: bad.reason for batch in got for row, bad in batch.rejected.items()}
     assert set(kept) | set(rejected) == set(range(IMAGES))
     assert not set(kept) & set(rejected)
     assert rejected[1].startswith("truncated or damaged JPEG")
@@ -476,7 +480,7 @@ def test_batches_are_full_whatever_is_known_or_bad_and_wherever_tasks_end(folder
     for row, pixels in kept.items():
         np.testing.assert_array_equal(pixels, clean[row])
     assert {row for batch in got for row, _ in batch.known} == known
-    assert {row for batch in got for row, _ in batch.rejected} == bad
+    assert {row for batch in got for row in batch.rejected} == bad
 
 
 def test_a_batch_of_bad_images_only_is_empty_and_the_next_one_comes(folder: Path) -> None:
@@ -496,7 +500,7 @@ def test_a_jpeg_cut_anywhere_is_rejected(folder: Path, share: float) -> None:
     (folder / "00.jpg").write_bytes(content[: int(len(content) * share)])
     (batch,) = evaluated(made, np.array([0, 1]))
     assert batch.rows.tolist() == [1]
-    assert [row for row, _ in batch.rejected] == [0]
+    assert list(batch.rejected) == [0]
 
 
 def test_all_eight_orientations_show_the_same_picture(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from btpipe import recipe
 from btpipe.data import index
 from btpipe.data.loader import Batch, LoaderSettings, TrainingLoader
 from btpipe.data.patience import RETRY_SECONDS, read_patiently
+from btpipe.data.rejects import BadInputError
 from btpipe.events import Event
 
 FAILING = Path("/proc/self/mem")
@@ -79,7 +80,7 @@ def first_batches(images: index.Index, events: list[Event]) -> list[Batch]:
         start_step=0,
         device=torch.device("cpu"),
         report=events.append,
-        quarantine={},
+        rejected={},
     ) as loader:
         return list(loader)
 
@@ -122,6 +123,6 @@ def test_a_disk_that_stays_broken_is_named_after_all_tries(tmp_path: Path) -> No
     paths[0].symlink_to(FAILING)
     row = made.table["path"].to_pylist().index(paths[0].relative_to(tmp_path).as_posix())
     started = time.monotonic()
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(BadInputError, match="Input/output error"):
         made.read_bytes(row)
     assert time.monotonic() - started >= sum(RETRY_SECONDS)

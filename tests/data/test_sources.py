@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from btpipe.data import index, listing
+from btpipe.data.rejects import BadInputError
 from btpipe.data.sources.parquet import RowGroups
 from btpipe.errors import MachineError, UsageError
 from btpipe.events import Rejected
@@ -260,7 +261,7 @@ def test_a_tar_that_was_cut_since_it_was_indexed_is_a_read_error(tmp_path: Path)
     tar = shard(tmp_path / "a.tar", ("0.jpg", image()))
     made, _ = index.build(tar)
     os.truncate(tar, 600)
-    with pytest.raises(OSError, match="shorter than it was"):
+    with pytest.raises(BadInputError, match="shorter than it was"):
         made.read_bytes(0)
 
 

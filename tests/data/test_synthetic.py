@@ -39,7 +39,7 @@ def test_a_training_loader_takes_them_from_memory() -> None:
         start_step=0,
         device=torch.device("cpu"),
         report=ignore,
-        quarantine={},
+        rejected={},
     ) as loader:
         batches = list(loader)
     assert [batch.views[0].shape for batch in batches] == [(8, 32, 32, 3)] * 2

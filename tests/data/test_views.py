@@ -49,9 +49,7 @@ def whole(image: Image.Image) -> params.Draws:
 
 
 def decoded(file: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    pixels = decoding.decode(file)
-    assert not isinstance(pixels, str), pixels
-    return pixels
+    return decoding.decode(file)
 
 
 def drawn(image: Image.Image, draws: params.Draws, kind: str = "PNG") -> NDArray[np.int64]:

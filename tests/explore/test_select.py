@@ -17,7 +17,7 @@ from btpipe import neighbours, recipe
 from btpipe.cli import app
 from btpipe.data.index import open_index
 from btpipe.errors import UsageError
-from btpipe.events import Event, Note, RunStarted, Warned
+from btpipe.events import Event, Note, Rejected, RunStarted, Warned
 from btpipe.events import ignore as nobody
 from btpipe.explore import measures, pairs, plots_page, plots_png, select
 from btpipe.explore.selected import By, Row, Selected
@@ -91,7 +91,7 @@ def test_pairs_are_the_same_in_every_call_and_each_image_comes_once(run: Path) -
 
 def test_images_that_cannot_be_read_are_left_out(run: Path) -> None:
     described, index = recipe.load(run / "recipe.toml"), open_index(run / "index.parquet")
-    bad = {0: "damaged", 5: "damaged"}
+    bad = {row: Rejected(f"{row}.jpg", "decode", "content", "damaged") for row in (0, 5)}
     found = pairs.read(index, described, 24, CPU, nobody, known_bad=bad)
     assert sorted(found.rows) == [row for row in range(24) if row not in bad]
     assert len(found.first) == len(found.second) == 22

@@ -157,7 +157,7 @@ def main() -> int:
         start_step=0,
         device=CPU,
         report=ignore,
-        quarantine={},
+        rejected={},
     )
     worst, seconds = 0.0, [0.0, 0.0]
     print("step  loss     |dloss|   |dgradient| (float32)  |dloss|   |dgradient| (float64)")

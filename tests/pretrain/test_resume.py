@@ -328,7 +328,7 @@ def test_unusable_images_are_counted_over_the_ranks(tmp_path: Path) -> None:
     with pytest.raises(BtpipeError, match="2 of 34 images cannot be used") as failed:
         pretrain(tmp_path, images, *settings, devices="2")
     assert failed.value.exit_code == 3
-    assert (tmp_path / "run" / "quarantine.csv").read_text().count("decode") == 2
+    assert (tmp_path / "run" / "rejects.csv").read_text().count("decode") == 2
     assert checkpoints(tmp_path / "run") == []
     # The same command ends the same way, at once; with a larger budget the run goes on.
     steps = len(losses(tmp_path / "run"))
@@ -349,7 +349,7 @@ def test_an_image_that_both_ranks_meet_counts_once(tmp_path: Path) -> None:
     spoil(paths[met])
     run = pretrain(tmp_path, images, "optim.name=sgd", "data.max_bad=0.03", devices="2")
     assert checkpoints(run)[-1] == 8
-    assert (run / "quarantine.csv").read_text().count("decode") == 1
+    assert (run / "rejects.csv").read_text().count("decode") == 1
 
 
 def kill_and_resume(folder: Path, images: Path, kills: int, *settings: str) -> tuple[Path, int]:
@@ -408,6 +408,6 @@ def test_twenty_kills_and_one_bad_image_in_a_hundred_change_nothing(tmp_path: Pa
     run, writing = kill_and_resume(tmp_path, images, 20, *settings)
     assert writing, "no kill met a checkpoint that was being written"
     assert weights(run) == weights(whole)
-    rejected = [sorted((r / "quarantine.csv").read_text().splitlines()) for r in (run, whole)]
+    rejected = [sorted((r / "rejects.csv").read_text().splitlines()) for r in (run, whole)]
     assert rejected[0] == rejected[1]
     assert [line.split(",")[1] for line in rejected[0]] == ["decode", "index", "stage"]

@@ -259,9 +259,9 @@ def test_unreadable_images_are_replaced_and_named(tmp_path: Path) -> None:
     paths[7].write_bytes(paths[7].read_bytes()[:-400])  # the header is whole, the pixels are not
     recipe = write_recipe(tmp_path, epochs=2)
     run = pretrain(recipe, folder, "data.max_bad=0.1")
-    assert paths[7].name in (run / "quarantine.csv").read_text()
+    assert paths[7].name in (run / "rejects.csv").read_text()
     two = pretrain(recipe, folder, "data.max_bad=0.1", name="two", devices="2")
-    assert paths[7].name in (two / "quarantine.csv").read_text()
+    assert paths[7].name in (two / "rejects.csv").read_text()
     assert curve(two) == pytest.approx(curve(run), rel=SINGLE_CURVE)
     with pytest.raises(BudgetError):
         pretrain(recipe, folder, "data.max_bad=0", name="strict")

@@ -60,7 +60,7 @@ def test_both_loaders_get_the_same_images_and_hand_out_alike_views(tmp_path: Pat
         start_step=0,
         device=torch.device("cpu"),
         report=ignore,
-        quarantine={},
+        rejected={},
     ) as loader:
         ours = list(loader)
     for batch, expected in zip(ours, rows, strict=True):

@@ -65,7 +65,7 @@ def test_it_shows_the_first_images_of_an_epoch_as_the_run_sees_them(tmp_path: Pa
             start_step=epoch * (40 // 16),
             device=torch.device("cpu"),
             report=ignore,
-            quarantine={},
+            rejected={},
         ) as loader:
             batch = next(iter(loader))
         paths = [found.table["path"][int(row)].as_py() for row in batch.images[:6]]

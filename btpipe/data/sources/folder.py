@@ -5,7 +5,6 @@ import errno
 import functools
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from btpipe.data import header, patience
 from btpipe.data.header import Header
+from btpipe.data.rejects import BadInputError, unreadable
 from btpipe.data.sources import places
 from btpipe.data.sources.recall import Recall, Stamp
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject
@@ -27,17 +27,16 @@ _LIST_THREADS = 2
 UNREAD = Header(format="", width=0, height=0, orientation=1, mode="")
 """The header of a file that was only listed."""
 NOTHING = Recall()
-Refused = tuple[bytes, str]
-"""A file or folder that is not used, and why."""
 Tell = Callable[[int, int], None]
 """Hears of files done and in all."""
 
 
-def walk(root: Path) -> tuple[list[bytes], list[Refused]]:
+def walk(source: Source) -> tuple[list[bytes], list[Rejected]]:
     """Relative paths of the files to look at, sorted by their bytes, and what is refused unread."""
-    inside, top = os.path.realpath(os.fsencode(root)) + b"/", os.fsencode(root)
+    top = os.fsencode(source.place)
+    inside = os.path.realpath(top) + b"/"
     paths: list[bytes] = []
-    refused: list[Refused] = []
+    rejected: list[Rejected] = []
     folders = [b""]
     while folders:
         folder = folders.pop()
@@ -54,13 +53,14 @@ def walk(root: Path) -> tuple[list[bytes], list[Refused]]:
                         folders.append(name)
                     reason = _refuse(entry, inside)
                     if reason is not None:
-                        refused.append((name, reason))
+                        rejected.append(reject(source, name, reason))
                     elif entry.is_symlink():
                         paths.append(name)
         except OSError as error:
-            refused.append((folder, f"folder cannot be read: {error.strerror}"))
+            bad = unreadable(error)
+            rejected.append(reject(source, folder, f"folder {bad.reason}", bad.kind))
     paths.sort()
-    return paths, refused
+    return paths, rejected
 
 
 def _refuse(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
@@ -95,14 +95,13 @@ def look(source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool
     """
     if places.is_url(source.place):
         try:
-            names, refused = remote_names(source.place), list[Refused]()
+            names, rejected = remote_names(source.place), list[Rejected]()
         except OSError as error:
             what = f"cannot be listed: {error.strerror or error}"
             raise UsageError(what, where=source.place) from error
     else:
-        names, refused = walk(Path(source.place))
+        names, rejected = walk(source)
     found = look_at(source, names, tell, known, list_only=list_only)
-    rejected = [reject(source, name, reason) for name, reason in refused]
     return Found(_with_class_folders(source, found.batches), rejected + found.rejected)
 
 
@@ -170,19 +169,18 @@ def _look_at(
             return Row(name, size, mtime_ns, UNREAD)
         if before and before[0] == (size, mtime_ns):
             return Row(name, size, mtime_ns, before[1])
-        found = _header(place, name)
+        return Row(name, size, mtime_ns, _header(place, name))
     except OSError as error:
-        reason = f"cannot be read: {error.strerror or error}"
+        bad = unreadable(error)
         is_told = is_asked_for or header.has_image_name(name)
-        return reject(source, name, reason) if is_told else None
-    if isinstance(found, header.Header):
-        return Row(name, size, mtime_ns, found)
-    is_told = is_asked_for or found.is_image_or_named(name)
-    return reject(source, name, found.reason) if is_told else None
+    except BadInputError as error:
+        bad = error
+        is_told = is_asked_for or header.is_image_or_named(error, name)
+    return reject(source, name, bad.reason, bad.kind) if is_told else None
 
 
-def _header(place: str, name: bytes) -> Header | header.Refusal:
-    def look() -> Header | header.Refusal:
+def _header(place: str, name: bytes) -> Header:
+    def look() -> Header:
         with places.open_binary(place) as file:
             return header.look(file, name)
 

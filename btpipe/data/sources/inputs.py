@@ -10,6 +10,7 @@ from pathlib import Path
 
 from btpipe import artifact
 from btpipe.data import header
+from btpipe.data.rejects import BadInputError
 from btpipe.data.sources import lists, parquet, places, synthetic, tar
 from btpipe.data.sources.source import SHARDS, Kind, Source
 from btpipe.errors import UsageError
@@ -212,11 +213,12 @@ def _kind_by_name(place: str) -> Kind | None:
 
 def _files(place: str, name: str) -> Source:
     """A file that is named itself: an image, or a mistake."""
-    with places.open_binary(place) as file:
-        found = header.look(file, os.fsencode(place))
-    if isinstance(found, header.Refusal) and not found.is_image_or_named(os.fsencode(place)):
-        raise UsageError(
-            "not an image, and no input that btpipe knows", where=place, expected=KINDS
-        )
+    try:
+        with places.open_binary(place) as file:
+            header.look(file, os.fsencode(place))
+    except BadInputError as error:
+        if not header.is_image_or_named(error, os.fsencode(place)):
+            what = "not an image, and no input that btpipe knows"
+            raise UsageError(what, where=place, expected=KINDS) from error
     folder, shown = place.rpartition("/")[0] or "/", name[: name.rfind("/") + 1]
     return Source("files", folder, shown)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe.data import header
+from btpipe.data.rejects import BadInputError, unreadable
 from btpipe.data.sources import places
 from btpipe.data.sources.rows import CHUNK_ROWS, Found, Row, batch, reject, reject_whole
 from btpipe.data.sources.source import Source
@@ -64,8 +65,9 @@ def look(source: Source) -> Found:
                 found.batches.append(batch(source, rows))
                 rows = []
     except (OSError, pa.ArrowException) as error:
+        kind = unreadable(error).kind if isinstance(error, OSError) else "content"
         reason = f"damaged parquet, or it cannot be read: {str(error).splitlines()[0]}"
-        found.rejected.append(reject_whole(source, reason))
+        found.rejected.append(reject_whole(source, reason, kind))
     if rows:
         found.batches.append(batch(source, rows))
     return found
@@ -96,9 +98,10 @@ def _row(source: Source, number: int, image: pa.Scalar, label: str | None) -> Ro
     buffer = image.as_buffer()
     if buffer is None:
         return reject(source, name, "no image bytes in this row")
-    found = header.look(io.BytesIO(buffer), name)
-    if isinstance(found, header.Refusal):
-        return reject(source, name, found.reason)
+    try:
+        found = header.look(io.BytesIO(buffer), name)
+    except BadInputError as error:
+        return reject(source, name, error.reason, error.kind)
     return Row(name, buffer.size, source.mtime_ns, found, number, label)
 
 

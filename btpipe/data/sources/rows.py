@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from btpipe.data.header import Header
 from btpipe.data.sources.source import Source
-from btpipe.events import Rejected
+from btpipe.events import Kind, Rejected
 
 SCHEMA = pa.schema(
     [
@@ -74,15 +74,15 @@ def path_of(source: Source, name: bytes) -> bytes:
     return os.fsencode(source.prefix) + name if source.prefix else name
 
 
-def reject(source: Source, name: bytes, reason: str) -> Rejected:
+def reject(source: Source, name: bytes, reason: str, kind: Kind = "content") -> Rejected:
     """The reject of a name in a source."""
-    return Rejected(readable(path_of(source, name)), "index", "content", reason)
+    return Rejected(readable(path_of(source, name)), "index", kind, reason)
 
 
-def reject_whole(source: Source, reason: str) -> Rejected:
+def reject_whole(source: Source, reason: str, kind: Kind = "content") -> Rejected:
     """The reject of a container itself."""
     path = os.fsencode(source.prefix.removesuffix("::").removesuffix("#") or source.place)
-    return Rejected(readable(path), "index", "content", reason)
+    return Rejected(readable(path), "index", kind, reason)
 
 
 def batch(source: Source, rows: Sequence[Row]) -> pa.RecordBatch:

@@ -15,6 +15,7 @@ from typing import BinaryIO, Self
 import pyarrow as pa
 
 from btpipe.data import header
+from btpipe.data.rejects import BadInputError, unreadable
 from btpipe.data.sources import places
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject, reject_whole
 from btpipe.data.sources.source import Source
@@ -88,7 +89,8 @@ def look(source: Source) -> Found:
         with places.open_binary(source.place) as file:
             return _look(source, file)
     except OSError as error:
-        return Found([], [reject_whole(source, f"cannot be read: {error.strerror or error}")])
+        bad = unreadable(error)
+        return Found([], [reject_whole(source, bad.reason, bad.kind)])
 
 
 def _look(source: Source, file: BinaryIO) -> Found:
@@ -191,10 +193,12 @@ def _look_at(
     if not member.isreg() or member.issparse():
         return reject(source, name, _KINDS.get(member.type, "not a regular file"))
     window = io.BufferedReader(_Window(file, member.offset_data, member.size))
-    found = header.look(window, name)
-    if isinstance(found, header.Header):
-        return Row(name, member.size, source.mtime_ns, found, member.offset_data)
-    return reject(source, name, found.reason) if found.is_image_or_named(name) else None
+    try:
+        found = header.look(window, name)
+    except BadInputError as error:
+        is_told = header.is_image_or_named(error, name)
+        return reject(source, name, error.reason, error.kind) if is_told else None
+    return Row(name, member.size, source.mtime_ns, found, member.offset_data)
 
 
 def _is_hidden(name: bytes) -> bool:
