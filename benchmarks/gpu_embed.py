@@ -89,14 +89,14 @@ def _embed(place: Place, source: Path, out: Path, *options: str) -> Ended:
 
 
 def _told(name: str, ended: Ended) -> None:
-    progress, finished = ended.of("Progressed"), ended.of("Finished")
+    progress, finished = ended.of("Progressed"), ended.of("Embedded")
     notes = [str(event["text"]) for event in ended.of("Note")]
     tell(
         name,
         exit_code=ended.code,
         images_per_second=round(float(str(progress[-1]["images_per_second"]))) if progress else 0,
         data_wait=progress[-1]["data_wait"] if progress else None,
-        said=str(finished[-1]["text"]) if finished else ended.text[-200:],
+        made=finished[-1] if finished else ended.text[-200:],
         precision=notes[:1],
         warnings=len(ended.of("Warned")),
     )
@@ -121,8 +121,8 @@ def stage_again(place: Place) -> None:
         (folder / "new.jpg").write_bytes(own(files[0].read_bytes(), 1_000_000))
         again = _embed(place, folder, out)
         _told("second run, one image more", again)
-        wanted = f"1 embedded, {len(files)} as they were"
-        require(wanted in again.text, f"the second run did not say: {wanted}")
+        made = [(event["embedded"], event["reused"]) for event in again.of("Embedded")]
+        require(made == [(1, len(files))], f"the second run made something else: {made}")
         _among_bad_files(place, require)
 
 

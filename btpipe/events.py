@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 def _now() -> float:
@@ -35,6 +35,20 @@ class Event:
         """The event as a record for JSON, `event` first; what is not finite is None there."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"event": self.name, **{name: _plain(value) for name, value in fields.items()}}
+
+    def tables(self) -> Sequence["TextTable"]:
+        """What of it people read as tables."""
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTable:
+    """A table as people read it: one tuple of cells for each row; a machine reads the event."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
 
 
 def _plain(value: object) -> object:
@@ -231,21 +245,17 @@ class CheckpointSaved(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Finished(Event):
-    """A command's last word: what it made, and the numbers of it."""
+    """A command's result, in a kind for each command; `seconds` is what it took."""
 
-    job: str
-    text: str
-    seconds: float
+    job: ClassVar[str]
+    """What the line for people begins with, and the name of its bar."""
 
+    seconds: float = dataclasses.field(compare=False)
 
-@dataclasses.dataclass(frozen=True)
-class Tabled(Event):
-    """A result worth a table: cells as people read them, one tuple for each row."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
+    @property
+    def text(self) -> str:
+        """The result in a line, for people."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,15 +280,15 @@ class Inspected(Event):
     facts: Mapping[str, str]
     chain: tuple[Link, ...]
 
-    def tables(self) -> list[Tabled]:
+    def tables(self) -> list[TextTable]:
         """The same for people, with the first 12 digits of each digest."""
         facts = tuple((name, _DIGEST.sub(r"\1", text)) for name, text in self.facts.items())
-        tables = [Tabled(f"{self.path}: {self.kind}", ("", ""), facts)]
+        tables = [TextTable(f"{self.path}: {self.kind}", ("", ""), facts)]
         if self.chain:
             rows = tuple(
                 (link.what, _DIGEST.sub(r"\1", link.digest), link.where, link.found)
                 for link in self.chain
             )
             columns = ("made from", "digest", "where", "found")
-            tables.append(Tabled("Where it is from, the nearest first", columns, rows))
+            tables.append(TextTable("Where it is from, the nearest first", columns, rows))
         return tables

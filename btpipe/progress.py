@@ -125,15 +125,8 @@ class _Display:
                 self._print(f"from step {event.step} on: {change}")
             case events.Note():
                 self._results.print(Text(event.text))
-            case events.Tabled():
-                self._results.print(_table(event))
-                if event.note:
-                    self._results.print(Text(event.note))
-            case events.Inspected():
-                for table in event.tables():
-                    self._results.print(_table(table))
-            case events.Finished():
-                self._finish(event)
+            case _:
+                self._result(event)
 
     def _print(self, text: str, style: str = "") -> None:
         # Off a terminal a line stays one, however long: it is for logs and for grep.
@@ -152,7 +145,14 @@ class _Display:
         elif self._rejected == REJECTS_SHOWN + 1:
             self._print("more rejected files are listed with their reasons in the rejects file")
 
-    def _finish(self, event: events.Finished) -> None:
+    def _result(self, event: Event) -> None:
+        """The tables of any event, and the line of a command's result."""
+        for table in event.tables():
+            self._results.print(_table(table))
+            if table.note:
+                self._results.print(Text(table.note))
+        if not isinstance(event, events.Finished):
+            return
         if event.job in self._tasks:
             self._bars.remove_task(self._tasks.pop(event.job))
         self._results.print(Text(f"{event.job}: {event.text} ({duration(event.seconds)})"))
@@ -246,11 +246,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _table(event: events.Tabled) -> Table:
-    table = Table(title=event.title, title_justify="left", title_style="bold")
-    for i, column in enumerate(event.columns):
-        numbers = i > 0 and all(NUMBER.match(row[i]) for row in event.rows)
+def _table(shown: events.TextTable) -> Table:
+    table = Table(title=shown.title, title_justify="left", title_style="bold")
+    for i, column in enumerate(shown.columns):
+        numbers = i > 0 and all(NUMBER.match(row[i]) for row in shown.rows)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row in event.rows:
+    for row in shown.rows:
         table.add_row(*map(Text, row))  # in plain text rich would take [brackets] for markup
     return table

@@ -1,11 +1,11 @@
 """The command line as a process: exit codes and what it says, as a shell sees them."""
 
-import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import event_schema
 import pytest
 from tiny_run import draw_images
 from typer.testing import CliRunner
@@ -85,8 +85,7 @@ def test_a_mistake_is_one_line_of_json_for_a_machine(
         main([*arguments, "--json"])
     assert ended.value.code == 2
     written = capsys.readouterr()
-    said = json.loads(written.out)
-    assert said.keys() == {"event", "time", "code", "kind", "what", "where", "expected", "fix"}
+    (said,) = event_schema.read(written.out)
     assert {"event": "Error", "code": 2, **error}.items() <= said.items()
     assert said["what"]
     assert not written.err

@@ -1,7 +1,8 @@
 """The documents are true: every command, recipe and Python block runs, in the order it is read in.
 
 All of README.md and then docs/*.md is tried on one desk. Lines of a sh block that do not begin with
-`btpipe ` (pip, make, torchrun, ...) are not run, and neither is what ran before. The options in
+`btpipe ` (pip, make, torchrun, ...) are not run, and neither is what ran before. Each command runs
+with --json the first time, where every line must be as its class says. The options in
 `smaller` stand behind those that are shown, so that a command takes seconds. Of the commands in
 LONG, which measure or judge, `make test` only looks whether they have the options that are shown;
 `make test-slow` runs them too.
@@ -15,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import event_schema
 import pytest
 from pages import LINK, ROOT, Block, Command, anchors, blocks, commands, pages
 from tiny_run import draw_images
@@ -76,10 +78,28 @@ def run_command(command: Command, left: tuple[str, ...] = ()) -> None:
     if command.words[0] == "demo":  # minutes, and `make demo` is this
         return
     more = ["--help"] if " ".join(command.words).startswith(left) else smaller(command.words)
+    invoke(command, more)
+
+
+def invoke(command: Command, more: Sequence[str]) -> str:
+    """Runs it with more options; what it wrote."""
     result = CliRunner().invoke(app, [*command.words, *more])
     assert result.exit_code == 0, (
         f"{command.where}: {command.line}\n{result.output}\n{result.exception!r}"
     )
+    return result.stdout
+
+
+def run_for_a_machine(command: Command, left: tuple[str, ...], told: set[tuple[str, ...]]) -> None:
+    """Runs it with --json where none of its name has; every line is as its class says."""
+    with_json = {leaf for leaf, options in leaves(get_command(app)) if "--json" in options}
+    names = [leaf for leaf in with_json if command.words[: len(leaf)] == leaf]
+    if command.words[0] == "demo" or " ".join(command.words).startswith(left):
+        return
+    for name in names:
+        if name not in told:
+            told.add(name)
+            assert event_schema.read(invoke(command, [*smaller(command.words), "--json"]))
 
 
 def load_recipe(block: Block) -> None:
@@ -101,7 +121,7 @@ def load_recipe(block: Block) -> None:
 def test_every_command_recipe_and_python_block_runs_as_shown(
     desk: Path, left: tuple[str, ...]
 ) -> None:
-    ran: set[str] = set()
+    ran, told = set[str](), set[tuple[str, ...]]()
     for page in pages():
         for block in blocks(page):
             if block.language == "python":
@@ -112,27 +132,27 @@ def test_every_command_recipe_and_python_block_runs_as_shown(
                 load_recipe(block)
             for command in commands(block):
                 if command.line not in ran:
+                    run_for_a_machine(command, left, told)
                     run_command(command, left)
                     ran.add(command.line)
     assert (desk / "vectors.parquet").is_file()
 
 
-def leaves(group: TyperGroup, *above: str) -> Iterator[tuple[str, ...]]:
-    """The words of every command of a group and of the groups in it."""
+def leaves(group: object, *above: str) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+    """The words of every command of a group and of the groups in it, and its options."""
+    assert isinstance(group, TyperGroup)
     for name, command in group.commands.items():
         if isinstance(command, TyperGroup):
             yield from leaves(command, *above, name)
         else:
-            yield (*above, name)
+            yield (*above, name), [flag for option in command.params for flag in option.opts]
 
 
 def test_every_command_is_shown() -> None:
     shown = [one.words for page in pages() for block in blocks(page) for one in commands(block)]
-    commands_of_app = get_command(app)
-    assert isinstance(commands_of_app, TyperGroup)
     missing = [
         " ".join(leaf)
-        for leaf in leaves(commands_of_app)
+        for leaf, _ in leaves(get_command(app))
         if not any(words[: len(leaf)] == leaf for words in shown)
     ]
     # `make demo` stands for it.

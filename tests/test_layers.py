@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "btpipe"
 
-GROUND = {"errors", "events", "progress", "artifact", "recipe", "runtime", "neighbours"}
+GROUND = {"errors", "events", "progress", "artifact", "recipe", "results", "runtime", "neighbours"}
 STAGES = ("data", "pretrain", "export", "embed", "explore")  # a stage sees those before it
 
 ARROWS: dict[str, set[str]] = {

@@ -14,6 +14,8 @@ import pytest
 
 from btpipe import events, progress
 from btpipe.pretrain import folder
+from btpipe.results import Pretrained
+from btpipe.road.rows import Compared
 
 STEP = events.StepDone(
     step=40,
@@ -117,11 +119,11 @@ def test_without_a_terminal_only_results_and_warnings_are_written(
         report(STEP)
         report(events.Progressed("embed", 5, 10, 2.0, 0.1))
         report(events.Warned("careful"))
-        report(events.Tabled("title", ("a", "b"), (("x[y]", "1"),), "below"))
-        report(events.Finished("embed", "10 vectors", 3.2))
+        report(Compared(events.TextTable("title", ("a", "b"), (("x[y]", "1"),), "below")))
+        report(Pretrained(3.2, "runs/x", step=40, done=10))
     written = capsys.readouterr()
     assert written.err == "warning: careful\n"
-    assert "10 vectors (3.2 s)" in written.out
+    assert "pretrain: 10 steps, runs/x (3.2 s)" in written.out
     assert "below" in written.out
     assert "x[y]" in written.out  # no markup
     assert "epoch" not in written.out
@@ -130,7 +132,7 @@ def test_without_a_terminal_only_results_and_warnings_are_written(
 def test_through_a_pipe_a_table_is_whole_however_wide(capsys: pytest.CaptureFixture[str]) -> None:
     cells = tuple(f"{'name' * 30}-{i}.onnx" for i in range(8))
     with progress.show("auto") as report:
-        report(events.Tabled("title " * 60 + "end", cells, (cells,)))
+        report(Compared(events.TextTable("title " * 60 + "end", cells, (cells,))))
     title, _, head, _, row, _ = capsys.readouterr().out.splitlines()
     assert title.rstrip().endswith(" end")
     for line in (head, row):
@@ -161,12 +163,12 @@ def test_rates_are_a_function_of_count_and_seconds() -> None:
 def test_on_a_terminal_a_result_stays_after_the_live_lines_are_gone() -> None:
     """In a real pseudo-terminal: what remains on the screen is the alarm and the result."""
     code = (
-        "from btpipe import events, progress\n"
+        "from btpipe import events, progress, results\n"
         "from test_progress import KNN, RANKS, STEP\n"
         "with progress.show('auto') as report:\n"
         "    report(STEP)\n    report(RANKS)\n"
         "    report(events.Alarm(40, 'collapse', 'text'))\n"
-        "    report(events.Finished('pretrain', '40 steps', 3.2))\n"
+        "    report(results.Pretrained(3.2, 'runs/x', 40, 40))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "TERM": "xterm"}
     above, terminal = pty.openpty()
@@ -179,7 +181,7 @@ def test_on_a_terminal_a_result_stays_after_the_live_lines_are_gone() -> None:
     assert process.returncode == 0
     assert [line for line in screen(written.decode()) if line] == [
         "alarm: collapse, step 40: text",
-        "pretrain: 40 steps (3.2 s)",
+        "pretrain: 40 steps, runs/x (3.2 s)",
     ]
 
 

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import event_schema
+
 from btpipe import recipe
 from btpipe.embed import table
 from btpipe.export import contract
@@ -78,3 +80,8 @@ def defaults(of: tables.Table, prefix: str) -> Iterator[tuple[str, object]]:
             yield from defaults(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def test_the_events_reference_is_what_the_classes_say() -> None:
+    stale = "python tests/event_schema.py > docs/events.md"
+    assert (DOCS / "events.md").read_text() == event_schema.page(), stale

@@ -59,7 +59,7 @@ def run(python: Path, folder: Path, *arguments: str) -> str:
 
 def test_the_doctor_examines_a_checkout(python: Path, tmp_path: Path) -> None:
     shown = json.loads(run(python, tmp_path, "-m", "btpipe", "doctor", "--json").splitlines()[0])
-    rows = {name: found for name, found, *_ in shown["rows"]}
+    rows = {row["name"]: row["found"] for row in shown["findings"]}
     assert f"btpipe {btpipe.__version__}" in rows["Python"]
     assert "decodes" in rows["DALI"]
 

@@ -51,7 +51,7 @@ def eval_knn(
             seed=seed,
             temperature=temperature,
         )
-        report(judged if as_json else judged.table())
+        report(judged)
 
 
 @eval_app.command("select")
@@ -165,7 +165,7 @@ def _linear_on_vectors(
     score, share = out or linear.score_path(vectors), 0.2 if split is None else split
     with progress.show("json" if as_json else "auto") as report:
         judged = linear.judge(vectors, test, score, report, labels=labels, split=share, seed=seed)
-        report(judged if as_json else judged.table(f"Linear classifier on {vectors}"))
+        report(judged)
 
 
 @eval_app.command("semisup")
@@ -214,4 +214,4 @@ def compare(
     run = run or contract.newest_run()
     with progress.show("json" if as_json else "auto") as report:
         judged = comparing.compare(run, test, out or run / "compare", report, k=k)
-        report(judged.table(f"Accuracy on images that {run} has not seen"))
+        report(judged)

@@ -83,10 +83,19 @@ def nearly_empty(table: pa.Table) -> Iterator[Finding]:
         yield Finding(table["path"][row].as_py(), FEW, detail)
 
 
-def summary(findings: Iterable[Finding]) -> list[tuple[str, str, str]]:
-    """(kind of finding, how many, examples), the most frequent first."""
+@dataclasses.dataclass(frozen=True)
+class FoundAlike:
+    """`images` of which one thing was found, and the first few."""
+
+    finding: str
+    images: int
+    examples: str
+
+
+def summary(findings: Iterable[Finding]) -> list[FoundAlike]:
+    """The findings by their kind, the most frequent first."""
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for finding in findings:
         kinds[finding.kind].append(finding.path)
     ordered = sorted(kinds.items(), key=lambda entry: (-len(entry[1]), entry[0]))
-    return [(kind, f"{len(paths):,}", examples(paths)) for kind, paths in ordered]
+    return [FoundAlike(kind, len(paths), examples(paths)) for kind, paths in ordered]

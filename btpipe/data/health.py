@@ -70,8 +70,18 @@ def _is_flat(pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bool:
     return True
 
 
-def advice(rejects: Iterable[Rejected]) -> list[tuple[str, str, str, str]]:
-    """(kind of reason, how many, what to do, examples), the most frequent first."""
+@dataclasses.dataclass(frozen=True)
+class RejectedAlike:
+    """`files` inputs that were rejected for one reason, what to do about it, and the first few."""
+
+    reason: str
+    files: int
+    to_do: str
+    examples: str
+
+
+def advice(rejects: Iterable[Rejected]) -> list[RejectedAlike]:
+    """The rejects by their reason, the most frequent first."""
     kinds: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     for reject in rejects:
         for pattern, kind, what in _ADVICE:
@@ -81,7 +91,7 @@ def advice(rejects: Iterable[Rejected]) -> list[tuple[str, str, str, str]]:
         else:
             kinds[reject.reason, "look at it"].append(reject.path)
     ordered = sorted(kinds.items(), key=lambda entry: (-len(entry[1]), entry[0]))
-    return [(kind, f"{len(p):,}", what, examples(p)) for (kind, what), p in ordered]
+    return [RejectedAlike(kind, len(p), what, examples(p)) for (kind, what), p in ordered]
 
 
 def examples(paths: list[str]) -> str:

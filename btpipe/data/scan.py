@@ -23,7 +23,7 @@ from btpipe.data.findings import Finding
 from btpipe.data.health import Verdict
 from btpipe.data.rejects import BadInputError
 from btpipe.errors import BudgetError, Stopped, UsageError
-from btpipe.events import Finished, Note, Progressed, Rejected, Report, Tabled, per_second
+from btpipe.events import Finished, Note, Progressed, Rejected, Report, TextTable, per_second
 
 Depth = Literal["list", "header", "decode"]
 """list: names, bytes and times; no file is opened. header: a look at each file's first bytes.
@@ -207,6 +207,43 @@ class _Work:
         return Scan(made, rejected, found, kept, now, self._before.gone(made, rejected))
 
 
+@dataclasses.dataclass(frozen=True)
+class Scanned(Finished):
+    """An index of `images`, and what was rejected and found, by reason and kind.
+
+    `kept` are as they were at the scan before, `read` were looked at now, `dropped` are gone.
+    """
+
+    job = "scan"
+
+    out: Path
+    depth: Depth
+    images: int
+    rejects: int
+    kept: int
+    read: int
+    dropped: int
+    reasons: tuple[health.RejectedAlike, ...]
+    findings: tuple[findings.FoundAlike, ...]
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.out}: {self.images:,} images, {self.rejects:,} rejects;"
+            f" {self.kept:,} as they were, {self.read:,} read, {self.dropped:,} dropped"
+        )
+
+    def tables(self) -> list[TextTable]:
+        """The rejects, and what is worth a look, where there are any."""
+        bad = tuple((r.reason, f"{r.files:,}", r.to_do, r.examples) for r in self.reasons)
+        odd = tuple((f.finding, f"{f.images:,}", f.examples) for f in self.findings)
+        title = f"Rejected, listed in {rejects.path_beside(self.out)}"
+        rejected = TextTable(title, ("reason", "files", "what to do", "such as"), bad)
+        title = f"Usable, but look at them: {findings.path_beside(self.out)}"
+        usable = TextTable(title, ("finding", "images", "such as"), odd)
+        return [table for table in (rejected, usable) if table.rows]
+
+
 def save(done: Scan, out: Path) -> None:
     """Writes rejects and findings, then the index.
 
@@ -219,22 +256,22 @@ def save(done: Scan, out: Path) -> None:
 
 
 def _tell(done: Scan, out: Path, report: Report, depth: Depth, seconds: float) -> None:
-    """What was found, how much of it, and what to do about it."""
-    if done.rejects:
-        rows = tuple(health.advice(done.rejects))
-        title = f"Rejected, listed in {rejects.path_beside(out)}"
-        report(Tabled(title, ("reason", "files", "what to do", "such as"), rows))
-    if done.findings:
-        found = tuple(findings.summary(done.findings))
-        title = f"Usable, but look at them: {findings.path_beside(out)}"
-        report(Tabled(title, ("finding", "images", "such as"), found))
     if depth != "decode":
         report(Note(NOT_DECODED))
-    text = (
-        f"{out}: {len(done.index):,} images, {len(done.rejects):,} rejects;"
-        f" {done.kept:,} as they were, {done.read:,} read, {done.dropped:,} dropped"
+    report(
+        Scanned(
+            seconds=seconds,
+            out=out,
+            depth=depth,
+            images=len(done.index),
+            rejects=len(done.rejects),
+            kept=done.kept,
+            read=done.read,
+            dropped=done.dropped,
+            reasons=tuple(health.advice(done.rejects)),
+            findings=tuple(findings.summary(done.findings)),
+        )
     )
-    report(Finished("scan", text, seconds))
 
 
 def _keep_budget(done: Scan, out: Path, max_bad: float | None) -> None:

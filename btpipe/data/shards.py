@@ -27,7 +27,8 @@ from btpipe.data.shard import Maker, Member, Options, Shard
 from btpipe.data.sources import Source
 from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import Finished, Note, Progressed, Rejected, Report, per_second
+from btpipe.events import Note, Progressed, Rejected, Report, per_second
+from btpipe.results import Sharded
 
 __all__ = ["Options", "parse_bytes", "write"]
 
@@ -35,7 +36,6 @@ KIND = SHARDS
 INDEX, REJECTS, PLAN = "index.parquet", "rejects.csv", "plan.json"
 _SAMPLE_IMAGES = 128
 _PROGRESS_SECONDS = 1.0
-_MEGABYTE = 1e6
 
 Plan = dict[str, object]
 
@@ -65,7 +65,7 @@ def write(
             raise UsageError("no image can be used", where=index.root)
         _publish(index, refused, out, work, plan, done)
         shutil.rmtree(work)
-    report(Finished("shard", _account(index, out, done), time.monotonic() - started))
+    report(_account(index, out, done, started))
 
 
 def _is_done(out: Path, plan: Plan) -> bool:
@@ -179,18 +179,24 @@ def _table(index: Index, done: Sequence[Shard]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def _account(index: Index, out: Path, done: Sequence[Shard]) -> str:
-    """How many, how much smaller, how much faster; for people."""
+def _account(index: Index, out: Path, done: Sequence[Shard], started: float) -> Sharded:
+    """How many, how much smaller, how much faster."""
     members = [member for made in done for member in made.members]
-    rejected = sum(len(made.rejected) for made in done)
     before = int(np.array(index.table["bytes"])[[member.row for member in members]].sum())
     after = sum((out / shard.name_of(number)).stat().st_size for number in range(len(done)))
     slow, fast = _decode_rates(index, out, done)
-    return (
-        f"{len(members):,} images in {len(done):,} shards, {rejected:,} rejected;"
-        f" {after / _MEGABYTE:,.1f} MB, {before / _MEGABYTE:,.1f} before"
-        f" ({after / before:.0%}); {fast:,.0f} images decoded per CPU-second,"
-        f" {slow:,.0f} before ({fast / slow:.1f} times); {out / INDEX}"
+    return Sharded(
+        seconds=time.monotonic() - started,
+        out=out,
+        images=len(members),
+        shards=len(done),
+        rejects=sum(len(made.rejected) for made in done),
+        bytes=after,
+        bytes_before=before,
+        decoded_per_cpu_second=fast,
+        decoded_per_cpu_second_before=slow,
+        share_of_bytes=after / before,
+        times_faster=fast / slow,
     )
 
 

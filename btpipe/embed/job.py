@@ -22,31 +22,13 @@ from btpipe.embed.precisions import EncoderConfig
 from btpipe.embed.shares import Share
 from btpipe.embed.writer import Writer
 from btpipe.errors import BudgetError, IntegrityError, Stopped, UsageError
-from btpipe.events import Event, Finished, Note, Report, Warned
+from btpipe.events import Event, Report, Warned
 from btpipe.export import contract
+from btpipe.results import Embedded
 
 Cluster = Literal["none", "ray"]
 PART_ROWS = 1024
 """Half a minute's work of two cores, and what a kill can cost."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What a job made. `images_per_second` is over what this process embedded itself.
-
-    `reused` of the rows were known from an earlier table; `dropped` rows of that are listed no more
-    (-1: there was none).
-    """
-
-    out: Path
-    rows: int
-    rejects: int
-    dimension: int
-    seconds: float
-    images_per_second: float
-    nothing_to_do: bool
-    reused: int = 0
-    dropped: int = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +67,7 @@ def embed(
     encoder: EncoderConfig,
     report: Report,
     options: JobOptions = DEFAULTS,
-) -> Summary:
+) -> Embedded:
     """Embeds every image of `source` into `out` and its rejects file.
 
     `source`: folders, file lists, tar shards, parquet with image bytes, an index, URLs of these.
@@ -108,7 +90,7 @@ def embed(
             run.plan(source)
             images = run.make(pool) if run.is_due() else 0
     summary = run.summary(images, time.monotonic() - started)
-    _tell(summary, report)
+    report(summary)
     _keep_budget(summary, options.max_bad)
     return summary
 
@@ -243,13 +225,18 @@ class _Run:
         settings = self._footer.settings().items()
         return self._out if self.before is not None and settings <= self.before.items() else None
 
-    def summary(self, images: int, seconds: float) -> Summary:
+    def summary(self, images: int, seconds: float) -> Embedded:
         """What was made."""
-        return Summary(
+        rows = outputs.count(self._out)
+        return Embedded(
             out=self._out,
-            rows=outputs.count(self._out),
+            rows=rows,
+            embedded=rows - self._reused,
             rejects=table.count(table.rejects_path(self._out)),
             dimension=self._footer.dimension,
+            bundle=self._footer.bundle,
+            engine=self._footer.engine,
+            precision=self._footer.precision,
             seconds=seconds,
             images_per_second=images / seconds,
             nothing_to_do=self._is_finished,
@@ -258,21 +245,7 @@ class _Run:
         )
 
 
-def _tell(summary: Summary, report: Report) -> None:
-    if summary.nothing_to_do:
-        report(Note(f"{summary.out} is finished: nothing to do"))
-        return
-    text = (
-        f"{summary.out}: {summary.rows} vectors of {summary.dimension}, {summary.rejects} rejects,"
-        f" {summary.images_per_second:.1f} images/s"
-    )
-    if summary.dropped >= 0:
-        new = summary.rows - summary.reused
-        text += f"; {new} embedded, {summary.reused} as they were, {summary.dropped} dropped"
-    report(Finished("embed", text, summary.seconds))
-
-
-def _keep_budget(summary: Summary, max_bad: float | None) -> None:
+def _keep_budget(summary: Embedded, max_bad: float | None) -> None:
     """Raises BudgetError when more inputs were rejected than allowed."""
     if max_bad is None:
         return

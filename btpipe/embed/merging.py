@@ -11,7 +11,8 @@ from btpipe import artifact
 from btpipe.embed import outputs, table, work
 from btpipe.embed.shares import Share
 from btpipe.errors import RefusedError, UsageError
-from btpipe.events import Finished, Note, Rejected, Report
+from btpipe.events import Note, Rejected, Report
+from btpipe.results import Merged
 
 
 def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool = False) -> None:
@@ -45,8 +46,7 @@ def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool 
         outputs.take_place(out, vectors)
         work.remove(folder)
     rows, bad = outputs.count(out), table.count(table.rejects_path(out))
-    text = f"{out}: {rows} vectors, {bad} rejects of {len(tables)} shards"
-    report(Finished("merge", text, time.monotonic() - started))
+    report(Merged(time.monotonic() - started, out, rows, bad, len(tables)))
 
 
 def _in_order(shards: Sequence[Path]) -> tuple[list[Path], table.Footer]:

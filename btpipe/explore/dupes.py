@@ -18,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from btpipe.events import Finished, Note, Progressed, Report, per_second
+from btpipe.events import Note, Progressed, Report, per_second
 from btpipe.explore import blocks, page, tables
 from btpipe.explore.blocks import Half
 from btpipe.explore.pictures import Pictures
 from btpipe.explore.search import named
 from btpipe.explore.tables import Vectors
+from btpipe.results import DupesFound
 
 FLOOR = 0.9
 RATIO = 1 / 3
@@ -88,13 +89,10 @@ def run(
     vectors = tables.open_vectors(path, report)
     found = group(vectors, report, threshold)
     tables.write_list(out, _list(vectors, found))
-    made = str(out)
     if html:
         _page(html, vectors, found, threshold, images)
-        made = f"{out} and {html}"
-    extra = len(found.rows) - found.count
-    text = f"{made}: {found.count:,} groups, {extra:,} of {len(vectors):,} pictures to spare"
-    report(Finished("dupes", text, time.monotonic() - started))
+    seconds, spare = time.monotonic() - started, len(found.rows) - found.count
+    report(DupesFound(seconds, vectors.path, out, html, found.count, spare, len(vectors)))
     if found.count and not html:
         report(Note("look before you delete anything: --html dupes.html shows the groups"))
     return found

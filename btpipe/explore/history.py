@@ -173,7 +173,7 @@ class _Told:
             self.times[at] = float(time)
         if event == "RunStarted":
             self._start(record, at)
-        elif event == "Finished":
+        elif event in ("Pretrained", "Finished"):
             self.ended = True
         elif event == "Alarm":
             self.alarms.append(Mark(at, str(record.get("about")), str(record.get("text"))))

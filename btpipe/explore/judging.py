@@ -16,7 +16,7 @@ from btpipe import artifact, events, progress, runtime
 from btpipe.data import index as indexes
 from btpipe.data.index import Index
 from btpipe.errors import RefusedError, UsageError
-from btpipe.events import Finished, Report, Tabled
+from btpipe.events import Finished, Report, TextTable
 from btpipe.explore import classifier, knn
 from btpipe.export import contract
 from btpipe.recipe.protocols import Protocol
@@ -40,6 +40,41 @@ class Asked:
     protocol: Protocol
     percent: float = 100.0
     split: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierJudged(Finished):
+    """Shares, 0 to 1, of `images` test images that a classifier names rightly.
+
+    `top1` first, `top5` among five; `interval1` is 95 %. It was trained for `epochs` on the encoder
+    of `bundle`, frozen ("linear") or tuned ("semisup"). `rejected` images could not be read.
+    """
+
+    job = "eval"
+
+    kind: Kind
+    bundle: Path
+    out: Path
+    images: int
+    rejected: int
+    top1: float
+    interval1: tuple[float, float]
+    top5: float
+    epochs: int
+
+    @property
+    def text(self) -> str:
+        return str(self.out)
+
+    def tables(self) -> list[TextTable]:
+        """The shares for people, in per cent."""
+        low, high = self.interval1
+        name = {"linear": "Linear classifier", "semisup": "Fine-tuned"}[self.kind]
+        row = (f"{100 * self.top1:.1f}", f"{100 * low:.1f} to {100 * high:.1f}")
+        note = f"{self.images:,} test images, {self.epochs} epochs, the last one's result"
+        columns = ("top-1 %", "95 % interval", "top-5 %")
+        cells = ((*row, f"{100 * self.top5:.1f}"),)
+        return [TextTable(f"{name} on {self.bundle}", columns, cells, note)]
 
 
 def is_bundle(path: Path) -> bool:
@@ -96,8 +131,7 @@ def judge_on_rank(asked: Asked, mode: progress.Mode) -> None:
             score = classifier.fit(_job(asked), here, report)
             runtime.barrier()  # the others have read the lists of images
             artifact.write_json(asked.out, {**identity, **_record(score)})
-            report(_table(asked, score))
-            report(Finished("eval", str(asked.out), time.monotonic() - started))
+            report(_finished(asked, score, time.monotonic() - started))
 
 
 @contextlib.contextmanager
@@ -224,14 +258,16 @@ def _record(score: classifier.Score) -> dict[str, object]:
     }
 
 
-def _table(asked: Asked, score: classifier.Score) -> Tabled:
-    low, high = knn.wilson(score.top1, score.images)
-    name = {"linear": "Linear classifier", "semisup": "Fine-tuned"}[asked.kind]
-    row = (
-        f"{100 * score.top1 / score.images:.1f}",
-        f"{100 * low:.1f} to {100 * high:.1f}",
-        f"{100 * score.top5 / score.images:.1f}",
+def _finished(asked: Asked, score: classifier.Score, seconds: float) -> ClassifierJudged:
+    return ClassifierJudged(
+        seconds=seconds,
+        kind=asked.kind,
+        bundle=asked.bundle,
+        out=asked.out,
+        images=score.images,
+        rejected=score.rejected,
+        top1=score.top1 / score.images,
+        interval1=knn.wilson(score.top1, score.images),
+        top5=score.top5 / score.images,
+        epochs=asked.protocol.epochs,
     )
-    note = f"{score.images:,} test images, {asked.protocol.epochs} epochs, the last one's result"
-    columns = ("top-1 %", "95 % interval", "top-5 %")
-    return Tabled(f"{name} on {asked.bundle}", columns, (row,), note)

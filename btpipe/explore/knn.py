@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btpipe import neighbours
-from btpipe.events import Event, Tabled
+from btpipe.events import Event, TextTable
 from btpipe.explore import labelled
 from btpipe.explore.labelled import Labels
 
@@ -33,14 +33,6 @@ class Accuracy:
     n: int
     k: int
     majority: float
-
-    def table(self) -> Tabled:
-        """The accuracy for people, in per cent."""
-        cells = (f"{100 * self.top1:.1f}", f"{100 * self.low:.1f} to {100 * self.high:.1f}")
-        majority = f"{100 * self.majority:.1f}"
-        columns = ("top-1 %", "95 % interval", "majority class %")
-        note = f"{self.n:,} test images, k = {self.k}, cosine, weighted by exp(s / temperature)"
-        return Tabled("nearest neighbours", columns, ((*cells, majority),), note)
 
 
 def accuracy(
@@ -103,7 +95,7 @@ class Judged(Event):
     left_out: int
     temperature: float
 
-    def table(self) -> Tabled:
+    def tables(self) -> list[TextTable]:
         """The shares for people, in per cent."""
         rows = []
         for i, k in enumerate(self.k):
@@ -122,7 +114,7 @@ class Judged(Event):
         if self.left_out:
             note += f"; {self.left_out:,} rows without a label are left out"
         columns = ("k", "top-1 %", "95 % interval", "top-5 %", "95 % interval")
-        return Tabled("nearest neighbours", columns, tuple(rows), note)
+        return [TextTable("nearest neighbours", columns, tuple(rows), note)]
 
 
 def judge(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from btpipe import artifact
 from btpipe.embed import outputs
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import Event, Progressed, Report, Tabled, Warned
+from btpipe.events import Event, Progressed, Report, TextTable, Warned
 from btpipe.explore import knn, labelled, logistic
 from btpipe.explore.labelled import Labelled, Labels
 
@@ -54,6 +54,7 @@ class Probed(Event):
     `vectors` and `test` are sha256 of images, labels and vectors; `split` is 0 with a table `test`.
     """
 
+    table: Path
     score: Score
     bundle: str
     vectors: str
@@ -62,7 +63,7 @@ class Probed(Event):
     seed: int
     left_out: int
 
-    def table(self, title: str) -> Tabled:
+    def tables(self) -> list[TextTable]:
         """The score for people, in per cent."""
         one = self.score
         row = (
@@ -81,7 +82,7 @@ class Probed(Event):
         if self.left_out:
             note += f"; {self.left_out:,} rows without a label are left out"
         columns = ("top-1 %", "95 % interval", "top-5 %", "95 % interval", "C")
-        return Tabled(title, columns, (row,), note)
+        return [TextTable(f"Linear classifier on {self.table}", columns, (row,), note)]
 
 
 def score_path(vectors: Path) -> Path:
@@ -137,10 +138,12 @@ def judge(
     known, asked, left_out = labelled.sides(vectors, test, labels, split, seed)
     found = score(known, asked, vectors, report, seed=seed)
     share = split if test is None else 0.0
-    done = Probed(found, known.bundle, _digest(known), _digest(asked), share, seed, left_out)
+    done = Probed(
+        vectors, found, known.bundle, _digest(known), _digest(asked), share, seed, left_out
+    )
     origin = {"kind": KIND, "table": vectors.name, "test table": test.name if test else ""}
     content = dataclasses.asdict(done)
-    del content["time"]  # the same vectors give the same bytes
+    del content["time"], content["table"]  # the same vectors give the same bytes, wherever they are
     artifact.write_json(out, {**origin, **content.pop("score"), **content})
     return done
 

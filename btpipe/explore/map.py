@@ -23,6 +23,27 @@ CLUSTER_DIMENSIONS = 32
 """Principal components that clusters are found in: the others are mostly noise."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Mapped(Finished):
+    """A page of `points` of the `rows` of a table, evenly chosen, with `pictures` in it."""
+
+    job = "map"
+
+    out: Path
+    points: int
+    rows: int
+    pictures: int
+    bytes: int
+
+    @property
+    def text(self) -> str:
+        chosen = f", evenly chosen of {self.rows:,}" if self.points < self.rows else ""
+        size = f"{self.bytes / 1e6:.1f} MB"
+        return (
+            f"{self.out}: {self.points:,} points{chosen}, {self.pictures:,} pictures in it, {size}"
+        )
+
+
 def make(
     vectors: Path,
     out: Path,
@@ -56,11 +77,8 @@ def make(
         report(Warned(f"no pictures: {found_none}; name theirs: --images DIR"))
     points = _points(found, by, clusters, small, report)
     map_page.write(out, vectors.name, dataclasses.replace(points, rows=rows, root=_address(root)))
-    said = f"{out}: {len(found):,} points"
-    if len(found) < rows:
-        said += f", evenly chosen of {rows:,}"
-    said += f", {len(small):,} pictures in it, {out.stat().st_size / 1e6:.1f} MB"
-    report(Finished("map", said, time.monotonic() - started))
+    seconds, size = time.monotonic() - started, out.stat().st_size
+    report(Mapped(seconds, out, len(found), rows, len(small), size))
 
 
 def _address(folder: str | Path) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from btpipe.events import Finished, Report, Tabled
+from btpipe.events import Finished, Report, TextTable
 from btpipe.explore import blocks, page, tables
 from btpipe.explore.pictures import Pictures
 from btpipe.explore.search import named
@@ -28,6 +28,44 @@ class Strange:
     rows: NDArray[np.int64]
     distance: NDArray[np.float32]
     nearest: NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outlier:
+    """A row of a table, and its mean distance to its nearest others."""
+
+    row: int
+    distance: float
+    path: str
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OutliersFound(Finished):
+    """All `pictures` of `table` are in the list `out`, by distance to their `k` nearest.
+
+    `strangest` are the first of them.
+    """
+
+    job = "outliers"
+
+    table: Path
+    out: Path
+    page: Path | None
+    pictures: int
+    k: int
+    strangest: tuple[Outlier, ...]
+
+    @property
+    def text(self) -> str:
+        place = f"{self.out} and {self.page}" if self.page else f"{self.out}"
+        return f"{place}: {self.pictures:,} pictures, the strangest first"
+
+    def tables(self) -> list[TextTable]:
+        """A row for each of the strangest."""
+        rows = tuple((f"{o.distance:.4f}", o.path, o.label, str(o.row)) for o in self.strangest)
+        title = f"Farthest from their {self.k} nearest, {self.table}"
+        return [TextTable(title, ("distance", "path", "label", "row"), rows, MEANING)]
 
 
 def run(
@@ -53,13 +91,14 @@ def run(
     vectors = tables.open_vectors(path, report)
     found = rank(vectors, k)
     tables.write_list(out, _list(vectors, found))
-    report(_table(vectors, found, top, k))
-    made = str(out)
     if html:
         _page(html, vectors, found, top, k, images)
-        made = f"{out} and {html}"
-    text = f"{made}: {len(vectors):,} pictures, the strangest first"
-    report(Finished("outliers", text, time.monotonic() - started))
+    strangest = tuple(
+        Outlier(row, distance, vectors.text("path", row), vectors.text("label", row))
+        for row, distance in zip(found.rows[:top].tolist(), found.distance.tolist(), strict=False)
+    )
+    seconds = time.monotonic() - started
+    report(OutliersFound(seconds, vectors.path, out, html, len(vectors), k, strangest))
     return found
 
 
@@ -85,15 +124,6 @@ def _list(vectors: Vectors, found: Strange) -> pa.Table:
             "nearest": pa.array(nearest, pa.string()),
         }
     )
-
-
-def _table(vectors: Vectors, found: Strange, top: int, k: int) -> Tabled:
-    lines = [
-        (f"{distance:.4f}", vectors.text("path", row), vectors.text("label", row), str(row))
-        for row, distance in zip(found.rows[:top].tolist(), found.distance.tolist(), strict=False)
-    ]
-    title = f"Farthest from their {k} nearest, {vectors.path}"
-    return Tabled(title, ("distance", "path", "label", "row"), tuple(lines), MEANING)
 
 
 def _page(

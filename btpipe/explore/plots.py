@@ -1,6 +1,7 @@
 """`btpipe plot`: where runs went, in one picture; while they go on, again and again."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,24 @@ PATIENCE_SECONDS = 60.0
 """How long a run may be nobody's: its processes may be starting again."""
 KINDS = (".html", ".png")
 Write = Callable[[Sequence[History], bool], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plotted(Finished):
+    """The picture of runs, TensorBoard's folder, or both; `alarms` are those of all runs."""
+
+    job = "plot"
+
+    out: Path | None
+    tensorboard: Path | None
+    runs: int
+    alarms: int
+
+    @property
+    def text(self) -> str:
+        place = ", ".join(str(place) for place in (self.out, self.tensorboard) if place)
+        runs = f"{self.runs} run{'s' * (self.runs > 1)}"
+        return f"{place}: {runs}, {self.alarms} alarm{'s' * (self.alarms != 1)}"
 
 
 def make(
@@ -64,9 +83,7 @@ def make(
     if tensorboard:
         report(Note(f"tensorboard --logdir {tensorboard}"))
     alarms = sum(len(run.alarms) for run in found)
-    made = ", ".join(str(place) for place in (out, tensorboard) if place)
-    said = f"{made}: {len(found)} run{'s' * (len(found) > 1)}, {alarms} alarm{'s' * (alarms != 1)}"
-    report(Finished("plot", said, time.monotonic() - started))
+    report(Plotted(time.monotonic() - started, out, tensorboard, len(found), alarms))
 
 
 def _require_picture(out: Path | None, *, live: bool, correlation: str) -> None:

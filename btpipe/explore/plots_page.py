@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from btpipe.events import Tabled
+from btpipe.events import TextTable
 from btpipe.explore import curves, history, page, plotly_bundle
 from btpipe.explore.correlation import Matrix
 from btpipe.explore.curves import By, Panel, Sign
@@ -57,7 +57,7 @@ def write_panels(
     about: str,
     panels: Sequence[Panel],
     marks: Sequence[Sign],
-    numbers: Tabled,
+    numbers: TextTable,
 ) -> None:
     """Writes a page of diagrams over steps, and the numbers that are in them.
 
@@ -125,7 +125,7 @@ def _drawn(panels: Sequence[Panel]) -> str:
     return f'<div class="panels">\n{drawn}\n</div>'
 
 
-def _table(numbers: Tabled) -> str:
+def _table(numbers: TextTable) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{page.text(cell)}</{tag}>' for cell in cells)}</tr>"
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from btpipe import artifact, neighbours
 from btpipe.embed import precisions
 from btpipe.errors import BtpipeError, RefusedError, UsageError
-from btpipe.events import Finished, Report, Tabled
+from btpipe.events import Finished, Report, TextTable
 from btpipe.explore import blocks, page, tables
 from btpipe.explore.pictures import Pictures
 from btpipe.explore.tables import Vectors
@@ -30,6 +30,41 @@ class Found:
     rows: NDArray[np.int64]
     cosines: NDArray[np.float32]
     row: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbour:
+    """A row of a table, and its cosine to what was asked for."""
+
+    row: int
+    cosine: float
+    path: str
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched(Finished):
+    """The rows of `table` most like `query`, the nearest first; `vectors` were compared."""
+
+    job = "search"
+
+    table: Path
+    query: str
+    vectors: int
+    neighbours: tuple[Neighbour, ...]
+    page: Path | None
+
+    @property
+    def text(self) -> str:
+        if self.page:
+            return f"{self.page}: {len(self.neighbours)} pictures"
+        return f"{self.vectors:,} vectors compared"
+
+    def tables(self) -> list[TextTable]:
+        """A row for each."""
+        rows = tuple((f"{n.cosine:.4f}", n.path, n.label, str(n.row)) for n in self.neighbours)
+        columns = ("cosine", "path", "label", "row")
+        return [TextTable(f"Most like {self.query}", columns, rows)]
 
 
 def run(
@@ -61,13 +96,14 @@ def run(
     rows, cosines = blocks.nearest(asked, vectors.unit, k if row is None else k + 1)
     others = np.flatnonzero(rows[0] != (-1 if row is None else row))[:k]
     found = Found(rows[0][others], cosines[0][others], row)
-    seconds = time.monotonic() - started
-    report(_table(vectors, query, found))
+    neighbours = tuple(
+        Neighbour(at, cosine, vectors.text("path", at), vectors.text("label", at))
+        for at, cosine in zip(found.rows.tolist(), found.cosines.tolist(), strict=True)
+    )
     if html:
         _page(html, vectors, query, found, images)
-        report(Finished("search", f"{html}: {len(others)} pictures", time.monotonic() - started))
-    else:
-        report(Finished("search", f"{len(vectors):,} vectors compared", seconds))
+    seconds = time.monotonic() - started
+    report(Searched(seconds, vectors.path, query, len(vectors), neighbours, html))
     return found
 
 
@@ -130,14 +166,6 @@ def _bundle(digest: str, vectors: Vectors) -> Path:
         where=vectors.path,
         fix="name the bundle that made the table: --model BUNDLE",
     )
-
-
-def _table(vectors: Vectors, query: str, found: Found) -> Tabled:
-    lines = [
-        (f"{cosine:.4f}", vectors.text("path", row), vectors.text("label", row), str(row))
-        for row, cosine in zip(found.rows.tolist(), found.cosines.tolist(), strict=True)
-    ]
-    return Tabled(f"Most like {query}", ("cosine", "path", "label", "row"), tuple(lines))
 
 
 def _page(out: Path, vectors: Vectors, query: str, found: Found, images: Path | None) -> None:

@@ -15,7 +15,7 @@ from btpipe.data.evaluation import evaluation_batches
 from btpipe.data.index import Index, build, open_index
 from btpipe.data.views import Geometry
 from btpipe.errors import IntegrityError, UsageError
-from btpipe.events import Finished, Note, Progressed, Rejected, Report, Warned, per_second
+from btpipe.events import Note, Progressed, Rejected, Report, Warned, per_second
 from btpipe.explore import history, measures, pairs
 from btpipe.explore.pairs import Pairs
 from btpipe.explore.selected import By, Row, Selected
@@ -58,7 +58,7 @@ def run(
         IntegrityError: as `measure`.
         MachineError: no space, or no permission.
     """
-    started, out = time.monotonic(), out or folder / "select.html"
+    out = out or folder / "select.html"
     if out.suffix.lower() not in KINDS:
         raise UsageError(f"--out {out}", expected="a name that ends in .html or .png")
     with artifact.disk_errors(out):
@@ -70,9 +70,8 @@ def run(
     if found.start_is_better:
         report(Warned(found.start_is_better))
     report(found)
-    report(found.table())
-    report(Note(f"{found.verdict()}\n  btpipe export {folder} --step {found.step}"))
-    report(Finished("select", f"{out}, {out.with_suffix('.json')}", time.monotonic() - started))
+    numbers = out.with_suffix(".json")
+    report(Note(f"{out} and {numbers} are written; btpipe export {folder} --step {found.step}"))
     return found
 
 
@@ -90,6 +89,7 @@ def measure(
         IntegrityError: no checkpoint is whole.
         BudgetError: none of the images can be read.
     """
+    started = time.monotonic()
     if not (folder / "recipe.toml").is_file():
         expected, fix = "a folder with recipe.toml", "name a run folder: runs/NAME"
         raise UsageError("no run there", where=folder, expected=expected, fix=fix)
@@ -125,6 +125,7 @@ def measure(
         tuple(rows),
         images=len(seen.pairs.rows),
         own=not images,
+        seconds=time.monotonic() - started,
         errors=lambda a, b: _error(by, shares[a], shares[b]),
     )
 
@@ -140,7 +141,7 @@ def _writer(out: Path) -> Callable[[Selected], None]:
     from btpipe.explore import plots_page  # noqa: PLC0415 - beside its like
 
     return lambda found: plots_page.write_panels(
-        out, found.title(), found.verdict(), found.panels(), found.marks(), found.table()
+        out, found.title(), found.text, found.panels(), found.marks(), found.tables()[0]
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, Self
 
-from btpipe.events import Event, Tabled
+from btpipe.events import Finished, TextTable
 from btpipe.explore import curves
 from btpipe.explore.curves import Line, Panel, Sign
 
@@ -92,7 +92,7 @@ _OF = {measure.by: measure for measure in MEASURES}
 
 
 @dataclasses.dataclass(frozen=True)
-class Selected(Event):
+class Selected(Finished):
     """The checkpoints' measures on `images` images, the run's `own` or others, and the choice.
 
     `step` is the best by `by`, `next_step` the second, `gap` how far that is behind (0 or more, in
@@ -100,6 +100,8 @@ class Selected(Event):
     `best` is the step that is best by each measure; the network that the run started from is never
     the choice, and `start_is_better` says so where it would have been.
     """
+
+    job = "select"
 
     run: str
     by: By
@@ -122,6 +124,7 @@ class Selected(Event):
         *,
         images: int,
         own: bool,
+        seconds: float,
         errors: Callable[[int, int], float | None],
     ) -> Self:
         """The best of the rows; of equal ones the later. `errors` are of two steps' difference."""
@@ -139,6 +142,7 @@ class Selected(Event):
             else ""
         )
         return cls(
+            seconds=seconds,
             run=run,
             by=by,
             step=order[0].step,
@@ -152,7 +156,7 @@ class Selected(Event):
             rows=rows,
         )
 
-    def table(self) -> Tabled:
+    def tables(self) -> list[TextTable]:
         """All numbers for people; the best of each column is marked."""
         shown = [m for m in MEASURES if any(row.value(m.by) is not None for row in self.rows)]
         rows = []
@@ -166,9 +170,10 @@ class Selected(Event):
             f"* best checkpoint by that measure; {self.images:,} images {self._whose}, in two"
             f" training views each; retrieval among {self.images:,}; step 0: before training"
         )
-        return Tabled(f"Checkpoints of {self.run}", columns, tuple(rows), note)
+        return [TextTable(self.title(), columns, tuple(rows), note)]
 
-    def verdict(self) -> str:
+    @property
+    def text(self) -> str:
         """Which checkpoint, by how much, and what the other measures say: a few sentences."""
         measure = _OF[self.by]
         value = _shown(next(row for row in self.rows if row.step == self.step), measure)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from btpipe import artifact
 from btpipe.data.index import Index, build
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import Finished, Note, Report
+from btpipe.events import Note, Report
 from btpipe.export import contract, golden, onnx, samples, session, verify, weights
 from btpipe.export import source as sources
 from btpipe.export.card import Card
@@ -26,6 +26,7 @@ from btpipe.export.contract import (
 )
 from btpipe.export.samples import Samples
 from btpipe.export.source import Source
+from btpipe.results import Exported
 
 __all__ = ["Wanted", "export_file", "export_run", "newest_bundle", "newest_run", "publish"]
 
@@ -152,10 +153,8 @@ def _export(
     artifact.sweep(out.parent, out.name)
     chosen = samples.choose(index, source.preprocessing, report, calibrate=calibrate)
     publish(source, chosen, out, origin, report, wanted)
-    seconds = time.monotonic() - started
-    size = source.preprocessing.size
-    models = ", ".join(wanted.models)
-    report(Finished("export", f"{out}: {size} pixels in, published ({models})", seconds))
+    size, models = source.preprocessing.size, tuple(wanted.models)
+    report(Exported(time.monotonic() - started, out, size, models))
     return out
 
 
@@ -182,7 +181,7 @@ def publish(
         reference = weights.load(folder / contract.WEIGHTS, described)
         vectors = verify.reference(reference, prepared, chosen.pixels)
         gates = _gates(vectors, source, chosen, folder, wanted)
-        report(verify.tabled(list(gates.values())))
+        report(verify.Gates(tuple(gates.values())))
         verify.require(list(gates.values()), out)
         complete["gates"] = {name: gate.record() for name, gate in gates.items()}
         dimension = vectors.shape[1]

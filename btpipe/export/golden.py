@@ -21,7 +21,6 @@ from btpipe.data.evaluation import evaluation_batches
 from btpipe.data.index import build
 from btpipe.data.views import Geometry
 from btpipe.errors import MachineError, NumericsError
-from btpipe.events import Tabled
 from btpipe.export import contract
 from btpipe.export.contract import MODELS, Precision, Preprocessing
 from btpipe.export.session import Device, Session
@@ -89,8 +88,8 @@ def agrees(bundle: contract.Bundle, precision: Precision, *, device: Device) -> 
     return least.get(precision, 0.0) >= LEAST_COSINE
 
 
-def require(bundle: contract.Bundle, *, device: Device = "cpu") -> Tabled:
-    """`compare` as a table, where every cosine is as near to 1 as decoders allow.
+def require(bundle: contract.Bundle, *, device: Device = "cpu") -> None:
+    """Returns where every cosine of `compare` is as near to 1 as decoders allow.
 
     Raises:
         NumericsError: this machine makes other vectors of the same files.
@@ -105,8 +104,6 @@ def require(bundle: contract.Bundle, *, device: Device = "cpu") -> Tabled:
             expected=f"{LEAST_COSINE} or more",
             fix="compare the versions of nvidia-dali and onnxruntime with those that made it",
         )
-    rows = tuple((name, f"{value:.7f}", f"{LEAST_COSINE}") for name, value in least.items())
-    return Tabled("golden images", ("model", "least cosine", "at least"), rows)
 
 
 def _drawn() -> dict[str, bytes]:

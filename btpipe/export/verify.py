@@ -10,7 +10,7 @@ from torch import nn
 
 from btpipe import neighbours
 from btpipe.errors import NumericsError
-from btpipe.events import Tabled
+from btpipe.events import Event, TextTable
 from btpipe.export.contract import Precision, Preprocessing
 from btpipe.export.onnx import Normalized
 from btpipe.export.samples import Samples
@@ -73,7 +73,7 @@ class Gate:
         return {**dataclasses.asdict(self), "batch_sizes": list(BATCHES)}
 
     def cells(self) -> tuple[str, ...]:
-        """The gate as a row of `tabled`."""
+        """The gate as a row of a table."""
         wanted, labels = self.thresholds, self.label_agreement
         return (
             self.model,
@@ -87,25 +87,31 @@ class Gate:
         )
 
 
-def tabled(gates: Sequence[Gate]) -> Tabled:
-    """Gates as a table for people."""
-    columns = (
-        "model",
-        "runs on",
-        "mean cosine (least allowed)",
-        "least cosine",
-        "largest difference",
-        f"top-{gates[0].neighbours} neighbours the same (least allowed)",
-        "kNN labels the same",
-        "passed",
-    )
-    title = f"torch in float32 against onnxruntime, {gates[0].images} images"
-    return Tabled(title, columns, tuple(gate.cells() for gate in gates))
+@dataclasses.dataclass(frozen=True)
+class Gates(Event):
+    """How the models of a bundle compare with the network, before it is published or refused."""
+
+    gates: tuple[Gate, ...]
+
+    def tables(self) -> list[TextTable]:
+        """A row for each model."""
+        columns = (
+            "model",
+            "runs on",
+            "mean cosine (least allowed)",
+            "least cosine",
+            "largest difference",
+            f"top-{self.gates[0].neighbours} neighbours the same (least allowed)",
+            "kNN labels the same",
+            "passed",
+        )
+        title = f"torch in float32 against onnxruntime, {self.gates[0].images} images"
+        return [TextTable(title, columns, tuple(gate.cells() for gate in self.gates))]
 
 
 def table(gates: Sequence[Gate]) -> str:
     """Gates in Markdown."""
-    whole = tabled(gates)
+    (whole,) = Gates(tuple(gates)).tables()
     lines = (whole.columns, ("---",) * len(whole.columns), *whole.rows)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -19,6 +19,7 @@ from btpipe.pretrain.meter import Meter, SaveClock
 from btpipe.pretrain.run import Run
 from btpipe.pretrain.supply import Supply
 from btpipe.recipe import Recipe
+from btpipe.results import Pretrained
 from btpipe.runtime import Runtime
 
 NOTABLE_FLOOR = 0.05
@@ -136,8 +137,7 @@ def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
     if run.steps == 0 and checkpoint.newest(run.folder) is None:
         _save(run)
     seconds = time.perf_counter() - started
-    text = f"{run.state.step - before} steps, {run.folder}"
-    run.report(events.Finished("pretrain", text, seconds))
+    run.report(Pretrained(seconds, str(run.folder), run.state.step, run.state.step - before))
 
 
 def _save(run: Run) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from btpipe.errors import BtpipeError, NewerError
+from btpipe.events import Event, Finished, TextTable
+from btpipe.road.recognise import Kind
 
 ANEW = "restore it from a copy, or make it again"
 
@@ -55,3 +57,33 @@ class Noting:
             self.account.wrong(self.where, f"cannot be read: {said}")
             return True
         return False
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemsFound(Event):
+    """What of an artifact is not as it was written; the command ends with the first of them."""
+
+    path: Path
+    problems: tuple[Problem, ...]
+
+    def tables(self) -> list[TextTable]:
+        """A row for each."""
+        rows = tuple((p.where, p.what, p.fix) for p in self.problems)
+        return [TextTable(f"Wrong in {self.path}", ("where", "what", "to do"), rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified(Finished):
+    """An artifact is as it was written: so many of its files and rows were looked at."""
+
+    job = "verify"
+
+    path: Path
+    kind: Kind
+    files: int
+    rows: int
+
+    @property
+    def text(self) -> str:
+        rows = f", {self.rows:,} rows" if self.rows else ""
+        return f"{self.path}: {self.kind}, {self.files:,} files{rows}: as they were written"

@@ -27,14 +27,26 @@ from btpipe.data.sources import synthetic
 from btpipe.data.views import Geometry
 from btpipe.embed.precisions import Precision
 from btpipe.errors import UsageError
-from btpipe.events import Finished, Note, Report, Tabled
+from btpipe.events import Note, Report
 from btpipe.export import contract, onnx, weights
 from btpipe.export.contract import Preprocessing
 from btpipe.pretrain import network
 from btpipe.recipe.tables import Backbone
 from btpipe.road import bench_cases as cases
 from btpipe.road.bench_cases import Work
-from btpipe.road.rows import Device, Prepare, Row, faster, machine, number
+from btpipe.road.rows import (
+    Benchmarked,
+    Device,
+    Part,
+    Prepare,
+    Row,
+    Way,
+    about,
+    limit_seconds,
+    machine,
+    part_of,
+    times_faster,
+)
 from btpipe.road.seat import Turn, take_turns
 
 CALIBRATION_IMAGES = 32
@@ -109,19 +121,42 @@ def run(options: Options, data: Path | None, model: Path | None, report: Report)
     started = time.perf_counter()
     with prepare(options, data, model, report) as setting:
         rows = take(parts(setting), options, lambda _: False)
-    report(_whole_table(rows, setting, options))
-    report(parts_table(rows, setting, options))
-    text = f"{options.turns} turns a row, on {machine(options.device)}"
-    report(Finished("bench", text, time.perf_counter() - started))
+    first, ways = rows[f"whole {setting.kinds[0].name}"], []
+    for kind in setting.kinds:
+        row = rows[f"whole {kind.name}"]
+        part = part_of(kind.name, row, options.images)
+        two = times_faster(row, first, options.device), share_of_limit(rows, kind, options)
+        ways.append(Way(part.name, part.cpu_ms, part.images_per_second, *two))
+    report(
+        Benchmarked(
+            seconds=time.perf_counter() - started,
+            network=setting.network,
+            image_size=setting.image_size,
+            images=options.images,
+            source=setting.source,
+            machine=machine(options.device),
+            turns=options.turns,
+            ways=tuple(ways),
+            parts=tuple(parts_of(rows, setting, options)),
+            note=NOTES[options.device],
+        )
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A bundle, images and ways to compute; `about` names them in a table's title."""
+    """A bundle, images and ways to compute, and what the first two are called."""
 
     work: Work
     kinds: tuple[Kind, ...]
-    about: str
+    network: str
+    image_size: int
+    source: str
+
+    def about(self, options: Options) -> str:
+        """The same in a table's title."""
+        images = about(self.network, self.image_size, options.images, self.source)
+        return f"{images}, {machine(options.device)}, {options.turns} turns"
 
 
 @contextlib.contextmanager
@@ -145,12 +180,9 @@ def prepare(
             report(Note("no int8 row: name a bundle of btpipe export --precision fp32,int8"))
         if options.device == "cuda" and "fp16" not in bundle.precisions:
             report(Note("no fp16 row: name a bundle of btpipe export --precision fp32,fp16"))
-        about = (
-            f"{shown} at {bundle.preprocessing.size}, {options.images} images, {source},"
-            f" {machine(options.device)}, {options.turns} turns"
-        )
         work = Work(folder / "index.parquet", model, options.images, options.device)
-        yield Setting(work, _kinds(bundle.precisions, options.device), about)
+        kinds = _kinds(bundle.precisions, options.device)
+        yield Setting(work, kinds, shown, bundle.preprocessing.size, source)
 
 
 def _kinds(held: Sequence[str], device: Device) -> tuple[Kind, ...]:
@@ -192,21 +224,6 @@ def take(
     return {name: Row(name, turns) for name, turns in taken.items()}
 
 
-def _whole_table(rows: Mapping[str, Row], setting: Setting, options: Options) -> Tabled:
-    first = rows[f"whole {setting.kinds[0].name}"]
-    cells = tuple(
-        (
-            kind.name,
-            faster(rows[f"whole {kind.name}"], first, options.device),
-            *speed(rows[f"whole {kind.name}"], options),
-            share_of_limit(rows, kind, options),
-        )
-        for kind in setting.kinds
-    )
-    columns = ("files to vectors", "times faster", "CPU ms an image", "images/s", "of the limit")
-    return Tabled(f"Embedding: {setting.about}", columns, cells, NOTES[options.device])
-
-
 NOTES: dict[Device, str] = {
     "cpu": "Times faster: median ratio of CPU-seconds, rows taking turns. The limit: decoding alone"
     " and the network alone, their CPU-seconds spread over all cores; the share moves with what"
@@ -217,7 +234,7 @@ NOTES: dict[Device, str] = {
 }
 
 
-def share_of_limit(rows: Mapping[str, Row], kind: Kind, options: Options) -> str:
+def share_of_limit(rows: Mapping[str, Row], kind: Kind, options: Options) -> float:
     """How near files-to-vectors comes to its parts: median over turns, 1 is the limit."""
     whole = rows[f"whole {kind.name}"]
     alone = zip(rows["decode"].turns, rows[f"forward {kind.name}"].turns, strict=True)
@@ -225,29 +242,14 @@ def share_of_limit(rows: Mapping[str, Row], kind: Kind, options: Options) -> str
         limit_seconds(turns, options.device) / turn.seconds
         for turns, turn in zip(alone, whole.turns, strict=True)
     ]
-    return f"{statistics.median(shares):.2f}"
+    return statistics.median(shares)
 
 
-def parts_table(rows: Mapping[str, Row], setting: Setting, options: Options) -> Tabled:
+def parts_of(rows: Mapping[str, Row], setting: Setting, options: Options) -> list[Part]:
     """Every part alone."""
     named = {PARTS[name]: rows[name] for name in PARTS}
     named |= {f"network, {kind.name}": rows[f"forward {kind.name}"] for kind in setting.kinds}
-    cells = tuple((name, *speed(row, options)) for name, row in named.items())
-    return Tabled("Each alone, on all cores", ("part", "CPU ms an image", "images/s"), cells)
-
-
-def limit_seconds(parts: Sequence[Turn], device: Device) -> float:
-    """By the clock, of parts that are done at once: a CPU's share its cores, a GPU's none."""
-    if device == "cuda":
-        return max(part.seconds for part in parts)
-    return sum(part.cpu_seconds for part in parts) / runtime.cores()
-
-
-def speed(row: Row, options: Options) -> tuple[str, str]:
-    """CPU-milliseconds of an image, and images a second: medians over turns."""
-    cpu = statistics.median(turn.cpu_seconds for turn in row.turns)
-    seconds = statistics.median(turn.seconds for turn in row.turns)
-    return number(1000 * cpu / options.images), number(options.images / seconds)
+    return [part_of(name, row, options.images) for name, row in named.items()]
 
 
 def _images(options: Options, data: Path | None, folder: Path, report: Report) -> tuple[Index, str]:

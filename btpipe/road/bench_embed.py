@@ -11,10 +11,19 @@ from typing import Annotated
 import typer
 
 from btpipe import progress, runtime
-from btpipe.events import Report, Tabled
+from btpipe.events import Report, TextTable
 from btpipe.road import bench, embed_worker
 from btpipe.road.bench import Options, Setting
-from btpipe.road.rows import Prepare, Row, faster
+from btpipe.road.rows import (
+    WAY_COLUMNS,
+    Compared,
+    Prepare,
+    Row,
+    faster,
+    part_of,
+    parts_table,
+    speed,
+)
 
 USER = "torchvision eager, DataLoader"
 HALF = "the same, fp16 autocast"
@@ -34,25 +43,29 @@ def run(
         if options.device == "cuda":
             named[HALF] = functools.partial(user, True)
         rows = bench.take(named | bench.parts(setting), options, lambda name: name in (USER, HALF))
-    report(_table(rows, setting, options))
-    report(bench.parts_table(rows, setting, options))
+    report(Compared(_table(rows, setting, options)))
+    report(Compared(parts_table(bench.parts_of(rows, setting, options))))
 
 
-def _table(rows: dict[str, Row], setting: Setting, options: Options) -> Tabled:
+def _table(rows: dict[str, Row], setting: Setting, options: Options) -> TextTable:
     user, device = rows[USER], options.device
     cells = [
-        (name, faster(rows[name], user, device), *bench.speed(rows[name], options), "")
+        (
+            name,
+            faster(rows[name], user, device),
+            *speed(part_of(name, rows[name], options.images)),
+            "",
+        )
         for name in (USER, HALF)
         if name in rows
     ]
     for kind in setting.kinds:
         row = rows[f"whole {kind.name}"]
         share = bench.share_of_limit(rows, kind, options)
-        ours = faster(row, user, device), *bench.speed(row, options), share
-        cells.append((f"btpipe, {kind.name}", *ours))
-    columns = ("files to vectors", "times faster", "CPU ms an image", "images/s", "of the limit")
+        part = part_of(f"btpipe, {kind.name}", row, options.images)
+        cells.append((part.name, faster(row, user, device), *speed(part), f"{share:.2f}"))
     note = f"{bench.NOTES[device]} The DataLoader starts its workers in each turn."
-    return Tabled(f"Embedding: {setting.about}", columns, tuple(cells), note)
+    return TextTable(f"Embedding: {setting.about(options)}", WAY_COLUMNS, tuple(cells), note)
 
 
 def main(

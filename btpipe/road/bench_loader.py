@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
@@ -21,11 +20,11 @@ from btpipe import progress
 from btpipe.data import index as data_index
 from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
-from btpipe.events import Finished, Report, Tabled
+from btpipe.events import Note, Report, TextTable
 from btpipe.road import loader_worker as worker
 from btpipe.road import rows as measured
 from btpipe.road.loader_worker import Load
-from btpipe.road.rows import Prepare, Row, machine, number
+from btpipe.road.rows import Compared, Prepare, Row, machine, number
 from btpipe.road.seat import Turn, take_turns
 
 DRAWN_SHORTER_SIDE = 400
@@ -59,17 +58,15 @@ def run(options: Options, data: Path | None, report: Report) -> None:
     Raises:
         UsageError: no images in `data`, or fewer than a batch.
     """
-    started = time.perf_counter()
     with _images(options, data, report) as (index, source):
         load = Load(index, options.batch, options.batches, options.image_size, options.workers)
-        report(_loader_table(load, options, source))
-        report(_parts_table(load, options, source))
+        report(Compared(_loader_table(load, options, source)))
+        report(Compared(_parts_table(load, options, source)))
         if torch.cuda.is_available():
             longer = dataclasses.replace(load, batches=GPU_BATCHES * load.batches)
-            report(_gpu_loader_table(longer, options, source))
-            report(_gpu_table(load, options, source))
-    text = f"{options.turns} turns a row, on {machine('cpu')}"
-    report(Finished("bench loader", text, time.perf_counter() - started))
+            report(Compared(_gpu_loader_table(longer, options, source)))
+            report(Compared(_gpu_table(load, options, source)))
+    report(Note(f"{options.turns} turns a row, on {machine('cpu')}"))
 
 
 @contextlib.contextmanager
@@ -94,7 +91,7 @@ def _images(options: Options, data: Path | None, report: Report) -> Iterator[tup
         yield folder / "index.parquet", source
 
 
-def _loader_table(load: Load, options: Options, source: str) -> Tabled:
+def _loader_table(load: Load, options: Options, source: str) -> TextTable:
     named: dict[str, Prepare] = {
         "published transform, DataLoader": functools.partial(worker.published_loader, load),
         "this loader": functools.partial(worker.core_loader, load, False),
@@ -112,10 +109,10 @@ def _loader_table(load: Load, options: Options, source: str) -> Tabled:
         "Times faster: median ratio of CPU-seconds, the rows taking turns. The published one hands"
         " out float32, normalised; ours uint8, and the training step casts and normalises."
     )
-    return Tabled(title, columns, tuple(cells), note)
+    return TextTable(title, columns, tuple(cells), note)
 
 
-def _parts_table(load: Load, options: Options, source: str) -> Tabled:
+def _parts_table(load: Load, options: Options, source: str) -> TextTable:
     parts = {
         "decode": (worker.published_decode, worker.core_decode),
         "augment, two views": (worker.published_augment, worker.core_augment),
@@ -129,10 +126,10 @@ def _parts_table(load: Load, options: Options, source: str) -> Tabled:
         rows = _take_turns(named, options)
         cells += [_cells(row, rows[0], load.batch * load.batches) for row in rows]
     columns = ("part", "times faster", "CPU ms an image", "images per CPU-second")
-    return Tabled(f"Parts of the loader, one thread each, {source}", columns, tuple(cells))
+    return TextTable(f"Parts of the loader, one thread each, {source}", columns, tuple(cells))
 
 
-def _gpu_loader_table(load: Load, options: Options, source: str) -> Tabled:
+def _gpu_loader_table(load: Load, options: Options, source: str) -> TextTable:
     named: dict[str, Prepare] = {
         "published transform, DataLoader": functools.partial(worker.published_gpu_loader, load),
         "this loader": functools.partial(worker.core_gpu_loader, load, False),
@@ -151,10 +148,10 @@ def _gpu_loader_table(load: Load, options: Options, source: str) -> Tabled:
         " their limit."
     )
     cells = [_gpu_cells(row, rows[0], load.batch * load.batches) for row in rows]
-    return Tabled(title, columns, tuple(cells), note)
+    return TextTable(title, columns, tuple(cells), note)
 
 
-def _gpu_table(load: Load, options: Options, source: str) -> Tabled:
+def _gpu_table(load: Load, options: Options, source: str) -> TextTable:
     """Decoding for a GPU: on the CPU, and on the GPU with each share for its hardware decoder."""
     named: dict[str, Prepare] = {
         "CPU": functools.partial(worker.gpu_decode, load, None),
@@ -167,7 +164,7 @@ def _gpu_table(load: Load, options: Options, source: str) -> Tabled:
     title = f"Decoding a batch of {load.batch} for {machine('cuda')}, {source}"
     cells = [_gpu_cells(row, rows[0], load.batch) for row in rows]
     columns = ("decoder", "times faster", "images/s", "CPU ms an image")
-    return Tabled(title, columns, tuple(cells), CLOCK)
+    return TextTable(title, columns, tuple(cells), CLOCK)
 
 
 def _gpu_cells(row: Row, base: Row, count: int) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,13 +18,13 @@ import typer
 
 from btpipe import progress, runtime
 from btpipe.errors import UsageError
-from btpipe.events import Finished, Report, Tabled
+from btpipe.events import Note, Report, TextTable
 from btpipe.pretrain import loss, step
 from btpipe.recipe import Recipe, Run
 from btpipe.road import bench, compiling
 from btpipe.road import benchmark_worker as worker
 from btpipe.road.benchmark_worker import Sizes
-from btpipe.road.rows import Device, Prepare, Row, faster, machine, number, spent
+from btpipe.road.rows import Compared, Device, Prepare, Row, faster, machine, number, spent
 from btpipe.road.seat import Seat, Turn
 
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
@@ -52,17 +51,15 @@ def run(options: Options, report: Report, *, compiled: bool, loss_only: bool) ->
 
     `compiled` adds rows under torch.compile; `loss_only` leaves the loss's table alone.
     """
-    started = time.perf_counter()
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     if not loss_only:
-        report(_step_table(options, device, compiled=compiled))
+        report(Compared(_step_table(options, device, compiled=compiled)))
         if compiled:
-            report(compiling.cache_table(options.sizes, device))
-    report(_loss_table(options, device))
+            report(Compared(compiling.cache_table(options.sizes, device)))
+    report(Compared(_loss_table(options, device)))
     if not loss_only:
-        report(_lars_table(options, device))
-    text = f"{options.turns} turns a row, on {machine(device)}"
-    report(Finished("bench step", text, time.perf_counter() - started))
+        report(Compared(_lars_table(options, device)))
+    report(Note(f"{options.turns} turns a row, on {machine(device)}"))
 
 
 def options(sizes: Sizes, *, steps: int, grid: str) -> Options:
@@ -123,7 +120,7 @@ def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:
     return [Row(name, tuple(taken.get(name, ())), peaks.get(name, 0)) for name in named]
 
 
-def _step_table(options: Options, device: Device, *, compiled: bool) -> Tabled:
+def _step_table(options: Options, device: Device, *, compiled: bool) -> TextTable:
     sizes = options.sizes
     published = functools.partial(worker.published_step, device, sizes)
     core = functools.partial(worker.core_step, device, sizes)
@@ -145,7 +142,7 @@ def _step_table(options: Options, device: Device, *, compiled: bool) -> Tabled:
     clock = ("CPU-seconds", "seconds") if device == "cpu" else ("seconds",)
     columns = ("step", "times faster", *clock, "pairs/s", "peak GiB", "peak ratio")
     cells = [_step_cells(row, rows[0], sizes.batch, device) for row in rows]
-    return Tabled(title, columns, tuple(cells), f"{_about(device)} {_about_memory(device)}")
+    return TextTable(title, columns, tuple(cells), f"{_about(device)} {_about_memory(device)}")
 
 
 def core_kinds(device: Device, *, compiled: bool) -> list[tuple[worker.CorePrecision, bool]]:
@@ -174,7 +171,7 @@ def _step_cells(row: Row, base: Row, batch: int, device: Device) -> tuple[str, .
     return row.name, faster(row, base, device), *times, number(batch / seconds), gibibytes, peak
 
 
-def _loss_table(options: Options, device: Device) -> Tabled:
+def _loss_table(options: Options, device: Device) -> TextTable:
     rows: list[tuple[str, ...]] = []
     for dimension in options.dimensions:
         for count in options.counts:
@@ -192,7 +189,7 @@ def _loss_table(options: Options, device: Device) -> Tabled:
     unit = "CPU-seconds" if device == "cpu" else "seconds"
     columns = ("loss", "N", "D", "times faster", unit, "peak MiB", "peak ratio")
     note = f"{_about(device)} Peak: beyond the embeddings and their gradient."
-    return Tabled(title, columns, tuple(rows), note)
+    return TextTable(title, columns, tuple(rows), note)
 
 
 def _loss_cells(row: Row, base: Row, count: int, dimension: int, device: Device) -> tuple[str, ...]:
@@ -209,7 +206,7 @@ def _loss_cells(row: Row, base: Row, count: int, dimension: int, device: Device)
     )
 
 
-def _lars_table(options: Options, device: Device) -> Tabled:
+def _lars_table(options: Options, device: Device) -> TextTable:
     named: dict[str, Prepare] = {
         "published, a loop over parameters": functools.partial(
             worker.published_lars, device, options.sizes
@@ -221,7 +218,7 @@ def _lars_table(options: Options, device: Device) -> Tabled:
     sizes = options.sizes
     title = f"LARS on {sizes.backbone} and projector 3 x {sizes.dimension}, {machine(device)}"
     cells = [(row.name, faster(row, rows[0], device), number(_median(row, device))) for row in rows]
-    return Tabled(title, ("LARS", "times faster", unit), tuple(cells))
+    return TextTable(title, ("LARS", "times faster", unit), tuple(cells))
 
 
 def _median(row: Row, device: Device) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from btpipe.errors import NumericsError
-from btpipe.events import Tabled
+from btpipe.events import Finished, TextTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +35,35 @@ def tried(name: str, tolerance: float, about: str, measure: Callable[[], float])
         return Check(name, math.nan, tolerance, said)
 
 
-def table(checks: Iterable[Check], device: torch.device) -> Tabled:
-    """The checks for people."""
-    rows = tuple(
-        (c.name, f"{c.measured:.1e}", f"{c.tolerance:g}", "ok" if c.is_ok else "FAILED", c.about)
-        for c in checks
-    )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    title = f"Self-test on {name}, torch {torch.__version__}"
-    return Tabled(title, ("check", "measured", "allowed", "", "what is measured"), rows)
+@dataclasses.dataclass(frozen=True)
+class SelfTested(Finished):
+    """What was checked on a device, and with which torch; the command fails where a check did."""
+
+    job = "selftest"
+
+    checks: tuple[Check, ...]
+    device: str
+    torch: str
+
+    @property
+    def text(self) -> str:
+        return f"{len(self.checks)} checks"
+
+    def tables(self) -> list[TextTable]:
+        """A row for each check."""
+        rows = tuple(
+            (
+                c.name,
+                f"{c.measured:.1e}",
+                f"{c.tolerance:g}",
+                "ok" if c.is_ok else "FAILED",
+                c.about,
+            )
+            for c in self.checks
+        )
+        title = f"Self-test on {self.device}, torch {self.torch}"
+        columns = ("check", "measured", "allowed", "", "what is measured")
+        return [TextTable(title, columns, rows)]
 
 
 def require(checks: Iterable[Check]) -> None:

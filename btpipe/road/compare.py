@@ -23,11 +23,11 @@ from btpipe.data.views import Geometry
 from btpipe.embed import job
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import UsageError
-from btpipe.events import Event, Finished, Report, Tabled
+from btpipe.events import Event, Finished, Report, TextTable
 from btpipe.explore import knn, labelled, linear
 from btpipe.explore.knn import Accuracy
 from btpipe.explore.labelled import Labelled, Labels
-from btpipe.export import bundle
+from btpipe.export import bundle, verify
 from btpipe.pretrain import folder
 
 PIXELS = 64
@@ -40,7 +40,7 @@ it would take longer than the rest of the comparison together."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class Scores:
     """What neighbours and a linear classifier make of one kind of vectors."""
 
     neighbours: Accuracy
@@ -48,13 +48,14 @@ class Judged:
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Accuracies on the same test images of four kinds of vectors."""
+class Comparison(Event):
+    """Accuracies of four kinds of vectors on the same test images, which `run` has not seen."""
 
-    colours: Judged
-    pixels: Judged
-    untrained: Judged
-    pretrained: Judged
+    run: Path
+    colours: Scores
+    pixels: Scores
+    untrained: Scores
+    pretrained: Scores
 
     @property
     def gain(self) -> float:
@@ -63,8 +64,8 @@ class Comparison:
         best = max(one.neighbours.top1 for one in others)
         return self.pretrained.neighbours.top1 - max(best, self.pretrained.neighbours.majority)
 
-    def table(self, title: str) -> Tabled:
-        """The comparison for people."""
+    def tables(self) -> list[TextTable]:
+        """The comparison for people, in per cent."""
         named = (
             ("colour histogram", self.colours),
             (f"raw pixels, {PIXELS} x {PIXELS}", self.pixels),
@@ -89,7 +90,9 @@ class Comparison:
         )
         columns = ("vectors", "neighbours", "interval", "linear", "interval")
         share = _percent(one.majority)
-        return Tabled(title, columns, (("majority class", share, "", share, ""), *rows), note)
+        majority = ("majority class", share, "", share, "")
+        title = f"Accuracy on images that {self.run} has not seen"
+        return [TextTable(title, columns, (majority, *rows), note)]
 
 
 def compare(
@@ -118,15 +121,15 @@ def compare(
         for source, table in zip((run / folder.INDEX, test), tables, strict=True):
             job.embed(source, table, EncoderConfig(made), quiet, options)
         judged.append(_judge(*labelled.pair(*tables, Labels()), name, quiet, k))
-    return Comparison(colours, pixels, *judged)
+    return Comparison(run, colours, pixels, *judged)
 
 
-def _judge(known: Labelled, asked: Labelled, name: str, report: Report, k: int) -> Judged:
+def _judge(known: Labelled, asked: Labelled, name: str, report: Report, k: int) -> Scores:
     near = knn.accuracy(*known.numbered(known.names), *asked.numbered(known.names), k)
-    return Judged(near, linear.score(known, asked, Path(name), report))
+    return Scores(near, linear.score(known, asked, Path(name), report))
 
 
-def _baselines(train: Index, test: Index, report: Report, k: int) -> tuple[Judged, Judged]:
+def _baselines(train: Index, test: Index, report: Report, k: int) -> tuple[Scores, Scores]:
     """Colour histograms, and the pixels themselves less the training images' mean picture."""
     (known, known_colours), (asked, asked_colours) = _pictures(train), _pictures(test)
     colours = _judge(known_colours, asked_colours, "colour histogram", report, k)
@@ -136,7 +139,7 @@ def _baselines(train: Index, test: Index, report: Report, k: int) -> tuple[Judge
     axes = _principal_axes(known.embeddings)
     known, asked = (_with(one, one.embeddings @ axes) for one in (known, asked))
     score = linear.score(known, asked, Path("raw pixels"), report)
-    return colours, Judged(near, score)
+    return colours, Scores(near, score)
 
 
 def _with(rows: Labelled, vectors: NDArray[np.floating]) -> Labelled:
@@ -187,7 +190,7 @@ def _without_ends(report: Report) -> Report:
     """Passes on everything but the last words of the parts: the comparison has its own."""
 
     def pass_on(event: Event) -> None:
-        if not isinstance(event, Finished | Tabled):
+        if not isinstance(event, Finished | verify.Gates):
             report(event)
 
     return pass_on

@@ -10,14 +10,14 @@ import torch
 
 from btpipe import runtime
 from btpipe.errors import MachineError
-from btpipe.events import Tabled
+from btpipe.events import TextTable
 from btpipe.pretrain import step
 from btpipe.recipe import Run
 from btpipe.road import seat
 from btpipe.road.benchmark_worker import Device, Sizes
 
 
-def cache_table(sizes: Sizes, device: Device) -> Tabled:
+def cache_table(sizes: Sizes, device: Device) -> TextTable:
     """Seconds of the first compiled step, twice, each in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="btpipe-compile-") as folder:
         first, again = (first_step_seconds(sizes, device, Path(folder)) for _ in range(2))
@@ -27,7 +27,7 @@ def cache_table(sizes: Sizes, device: Device) -> Tabled:
     )
     title = f"The first compiled step: {sizes.backbone} at {sizes.image_size}, {sizes.batch} pairs"
     note = "By the clock, compiler and step together; imports and building left out."
-    return Tabled(title, ("compiled", "times faster", "seconds"), rows, note)
+    return TextTable(title, ("compiled", "times faster", "seconds"), rows, note)
 
 
 def first_step_seconds(sizes: Sizes, device: Device, cache: Path) -> float:

@@ -5,6 +5,7 @@ is tried: DALI decodes a picture, onnxruntime runs a model, a file is written an
 compute is compared with the CPU.
 """
 
+import dataclasses
 import importlib
 import platform
 import resource
@@ -18,7 +19,7 @@ from pathlib import Path
 import btpipe
 from btpipe import artifact, runtime
 from btpipe.errors import MachineError
-from btpipe.events import Finished, Report, Tabled
+from btpipe.events import Finished, Report, TextTable
 from btpipe.road import doctor_gpu
 from btpipe.road.finding import REINSTALL, Finding, readable_bytes, tried
 
@@ -34,16 +35,35 @@ SHARED_BYTES = 2**30
 """Of it: NCCL exchanges through it between GPUs, and containers often give 64 MiB."""
 
 
+@dataclasses.dataclass(frozen=True)
+class MachineExamined(Finished):
+    """What was found here; the command fails where something of it is broken."""
+
+    job = "doctor"
+
+    findings: tuple[Finding, ...]
+    to_look_at: int
+
+    @property
+    def text(self) -> str:
+        return f"{len(self.findings)} things looked at, {self.to_look_at} to look at"
+
+    def tables(self) -> list[TextTable]:
+        """A row for each."""
+        rows = tuple((f.name, f.found, f.verdict, f.to_do) for f in self.findings)
+        return [TextTable("What btpipe finds here", ("", "found", "", "what to do"), rows)]
+
+
 def run(report: Report, folder: Path) -> None:
-    """Looks at everything and reports one table. `folder` is where runs and tables go.
+    """Looks at everything and reports it. `folder` is where runs and tables go.
 
     Raises:
         MachineError: something is broken.
     """
     started = time.monotonic()
     found = examine(folder)
-    rows = tuple((f.name, f.found, f.verdict, f.to_do) for f in found)
-    report(Tabled("What btpipe finds here", ("", "found", "", "what to do"), rows))
+    looks = sum(finding.verdict != "ok" for finding in found)
+    report(MachineExamined(time.monotonic() - started, tuple(found), looks))
     broken = [finding for finding in found if finding.verdict == "broken"]
     if broken:
         raise MachineError(
@@ -51,9 +71,6 @@ def run(report: Report, folder: Path) -> None:
             expected="what the table says",
             fix=next((finding.to_do for finding in broken if finding.to_do), ""),
         )
-    looks = sum(finding.verdict == "look" for finding in found)
-    text = f"{len(found)} things looked at, {looks} to look at"
-    report(Finished("doctor", text, time.monotonic() - started))
 
 
 def examine(folder: Path) -> list[Finding]:

@@ -18,7 +18,7 @@ from btpipe import artifact, progress
 from btpipe.data import index as indexes
 from btpipe.data.index import Index
 from btpipe.errors import UsageError
-from btpipe.events import Finished, Note, Report, Tabled
+from btpipe.events import Finished, Note, Report, TextTable
 from btpipe.pretrain import network
 from btpipe.recipe import Recipe
 from btpipe.road import looks, probe
@@ -44,7 +44,9 @@ class Plan:
     """What a run costs, and what of its recipe should change.
 
     `step` is of one process and its share of the batch, `peak_bytes` its memory: on "cuda" the
-    GPU's, beyond the CUDA context. `exact`: the recipe's own batch was looked at.
+    GPU's, beyond the CUDA context; `free_bytes` is what it may use. `seconds` of the whole run are
+    by the clock, `cpu_seconds` over all processes. `shorter_side`: mean pixels of the images.
+    `exact`: the recipe's own batch was looked at.
     """
 
     device: probe.Device
@@ -57,18 +59,64 @@ class Plan:
     disk_bytes: int
     exact: bool
     rates: looks.Rates
-    advice: dict[str, str]
+    seconds: float
+    cpu_seconds: float
+    free_bytes: int
+    shorter_side: float
+    advice: dict[str, int]
     hints: tuple[str, ...]
 
-    @property
-    def seconds(self) -> float:
-        """Of the whole run, by the clock."""
-        return self.steps * self.step.seconds
+
+@dataclasses.dataclass(frozen=True)
+class Planned(Finished):
+    """The plan of a recipe, and where its advice was written as one."""
+
+    job = "plan"
+
+    recipe: str
+    plan: Plan
+    written: Path | None
 
     @property
-    def cpu_seconds(self) -> float:
-        """Of the whole run, over all processes."""
-        return self.steps * self.step.cpu_seconds * self.world_size
+    def text(self) -> str:
+        advice = (f"--set {key}={value}" for key, value in self.plan.advice.items())
+        said = ", ".join(advice) or "nothing in the recipe needs to change"
+        return f"{said}; {self.written} is written" if self.written else said
+
+    def tables(self) -> list[TextTable]:
+        """What was measured, and what it means for the run."""
+        plan = self.plan
+        expected = (
+            ("images", f"{plan.images:,}"),
+            ("steps", f"{plan.steps:,}"),
+            ("processes", str(plan.world_size)),
+            ("time", progress.duration(plan.seconds)),
+            ("CPU time", progress.duration(plan.cpu_seconds)),
+            (MEMORY[plan.device], f"{plan.peak_bytes / 2**30:.1f} GiB"),
+            ("disk for checkpoints", f"{plan.disk_bytes / 2**30:.1f} GiB"),
+        )
+        how = "the recipe's own batch" if plan.exact else "the line through two smaller batches"
+        note = f"From {how}. What several processes send each other is not in it."
+        if plan.device == "cuda":
+            note += NOT_IN_MEMORY
+        note = "\n".join((note, *plan.hints))
+        run = TextTable(f"A run of {self.recipe}", ("", "expected"), expected, note)
+        return [_parts(plan), run]
+
+
+def _parts(plan: Plan) -> TextTable:
+    rates, both, share = plan.rates, plan.step, plan.batch_size / plan.world_size
+    together = share / both.seconds, both.cpu_seconds / share
+    rows = tuple(
+        (name, f"{rate:.1f}", f"{1000 * cpu_seconds:.2f}")
+        for name, rate, cpu_seconds in (
+            ("loader alone", rates.loader, rates.loader_cpu),
+            ("step alone", rates.step, rates.step_cpu),
+            ("together, at the recipe's batch", *together),
+        )
+    )
+    columns = ("part", "images/s", "CPU ms an image")
+    return TextTable("One process, images a second", columns, rows)
 
 
 def make(recipe: Recipe, report: Report, *, devices: int) -> Plan:
@@ -129,7 +177,8 @@ def _plan(
     disk_bytes = one_bytes * (recipe.run.keep_last + 1)
     if recipe.run.keep_every:
         disk_bytes += one_bytes * (steps // recipe.run.keep_every)
-    advice, hints = _advice(recipe, devices, taken, peak_bytes, rates, sample)
+    free, shorter = _free_bytes(devices), float(np.minimum(sample.widths, sample.heights).mean())
+    advice, hints = _advice(recipe, devices, taken, peak_bytes, rates, free, shorter)
     return Plan(
         device=device,
         images=total,
@@ -141,6 +190,10 @@ def _plan(
         disk_bytes=disk_bytes,
         exact=taken[-1].images == share,
         rates=rates,
+        seconds=steps * seconds,
+        cpu_seconds=steps * cpu_seconds * devices,
+        free_bytes=int(free),
+        shorter_side=shorter,
         advice=advice,
         hints=hints,
     )
@@ -152,23 +205,23 @@ def _advice(
     taken: list[looks.Look],
     peak_bytes: float,
     rates: looks.Rates,
-    sample: Index,
-) -> tuple[dict[str, str], tuple[str, ...]]:
+    free: float,
+    shorter: float,
+) -> tuple[dict[str, int], tuple[str, ...]]:
     """Keys that should change, and what else would help."""
-    advice, hints = {}, []
-    free = _free_bytes(devices) * SPARE_MEMORY
+    advice: dict[str, int] = {}
+    hints: list[str] = []
     points = [(look.images, float(look.peak_bytes)) for look in taken]
     if peak_bytes > free and not recipe.run.micro_batch:
         size = recipe.data.batch_size
         fitting = [m for m in range(devices, size, devices) if size % m == 0]
         fitting = [m for m in fitting if looks.at(m // devices, points) <= free]
         if fitting:
-            advice["run.micro_batch"] = str(fitting[-1])
+            advice["run.micro_batch"] = fitting[-1]
             hints.append(
                 f"{peak_bytes / 2**30:.0f} GiB would be needed, {free / 2**30:.0f} are there:"
                 f" run.micro_batch = {fitting[-1]} fits, for one more forward pass"
             )
-    shorter = float(np.minimum(sample.widths, sample.heights).mean())
     large = shorter > LARGE * recipe.data.image_size
     if rates.loader < rates.step and large:
         smaller = round(recipe.data.image_size / 0.875 * LARGE)
@@ -182,49 +235,12 @@ def _advice(
 
 
 def _free_bytes(devices: int) -> float:
-    """Of one process: of a GPU what a CUDA context leaves, or its share of what is available."""
+    """Of one process: most of what a CUDA context leaves of a GPU, or its share of the memory."""
     if torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info(0)[0])
+        return SPARE_MEMORY * torch.cuda.mem_get_info(0)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return free / devices
-
-
-def tables(plan: Plan, name: str) -> list[Tabled]:
-    """What was measured, and what it means for the run."""
-    rates = plan.rates
-    share = plan.batch_size / plan.world_size
-    both = plan.step
-    parts = Tabled(
-        "One process, images a second",
-        ("part", "images/s", "CPU ms an image"),
-        (
-            ("loader alone", f"{rates.loader:.1f}", f"{1000 * rates.loader_cpu:.2f}"),
-            ("step alone", f"{rates.step:.1f}", f"{1000 * rates.step_cpu:.2f}"),
-            (
-                "together, at the recipe's batch",
-                f"{share / both.seconds:.1f}",
-                f"{1000 * both.cpu_seconds / share:.2f}",
-            ),
-        ),
-    )
-    how = "the recipe's own batch" if plan.exact else "the line through two smaller batches"
-    run = Tabled(
-        f"A run of {name}",
-        ("", "expected"),
-        (
-            ("images", f"{plan.images:,}"),
-            ("steps", f"{plan.steps:,}"),
-            ("processes", str(plan.world_size)),
-            ("time", progress.duration(plan.seconds)),
-            ("CPU time", progress.duration(plan.cpu_seconds)),
-            (MEMORY[plan.device], f"{plan.peak_bytes / 2**30:.1f} GiB"),
-            ("disk for checkpoints", f"{plan.disk_bytes / 2**30:.1f} GiB"),
-        ),
-        f"From {how}. What several processes send each other is not in it."
-        + (NOT_IN_MEMORY if plan.device == "cuda" else ""),
-    )
-    return [parts, run]
+    return SPARE_MEMORY * free / devices
 
 
 def run(recipe: Recipe, name: str, report: Report, *, devices: int, write: Path | None) -> None:
@@ -237,19 +253,9 @@ def run(recipe: Recipe, name: str, report: Report, *, devices: int, write: Path 
     if write is not None and write.exists():
         raise UsageError("stands there already", where=write, fix="choose another --write")
     plan = make(recipe, report, devices=devices)
-    for tabled in tables(plan, name):
-        report(tabled)
-    for hint in plan.hints:
-        report(Note(hint))
-    text = (
-        "nothing in the recipe needs to change"
-        if not plan.advice
-        else ", ".join(f"--set {key}={value}" for key, value in plan.advice.items())
-    )
     if write is not None:
         _write(recipe, plan, write)
-        text = f"{text}; {write} is written"
-    report(Finished("plan", text, time.monotonic() - started))
+    report(Planned(time.monotonic() - started, name, plan, write))
 
 
 def _write(recipe: Recipe, plan: Plan, path: Path) -> None:
@@ -257,7 +263,7 @@ def _write(recipe: Recipe, plan: Plan, path: Path) -> None:
     tables = recipe.model_dump(mode="json")
     for key, value in plan.advice.items():
         table, leaf = key.split(".")
-        tables[table][leaf] = int(value)
+        tables[table][leaf] = value
     advised = Recipe.model_validate_json(json.dumps(tables))
     head = f"# Planned for {plan.images:,} images: {progress.duration(plan.seconds)} expected.\n"
     artifact.write_file(path, (head + advised.to_toml() + "\n").encode())

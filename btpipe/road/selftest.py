@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from btpipe import runtime
-from btpipe.events import Finished, Report
+from btpipe.events import Report
 from btpipe.pretrain import loss, network, optim, schedule, step
 from btpipe.recipe import Data, Loss, Optim, Recipe, Run
 from btpipe.road import published, selftest_road, small
-from btpipe.road.checks import Check, difference, relative, require, table, worst
+from btpipe.road.checks import Check, SelfTested, difference, relative, require, worst
 
 EXACT = 1e-10
 """float64 against float64, relative to the largest value: only the order of sums differs."""
@@ -36,7 +36,7 @@ SCALE = 256.0
 
 
 def run(report: Report) -> None:
-    """Checks everything and reports one table.
+    """Checks everything and reports it.
 
     Raises:
         NumericsError: a check failed.
@@ -52,8 +52,9 @@ def run(report: Report) -> None:
             *selftest_road.checks(here.device),
         ]
     checks += rank_checks()
-    report(table(checks, here.device))
-    report(Finished("selftest", f"{len(checks)} checks", time.perf_counter() - started))
+    name = torch.cuda.get_device_name() if here.device.type == "cuda" else "CPU"
+    seconds = time.perf_counter() - started
+    report(SelfTested(seconds, tuple(checks), name, torch.__version__))
     require(checks)
 
 

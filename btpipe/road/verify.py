@@ -15,10 +15,10 @@ from btpipe.data import findings, mapping, rejects, seal, shard
 from btpipe.data.index import open_index
 from btpipe.embed import outputs, table
 from btpipe.errors import IntegrityError
-from btpipe.events import Finished, Report, Tabled
+from btpipe.events import Report
 from btpipe.export import contract
 from btpipe.pretrain import changes
-from btpipe.road.account import ANEW, Account
+from btpipe.road.account import ANEW, Account, ProblemsFound, Verified
 from btpipe.road.recognise import Found, recognise
 
 
@@ -34,14 +34,12 @@ def verify(path: Path, report: Report) -> Account:
     found, account = recognise(path), Account()
     _check(found, account)
     if account.problems:
-        rows = tuple((p.where, p.what, p.fix) for p in account.problems)
-        report(Tabled(f"Wrong in {found.path}", ("where", "what", "to do"), rows))
+        report(ProblemsFound(found.path, tuple(account.problems)))
         first, more = account.problems[0], len(account.problems) - 1
         others = f"; {more} more, listed above" if more else ""
         raise IntegrityError(first.what + others, where=first.where, fix=first.fix)
-    rows_text = f", {account.rows:,} rows" if account.rows else ""
-    text = f"{found.path}: {found.kind}, {account.files:,} files{rows_text}: as they were written"
-    report(Finished("verify", text, time.monotonic() - started))
+    seconds = time.monotonic() - started
+    report(Verified(seconds, found.path, found.kind, account.files, account.rows))
     return account
 
 

@@ -1,5 +1,6 @@
 """A picture of images and their views with the drawn numbers, for a person to judge."""
 
+import dataclasses
 import functools
 import io
 import time
@@ -26,6 +27,23 @@ INK, MUTED, PAPER, FRAME = "#1a1a1a", "#666666", "#ffffff", "#ececec"
 ELLIPSIS = "\u2026"
 
 
+@dataclasses.dataclass(frozen=True)
+class ViewsDrawn(Finished):
+    """A sheet of `images` images as `epoch` shows them, and its page where one was asked for."""
+
+    job = "views"
+
+    out: Path
+    page: Path | None
+    images: int
+    epoch: int
+
+    @property
+    def text(self) -> str:
+        place = f"{self.out} and {self.page}" if self.page else f"{self.out}"
+        return f"{place}: {self.images} images as epoch {self.epoch} shows them"
+
+
 def make(
     recipe: Recipe, name: str, out: Path, report: Report, *, count: int, epoch: int, page: bool
 ) -> None:
@@ -45,13 +63,10 @@ def make(
     content = io.BytesIO()
     draw(samples, f"{name}: {about}").save(content, "PNG")
     artifact.write_file(out, content.getvalue())
-    made = str(out)
-    if page:
-        beside = out.with_suffix(".html")
+    beside = out.with_suffix(".html") if page else None
+    if beside is not None:
         views_page.write(beside, samples, f"Views of {name}", about, recipe.to_toml())
-        made = f"{out} and {beside}"
-    text = f"{made}: {len(samples)} images as epoch {epoch} shows them"
-    report(Finished("views", text, time.monotonic() - started))
+    report(ViewsDrawn(time.monotonic() - started, out, beside, len(samples), epoch))
 
 
 def draw(samples: Sequence[Sample], title: str) -> Image.Image:

@@ -4,7 +4,6 @@ import csv
 import ctypes
 import hashlib
 import io
-import json
 import os
 import resource
 import signal
@@ -14,6 +13,7 @@ import tarfile
 import time
 from pathlib import Path
 
+import event_schema
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,7 @@ from btpipe.data.index import build, open_index
 from btpipe.data.rejects import BadInputError
 from btpipe.data.scan import Depth, Scan, scan
 from btpipe.errors import BudgetError, IntegrityError, UsageError
-from btpipe.events import Event, Finished, Note, Progressed, Rejected, Tabled, ignore
+from btpipe.events import Event, Finished, Note, Progressed, Rejected, ignore
 
 BOMB_BYTES = 100 * 2**20
 """What a pixel bomb may add to the memory of a scan; decoded it would take 400 MB or more."""
@@ -157,7 +157,7 @@ def test_doubles_and_nearly_empty_images_are_found_and_kept(tmp_path: Path) -> N
     }
     assert "a/1.jpg" in done.findings[0].detail
     assert findings.read(tmp_path / "i.findings.csv") == done.findings
-    (table,) = [event for event in events if isinstance(event, Tabled)]
+    (table,) = [table for event in events for table in event.tables()]
     assert table.rows[0] == ("duplicate", "2", "b/again.jpg, b/third.jpg")
 
 
@@ -167,7 +167,7 @@ def test_the_report_counts_rejects_by_reason_and_says_what_to_do(
     cut(draw(images / "b/cut2.jpg", seed=21))
     events: list[Event] = []
     scan(images, tmp_path / "i.parquet", events.append, depth="decode")
-    table = next(event for event in events if isinstance(event, Tabled))
+    table = next(table for event in events for table in event.tables())
     assert table.rows[0] == (
         "damaged or cut off",
         "2",
@@ -191,7 +191,7 @@ def test_every_reason_that_a_file_can_have_comes_with_advice() -> None:
         "decoding ended the process (SIGSEGV)",
     ]
     rows = health.advice(Rejected(str(i), "x", "content", reason) for i, reason in enumerate(known))
-    assert "look at it" not in {row[2] for row in rows}
+    assert "look at it" not in {row.to_do for row in rows}
     assert len(rows) == len(known) - 1  # both kinds that cannot be read are one
 
 
@@ -338,8 +338,8 @@ def test_the_command_ends_with_3_when_strict_and_0_otherwise(images: Path, tmp_p
     words = ["scan", str(images), "--out", str(tmp_path / "i.parquet"), "--depth", "decode"]
     lenient = CliRunner().invoke(cli.app, [*words, "--json"])
     assert lenient.exit_code == 0
-    events = [json.loads(line) for line in lenient.stdout.splitlines()]
-    assert [e["event"] for e in events].count("Finished") == 1
+    *_, told = event_schema.read(lenient.stdout)
+    assert (told["event"], told["images"], told["rejects"]) == ("Scanned", 8, 3)
     strict = CliRunner().invoke(cli.app, [*words, "--strict"])
     assert isinstance(strict.exception, BudgetError)
     assert strict.exception.exit_code == 3
@@ -368,16 +368,14 @@ def test_a_stopped_scan_keeps_what_it_decoded_and_goes_on(tmp_path: Path) -> Non
     with subprocess.Popen(
         [*command, "--depth", "decode", "--json"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
     ) as running:
         assert running.stdout
-        assert running.stderr
         assert '"Progressed"' in running.stdout.readline()
         running.send_signal(signal.SIGTERM)
-        said = running.stdout.read()
-    assert running.returncode == 75
-    assert "run the same command again" in said
+        *_, error = event_schema.read(running.stdout.read())
+    assert (running.returncode, error["code"], error["kind"]) == (75, 75, "Stopped")
+    assert "run the same command again" in error["fix"]
     half = open_index(out)
     known = len(half) - half.table["digest"].null_count
     assert 0 < known < MANY

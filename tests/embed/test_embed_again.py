@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from tiny_run import draw_images, shared_home
 
-from btpipe.embed.job import JobOptions, Summary, embed
+from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.merging import merge
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, Finished, Progressed, Warned, ignore
+from btpipe.results import Embedded
 
 IMAGES = 24
 TABLES = ("whole.parquet", "whole.rejects.parquet")
@@ -41,7 +42,7 @@ def run(
     *,
     shard: str = "",
     repair: bool = False,
-) -> Summary:
+) -> Embedded:
     report = ignore if events is None else events.append
     return embed(
         images,

@@ -24,6 +24,7 @@ from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BudgetError, IntegrityError, RefusedError, Stopped, UsageError
 from btpipe.events import Event, Note, Progressed, Rejected, Warned, ignore
+from btpipe.results import Embedded
 
 IMAGES = 40
 PART_ROWS = 8
@@ -163,7 +164,7 @@ def test_a_finished_job_touches_nothing(images: Path, bundle: Path, tmp_path: Pa
     events: list[Event] = []
     run(images, out, bundle, events)
     assert moments(out.parent) == before
-    assert any(isinstance(event, Note) and "nothing to do" in event.text for event in events)
+    assert any(isinstance(event, Embedded) and event.nothing_to_do for event in events)
 
 
 def test_changed_images_are_embedded_again_and_replace_the_table(

@@ -1,8 +1,8 @@
 """`btpipe embed` with every ending, engine and type: the vectors of the Python API, to the bit."""
 
-import json
 from pathlib import Path
 
+import event_schema
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,13 +33,12 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def run(images: Path, out: Path, bundle: Path, *options: str) -> list[str]:
-    """`btpipe embed` in the command line's own words; the notes and the last line."""
+def run(images: Path, out: Path, bundle: Path, *options: str) -> list[event_schema.Record]:
+    """`btpipe embed` in the command line's own words; what it tells a machine."""
     words = ["embed", str(images), "--out", str(out), "--model", str(bundle), "--device", "cpu"]
     result = CliRunner().invoke(app, [*words, *options, "--json"])
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    events = [json.loads(line) for line in result.stdout.splitlines()]
-    return [event["text"] for event in events if event["event"] in ("Note", "Finished")]
+    return event_schema.read(result.stdout)
 
 
 def rows(out: Path) -> pa.Table:
@@ -59,13 +58,13 @@ def test_another_ending_holds_the_rows_of_the_table_and_is_rerun_like_one(
     out = tmp_path / f"v{ending}"
     run(images, out, bundle)
     draw_images(images, MANY)  # the first ones again, with another time of change
-    texts = run(images, out, bundle)
-    assert f"{MANY - FEW} embedded, {FEW} as they were" in texts[-1]
+    *_, told = run(images, out, bundle)
+    assert (told["embedded"], told["reused"], told["dropped"]) == (MANY - FEW, FEW, 0)
     paths = rows(out)["path"].to_pylist()
     assert paths == sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))
     encoder = load(bundle, device="cpu")
     assert np.array_equal(vectors(out), encoder.embed([images / path for path in paths]))
-    assert "nothing to do" in run(images, out, bundle)[-1]
+    assert run(images, out, bundle)[-1]["nothing_to_do"]
     rejects = pq.read_table(tmp_path / f"v{ending}.rejects.parquet")
     assert rejects.num_rows == 0
     assert not list(tmp_path.glob("*.work"))
@@ -104,8 +103,9 @@ def test_float16_halves_the_table_and_auto_says_what_it_chose(
     images: Path, bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "v.safetensors"
-    texts = run(images, out, bundle, "--dtype", "float16")
-    assert texts[0].startswith("fp32: the bundle has no int8 model")
+    told = run(images, out, bundle, "--dtype", "float16")
+    notes = [event["text"] for event in told if event["event"] == "Note"]
+    assert notes[0].startswith("fp32: the bundle has no int8 model")
     paths = [images / path for path in rows(out)["path"].to_pylist()]
     wanted = load(bundle, device="cpu").embed(paths).astype(np.float16)
     assert vectors(out).dtype == np.float16

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import event_schema
 import numpy as np
 import pytest
 from PIL import Image
@@ -131,7 +132,9 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_weights(
     work = out.with_name("stopped.json.work")
     assert (work / classifier.STATE / artifact.MANIFEST).is_file()
     for place in (out, whole):
-        assert subprocess.run([*command, "--out", str(place)], check=False).returncode == 0
+        words = [*command, "--out", str(place)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert event_schema.read(done.stdout)[-1]["event"] == "ClassifierJudged"
     assert json.loads(out.read_text()) == json.loads(whole.read_text())
 
 
@@ -142,10 +145,10 @@ def test_two_ranks_of_torchrun_are_one_evaluation(
     command = [torchrun, "--standalone", "--nproc-per-node", "2", "-m", "btpipe", "eval", "linear"]
     command += [str(bundle), str(images / "train"), "--test", str(images / "test")]
     command += ["--epochs", "2", "--out", "score.json", "--json"]
-    for line in ("Tabled", "Note"):  # the second start finds the score
+    for line in ("ClassifierJudged", "Note"):  # the second start finds the score
         done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
-        told = [json.loads(text)["event"] for text in done.stdout.splitlines()]
-        assert told.count("Tabled") + told.count("Note") == told.count(line) == 1
+        told = [event["event"] for event in event_schema.read(done.stdout)]
+        assert told.count("ClassifierJudged") + told.count("Note") == told.count(line) == 1
     assert json.loads((tmp_path / "score.json").read_text())["test images"] == 18
     assert [path.name for path in tmp_path.iterdir()] == ["score.json"]
 

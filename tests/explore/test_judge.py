@@ -1,9 +1,9 @@
 """`eval knn`: the shares agree with votes that are counted one by one, to the last image."""
 
-import json
 import math
 from pathlib import Path
 
+import event_schema
 import numpy as np
 import pytest
 import vector_table
@@ -109,7 +109,7 @@ def test_labels_come_from_a_list_and_rows_without_are_left_out(tmp_path: Path) -
     (tmp_path / "labels.csv").write_text("path,label\n" + "\n".join(lines))
     found = knn.judge(bare, asked, (10,), labels=Labels(file=tmp_path / "labels.csv"))
     assert (found.n, found.left_out, found.known) == (50, 10, expected.known)
-    assert "10 rows without a label are left out" in found.table().note
+    assert "10 rows without a label are left out" in found.tables()[0].note
 
 
 def test_labels_that_cannot_be_had_are_named(tmp_path: Path) -> None:
@@ -133,5 +133,5 @@ def test_the_command_prints_a_table_or_numbers(tmp_path: Path) -> None:
     assert said.exit_code == 0
     assert all(f" {k} " in said.output for k in (10, 20, 100, 150))
     command = ["eval", "knn", known, "--test", asked, "-k", "3", "-k", "7", "--json"]
-    record = json.loads(runner.invoke(app, command).output)
+    (record,) = event_schema.read(runner.invoke(app, command).output)
     assert (record["event"], record["k"], len(record["top5"])) == ("Judged", [3, 7], 2)

@@ -84,13 +84,6 @@ def test_two_tables_give_the_accuracy_of_their_vectors(tmp_path: Path) -> None:
     assert math.isclose(expected.majority, 1 / 4)
 
 
-def test_an_accuracy_reads_in_per_cent() -> None:
-    shown = knn.Accuracy(0.5, 0.4, 0.6123, n=1500, k=20, majority=0.1).table()
-    assert shown.rows == (("50.0", "40.0 to 61.2", "10.0"),)
-    assert len(shown.columns) == 3
-    assert "1,500 test images, k = 20" in shown.note
-
-
 def test_vectors_of_two_bundles_are_never_compared(tmp_path: Path) -> None:
     vectors = np.eye(3, dtype=np.float32)
     first = write(tmp_path / "a.parquet", ["x", "y", "x"], vectors)

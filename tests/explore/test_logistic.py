@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import event_schema
 import numpy as np
 import pytest
 import scipy.optimize
@@ -130,7 +131,7 @@ def test_a_table_is_judged_by_another_and_its_score_stands_beside_it(tmp_path: P
     known, asked = tables(tmp_path)
     done = CliRunner().invoke(app, ["eval", "linear", str(known), "--test", str(asked), "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = event_schema.read(done.stdout)[-1]
     written = json.loads((tmp_path / "known.linear.json").read_text())
     assert told["score"].items() <= written.items()
     assert (written["bundle"], written["kind"]) == (vector_table.BUNDLE, linear.KIND)

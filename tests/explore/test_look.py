@@ -19,7 +19,7 @@ from btpipe import neighbours
 from btpipe.embed import job
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import RefusedError, UsageError
-from btpipe.events import Event, Tabled, ignore
+from btpipe.events import Event, ignore
 from btpipe.explore import dupes, outliers, page, search
 
 NOISE = 0.02
@@ -150,7 +150,7 @@ def test_the_planted_stranger_comes_first_with_its_mean_distance(tmp_path: Path)
     np.fill_diagonal(every, np.inf)
     expected = np.sort(every, axis=1)[:, :4].mean(axis=1)
     np.testing.assert_allclose(found.distance, expected[found.rows], atol=2e-3)  # of float16
-    (table,) = [event for event in said if isinstance(event, Tabled)]
+    (table,) = [table for event in said for table in event.tables()]
     assert table.rows[0][1] == "20.jpg"
     assert "does not mean wrong" in table.note
     with (tmp_path / "v.outliers.csv").open() as file:

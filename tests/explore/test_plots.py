@@ -22,11 +22,12 @@ from typer.testing import CliRunner
 
 from btpipe.cli import app
 from btpipe.errors import UsageError
-from btpipe.events import Alarm, Event, Finished, KnnJudged, RanksMeasured, RunStarted, StepDone
+from btpipe.events import Alarm, Event, KnnJudged, RanksMeasured, RunStarted, StepDone
 from btpipe.events import ignore as nobody
 from btpipe.explore import correlation, curves, history, plots
 from btpipe.pretrain import loss
 from btpipe.recipe import Recipe
+from btpipe.results import Pretrained
 
 STEPS = 40
 FLOOR = 12.5
@@ -83,7 +84,7 @@ def whole_run(run: Path) -> Path:
     events += [stepped(step, 300 / step) for step in range(1, STEPS + 1)]
     events += [RanksMeasured(step, 20.0, 9.0, 64) for step in range(5, STEPS + 1, 5)]
     events += [KnnJudged(20, 2.0, 0.4, 50, 20, 1.0), KnnJudged(40, 4.0, 0.6, 50, 20, 1.0)]
-    events += [Alarm(30, "collapse", "lower optim.lr"), Finished("pretrain", "", 1.0)]
+    events += [Alarm(30, "collapse", "lower optim.lr"), Pretrained(1.0, "r", 40, 40)]
     return write_run(run, events)
 
 
@@ -98,7 +99,7 @@ def test_steps_that_a_restart_did_again_are_drawn_once_as_they_came_out_last(
             Alarm(30, "collapse", "of steps that were done again"),
             started(20),
             *(stepped(step, 50.0) for step in (30, 40)),
-            Finished("pretrain", "", 1.0),
+            Pretrained(1.0, "r", 40, 40),
         ],
     )
     found = history.read(run)
@@ -278,7 +279,7 @@ def test_live_shows_what_is_new_and_ends_with_the_run(tmp_path: Path) -> None:
             wait_for(out.exists)
             assert f'"reload": {plots.RELOAD_SECONDS}' in out.read_text()
             with (run / "events.jsonl").open("a") as log:
-                for event in (stepped(2, 77.5), Finished("pretrain", "", 1.0)):
+                for event in (stepped(2, 77.5), Pretrained(1.0, "r", 40, 40)):
                     log.write(json.dumps(event.record()) + "\n")
             assert process.wait(60) == 0
         finally:

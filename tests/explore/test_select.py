@@ -179,7 +179,9 @@ ROWS = (
 
 
 def chosen(by: By, error: float | None = None) -> Selected:
-    return Selected.choose("r", by, ROWS, images=50, own=True, errors=lambda _a, _b: error)
+    return Selected.choose(
+        "r", by, ROWS, images=50, own=True, seconds=1.0, errors=lambda _a, _b: error
+    )
 
 
 def test_each_measure_has_its_own_best_and_of_equal_ones_the_later() -> None:
@@ -202,16 +204,16 @@ def test_a_measure_by_which_training_made_nothing_better_says_so() -> None:
 
 
 def test_a_lead_within_the_noise_is_called_that() -> None:
-    assert "within the noise" in chosen("alignment", 0.1).verdict()
-    assert "within the noise" not in chosen("alignment", 0.01).verdict()
+    assert "within the noise" in chosen("alignment", 0.1).text
+    assert "within the noise" not in chosen("alignment", 0.01).text
 
 
 def test_a_run_with_one_checkpoint_is_told_how_to_keep_more() -> None:
     only = Selected.choose(
-        "r", "retrieval", ROWS[:2], images=5, own=True, errors=lambda _a, _b: None
+        "r", "retrieval", ROWS[:2], images=5, own=True, seconds=1.0, errors=lambda _a, _b: None
     )
     assert (only.step, only.next_step) == (100, None)
-    assert "run.keep_every" in only.verdict()
+    assert "run.keep_every" in only.text
 
 
 def test_a_damaged_checkpoint_is_left_out_with_a_warning(run: Path, tmp_path: Path) -> None:
@@ -240,10 +242,10 @@ def test_a_browser_draws_every_measure_and_the_table(tmp_path: Path) -> None:
     plots_page.write_panels(
         tmp_path / "x.html",
         found.title(),
-        found.verdict(),
+        found.text,
         found.panels(),
         found.marks(),
-        found.table(),
+        found.tables()[0],
     )
     with browser(tmp_path / "profile") as tab:
         tab.open(tmp_path / "x.html")

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from btpipe.cli import app
 from btpipe.data.index import build
 from btpipe.errors import NumericsError, RefusedError, UsageError
-from btpipe.events import Event, Tabled, ignore
+from btpipe.events import Event, TextTable, ignore
 from btpipe.export import bundle, contract, golden, samples
 from btpipe.export import source as sources
 from btpipe.export.bundle import Wanted
@@ -175,7 +175,9 @@ def test_a_weight_that_changes_before_the_trace_fails_in_every_precision(
     assert [row[-1] for row in table.rows] == ["NO", "NO", "NO"]
 
 
-def refused(source: sources.Source, home: Path, place: Path, wanted: Wanted, model: str) -> Tabled:
+def refused(
+    source: sources.Source, home: Path, place: Path, wanted: Wanted, model: str
+) -> TextTable:
     """Publishing fails with 6 for this model and leaves nothing; returns the table."""
     index, _ = build(home / "images")
     chosen = samples.choose(index, source.preprocessing, ignore, calibrate=True)
@@ -186,8 +188,7 @@ def refused(source: sources.Source, home: Path, place: Path, wanted: Wanted, mod
         bundle.publish(source, chosen, out, origin, events.append, wanted)
     assert refusal.value.exit_code == 6
     assert list(out.parent.iterdir()) == []
-    (table,) = events
-    assert isinstance(table, Tabled)
+    (table,) = [table for event in events for table in event.tables()]
     assert [row[0] for row in table.rows] == wanted.models
     return table
 

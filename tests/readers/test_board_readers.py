@@ -14,6 +14,7 @@ from btpipe import events
 from btpipe.events import Event, ignore
 from btpipe.explore import plots
 from btpipe.recipe import Recipe
+from btpipe.results import Pretrained
 
 accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
@@ -50,7 +51,7 @@ def whole() -> list[Event]:
         events.RanksMeasured(20, 33.0, 9.0, 64),
         events.KnnJudged(20, 2.0, 0.625, 50, 20, 1.0),
         events.Alarm(30, "collapse", "lower optim.lr"),
-        events.Finished("pretrain", "", 1.0),
+        Pretrained(1.0, "r", 40, 40),
     ]
 
 
@@ -108,7 +109,7 @@ def test_live_appends_what_is_new_and_begins_anew_after_a_restart(tmp_path: Path
             first = wait_for(board / "r", [(1, 3.0)])
             add(run, [stepped(2, 2.0), stepped(3, 1.0)])
             assert wait_for(board / "r", [(1, 3.0), (2, 2.0), (3, 1.0)]) == first
-            add(run, [started(1), stepped(2, 8.0), events.Finished("pretrain", "", 1.0)])
+            add(run, [started(1), stepped(2, 8.0), Pretrained(1.0, "r", 40, 40)])
             assert process.wait(60) == 0
         finally:
             process.kill()

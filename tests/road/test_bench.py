@@ -1,9 +1,9 @@
 """`btpipe bench`: how fast this machine embeds, and what limits it."""
 
 import functools
-import json
 from pathlib import Path
 
+import event_schema
 import pytest
 import torch
 from tiny_run import draw_images
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from btpipe import runtime
 from btpipe.cli import app
 from btpipe.errors import UsageError
-from btpipe.road import bench
+from btpipe.road import bench, rows
 from btpipe.road.seat import Turn
 
 
@@ -20,26 +20,26 @@ from btpipe.road.seat import Turn
 def test_the_quick_benchmark_shows_each_precision_and_each_part() -> None:
     result = CliRunner().invoke(app, ["bench", "--quick", "--json"])
     assert result.exit_code == 0, result.output
-    *notes, whole, parts, end = (json.loads(line) for line in result.stdout.splitlines())
-    assert end["event"] == "Finished"
+    *notes, end = event_schema.read(result.stdout)
+    assert end["event"] == "Benchmarked"
     if torch.cuda.is_available():
         kinds = ["onnxruntime fp32", "onnxruntime tf32", "onnxruntime fp16", "torch bf16"]
         assert not notes
     else:
         kinds = ["onnxruntime fp32", "torch bf16"]
         assert "no int8 row" in notes[0]["text"]
-    assert [row[0] for row in whole["rows"]] == kinds
-    assert whole["rows"][0][1] == "1.00"
-    assert all(0 < float(row[4]) < 2 for row in whole["rows"])
+    assert [way["name"] for way in end["ways"]] == kinds
+    assert end["ways"][0]["times_faster"] == 1
+    assert all(0 < way["share_of_limit"] < 2 for way in end["ways"])
     alone = ["read and hash", "read, decode and resize", "write the table"]
-    assert [row[0] for row in parts["rows"]] == [*alone, *(f"network, {kind}" for kind in kinds)]
-    assert all(float(row[1]) > 0 for row in parts["rows"])
+    assert [part["name"] for part in end["parts"]] == [*alone, *(f"network, {k}" for k in kinds)]
+    assert all(part["cpu_ms"] > 0 for part in end["parts"])
 
 
 def test_the_limit_is_the_slower_part_on_a_gpu_and_the_sum_over_all_cores_on_a_cpu() -> None:
     decode, network = Turn(seconds=3.0, cpu_seconds=8.0), Turn(seconds=2.0, cpu_seconds=4.0)
-    assert bench.limit_seconds([decode, network], "cuda") == 3.0
-    assert bench.limit_seconds([decode, network], "cpu") == 12.0 / runtime.cores()
+    assert rows.limit_seconds([decode, network], "cuda") == 3.0
+    assert rows.limit_seconds([decode, network], "cpu") == 12.0 / runtime.cores()
 
 
 def test_a_gpu_gets_more_images_in_a_turn_unless_somebody_says_how_many() -> None:

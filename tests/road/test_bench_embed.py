@@ -10,9 +10,10 @@ from tiny_run import draw_images, shared_home
 
 from btpipe.data import index
 from btpipe.embed.encoder import load
-from btpipe.events import Event, Tabled
+from btpipe.events import Event
 from btpipe.road import bench, bench_cases, bench_embed, embed_worker
 from btpipe.road.bench_cases import Work
+from btpipe.road.rows import Compared
 
 COUNT = 12
 SAME_IMAGE = 0.98
@@ -24,7 +25,7 @@ def test_the_quick_benchmark_sets_btpipe_beside_what_a_user_would_write() -> Non
     events: list[Event] = []
     options = bench.options(None, 3, "resnet50", 224, device="auto", quick=True)
     bench_embed.run(options, None, None, events.append, workers=1)
-    whole, parts = (event for event in events if isinstance(event, Tabled))
+    whole, parts = (event.table for event in events if isinstance(event, Compared))
     names, users = [row[0] for row in whole.rows], 2 if torch.cuda.is_available() else 1
     assert names[0] == "torchvision eager, DataLoader"
     assert all(name.startswith("btpipe, ") for name in names[users:])

@@ -13,9 +13,10 @@ from btpipe.data import index
 from btpipe.data.loader import TrainingLoader
 from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
-from btpipe.events import Event, Tabled, ignore
+from btpipe.events import Event, ignore
 from btpipe.road import bench_loader, loader_worker, published_views
 from btpipe.road.loader_worker import Load
+from btpipe.road.rows import Compared
 from btpipe.road.seat import PeakMemory, Prepared, Seat
 
 VIEW_TOLERANCE = 0.15
@@ -27,7 +28,7 @@ BURNT_SECONDS = 0.5
 def test_the_quick_benchmark_shows_its_tables() -> None:
     events: list[Event] = []
     bench_loader.run(bench_loader.QUICK, None, events.append)
-    loaders, parts, *of_gpu = (event for event in events if isinstance(event, Tabled))
+    loaders, parts, *of_gpu = (event.table for event in events if isinstance(event, Compared))
     assert loaders.rows[0][1] == "1.00"
     assert len(loaders.rows) == 3
     assert [row[1] for row in parts.rows][::2] == ["1.00", "1.00"]

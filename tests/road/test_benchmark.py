@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from btpipe.errors import MachineError, UsageError
-from btpipe.events import Event, Tabled
+from btpipe.events import Event
 from btpipe.pretrain import step
 from btpipe.road import benchmark, published, rows, seat
 from btpipe.road.benchmark_worker import Sizes
+from btpipe.road.rows import Compared
 
 PUBLISHED = load_file(Path(__file__).parent.parent / "pretrain" / "published.safetensors")
 EXACT = 1e-12  # float64; the same operations as those that made the numbers
@@ -186,7 +187,7 @@ def test_a_grid_that_means_nothing_is_refused(grid: str) -> None:
 def test_the_quick_benchmark_shows_its_three_tables() -> None:
     events: list[Event] = []
     benchmark.run(benchmark.QUICK, events.append, compiled=False, loss_only=False)
-    steps, losses, lars = (event for event in events if isinstance(event, Tabled))
+    steps, losses, lars = (event.table for event in events if isinstance(event, Compared))
     assert [row[0] for row in losses.rows] == ["published", "gram", "cross"]
     for table in (steps, losses, lars):
         assert table.rows[0][table.columns.index("times faster")] == "1.00"

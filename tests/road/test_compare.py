@@ -1,9 +1,11 @@
 """The comparison with baselines, on a small run; and the demo, which must keep its promise."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import event_schema
 import numpy as np
 import pytest
 from tiny_run import draw_images, make_run
@@ -33,7 +35,8 @@ def test_a_run_is_judged_against_its_untrained_twin_and_raw_pixels(tmp_path: Pat
     train, test = (run / "compare" / f"pretrained-{part}.parquet" for part in ("train", "test"))
     assert knn.evaluate(train, test, k=5) == judged.pretrained.neighbours
     assert linear.judge(train, test, run / "s.json", ignore).score == judged.pretrained.linear
-    rows = judged.table("title").rows
+    event_schema.read(json.dumps(judged.record()))
+    rows = judged.tables()[0].rows
     assert rows[0][0] == "majority class"
     assert rows[-1][1] == f"{100 * judged.pretrained.neighbours.top1:.1f}"
     assert rows[-1][3] == f"{100 * judged.pretrained.linear.top1:.1f}"
@@ -63,9 +66,9 @@ def test_images_without_classes_cannot_be_compared(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [3])
-def test_the_demo_ends_well_and_prints_its_table(tmp_path: Path, seed: int) -> None:
+def test_the_demo_ends_well_and_tells_what_it_made(tmp_path: Path, seed: int) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "btpipe", "demo", "--out", "demo", "--seed", str(seed)],
+        [sys.executable, "-m", "btpipe", "demo", "--out", "demo", "--seed", str(seed), "--json"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -73,15 +76,10 @@ def test_the_demo_ends_well_and_prints_its_table(tmp_path: Path, seed: int) -> N
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for row in (
-        "majority class",
-        "colour histogram",
-        "raw pixels",
-        "untrained encoder",
-        "pretrained encoder",
-    ):
-        assert row in done.stdout
+    told = {event["event"]: event for event in event_schema.read(done.stdout)}
+    assert {"Comparison", "Pretrained", "Exported", "Embedded", "Plotted"} <= told.keys()
+    assert len(told["DemoDone"]["stages"]) == 6
+    assert told["Mapped"]["pictures"] == 2000
     for page in ("map.html", "run.html"):
         assert (tmp_path / "demo" / page).stat().st_size > PAGE_BYTES
-        assert f"xdg-open demo/{page}" in done.stdout
-    assert "2,000 pictures in it" in done.stdout
+        assert f"xdg-open demo/{page}" in told["Note"]["text"]

@@ -1,12 +1,12 @@
 """The doctor, on this machine and on ones that lack something: real processes, real limits."""
 
-import json
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import event_schema
 import numpy as np
 import pytest
 import torch
@@ -18,7 +18,7 @@ from btpipe.road import doctor_gpu, pixels
 def doctor(
     folder: Path, *, files: int = 0, **environment: str
 ) -> "tuple[int, dict[str, list[str]], str]":
-    """Exit code, rows by name (found, verdict, what to do), and the error of its last line."""
+    """Exit code, rows by name (found, verdict, what to do), and the error."""
 
     def limit() -> None:
         if files:
@@ -34,13 +34,9 @@ def doctor(
         text=True,
         timeout=120,
     )
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    (tabled,) = (event for event in events if event["event"] == "Tabled")
-    return (
-        done.returncode,
-        {name: rest for name, *rest in tabled["rows"]},
-        str(events[-1].get("what")),
-    )
+    examined, *errors = event_schema.read(done.stdout)
+    rows = {row.pop("name"): list(row.values()) for row in examined["findings"]}
+    return done.returncode, rows, "".join(error["what"] for error in errors)
 
 
 def test_here_everything_works_that_tests_need(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import event_schema
 import pytest
 from one_of_each import copy, one_of_each, replace
 from typer.testing import CliRunner
@@ -131,7 +132,7 @@ def test_people_read_short_digests_and_machines_whole_ones(made: Path) -> None:
     assert digest[:12] in shown.stdout
     assert digest not in shown.stdout
     told = CliRunner().invoke(cli.app, ["inspect", str(made / "v.parquet"), "--json"])
-    (event,) = [json.loads(line) for line in told.stdout.splitlines()]
+    (event,) = event_schema.read(told.stdout)
     assert (event["event"], event["kind"], event["facts"]["bundle"]) == (
         "Inspected",
         "vectors",

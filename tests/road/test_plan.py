@@ -1,9 +1,9 @@
 """The plan of a run against the run itself, and what it advises."""
 
-import json
 import resource
 from pathlib import Path
 
+import event_schema
 import pytest
 from tiny_run import draw_images
 from typer.testing import CliRunner
@@ -32,13 +32,14 @@ warmup_epochs = 1
 """
 
 
-def planned(*arguments: str) -> dict[str, dict[str, str]]:
-    """The tables of `btpipe plan --json`: title to (first column to second)."""
+def planned(*arguments: str) -> event_schema.Record:
+    """The plan of `btpipe plan --json`."""
     done = CliRunner().invoke(app, ["plan", *arguments, "--json"])
     assert done.exit_code == 0, done.output
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    tables = [event for event in events if event["event"] == "Tabled"]
-    return {table["title"]: {row[0]: row[1] for row in table["rows"]} for table in tables}
+    *_, told = event_schema.read(done.stdout)
+    assert told["event"] == "Planned"
+    plan: event_schema.Record = told["plan"]
+    return plan
 
 
 def test_a_plan_says_what_a_run_takes_and_writes_its_recipe(tmp_path: Path) -> None:
@@ -46,16 +47,16 @@ def test_a_plan_says_what_a_run_takes_and_writes_its_recipe(tmp_path: Path) -> N
     draw_images(images, 64)
     file.write_text(TINY)
     written = tmp_path / "planned.toml"
-    tables = planned(str(file), "--data", str(images), "--devices", "1", "--write", str(written))
-    run, parts = tables["A run of tiny"], tables["One process, images a second"]
-    assert (run["images"], run["steps"], run["processes"]) == ("64", "12", "1")
-    assert all(float(rate) > 1 for rate in parts.values())
-    assert set(parts) == {"loader alone", "step alone", "together, at the recipe's batch"}
+    made = planned(str(file), "--data", str(images), "--devices", "1", "--write", str(written))
+    assert (made["images"], made["steps"], made["world_size"]) == (64, 12, 1)
+    assert made["seconds"] == 12 * made["step"]["seconds"]
+    assert all(made["rates"][part] > 1 for part in ("loader", "step"))
     assert recipe.load(written) == recipe.load(file, [f"data.train={images}"])
 
 
 def test_the_memory_of_a_gpu_is_told_as_such() -> None:
-    made = {device: plan.tables(planned_for(device), "tiny")[1] for device in DEVICES}
+    plans = {device: plan.Planned(1.0, "tiny", planned_for(device), None) for device in DEVICES}
+    made = {device: planned.tables()[1] for device, planned in plans.items()}
     assert ("memory of a process", "3.0 GiB") in made["cpu"].rows
     assert "CUDA" not in made["cpu"].note
     assert ("GPU memory of a process", "3.0 GiB") in made["cuda"].rows
@@ -74,6 +75,10 @@ def planned_for(device: probe.Device) -> plan.Plan:
         disk_bytes=0,
         exact=True,
         rates=looks.Rates(1.0, 1.0, 1.0, 1.0),
+        seconds=12.0,
+        cpu_seconds=24.0,
+        free_bytes=2**33,
+        shorter_side=400.0,
         advice={},
         hints=(),
     )
@@ -84,19 +89,13 @@ def test_a_plan_foretells_the_cpu_time_of_a_run(tmp_path: Path) -> None:
     images, file = tmp_path / "images", tmp_path / "tiny.toml"
     draw_images(images, 64)
     file.write_text(TINY.replace("epochs = 3", "epochs = 40"))
-    expected = planned(str(file), "--data", str(images), "--devices", "1")["A run of tiny"]
+    expected = planned(str(file), "--data", str(images), "--devices", "1")
     before = resource.getrusage(resource.RUSAGE_SELF)
     wanted = recipe.load(file, [f"data.train={images}"])
     launch.pretrain(tmp_path / "run", wanted, devices="1", mode="json")
     after = resource.getrusage(resource.RUSAGE_SELF)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent / NEAR < seconds(expected["CPU time"]) < spent * NEAR
-
-
-def seconds(said: str) -> float:
-    """Of "8.1 s" or "3 min 20 s"."""
-    minutes, _, rest = said.rpartition(" min ")
-    return 60 * float(minutes or 0) + float(rest.removesuffix(" s"))
+    assert spent / NEAR < expected["cpu_seconds"] < spent * NEAR
 
 
 def test_a_file_that_stands_is_not_written_over(tmp_path: Path) -> None:
@@ -123,10 +122,10 @@ def test_images_must_be_named(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_fit_is_shared_out_to_micro_batches(tmp_path: Path) -> None:
     file, written = tmp_path / "large.toml", tmp_path / "planned.toml"
     file.write_text(TINY.replace("16", "16384").replace("32", "512"))
-    tables = planned(
+    made = planned(
         str(file), "--data", "synthetic:40000x600", "--devices", "1", "--write", str(written)
     )
-    assert tables["A run of large"]["steps"] == "6"
+    assert made["steps"] == 6
     micro = recipe.load(written).run.micro_batch
     assert 0 < micro < 16384
     assert 16384 % micro == 0

@@ -1,9 +1,9 @@
 """The self-test: it passes here, in time, and names what fails."""
 
-import json
 import math
 import time
 
+import event_schema
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -23,9 +23,8 @@ def test_the_self_test_passes_on_this_machine_in_under_a_minute() -> None:
     result = CliRunner().invoke(app, ["selftest", "--json"])
     assert result.exit_code == 0, result.output
     assert time.process_time() - started < CPU_SECONDS
-    shown, end = (json.loads(line) for line in result.stdout.splitlines())
-    assert end["event"] == "Finished"
-    names = [row[0] for row in shown["rows"]]
+    (tested,) = event_schema.read(result.stdout)
+    names = [check["name"] for check in tested["checks"]]
     of_gpus = ("compiled step, fp64", "compiled step, bf16", "training views", "evaluation view")
     for part in (
         *("loss, gram", "loss, cross", "LARS", "schedule", "step, fp32", "step, bf16"),
@@ -33,7 +32,7 @@ def test_the_self_test_passes_on_this_machine_in_under_a_minute() -> None:
         *(of_gpus if GPU else ()),
     ):
         assert any(name.startswith(part) for name in names), part
-    assert {row[3] for row in shown["rows"]} == {"ok"}
+    assert all(check["measured"] <= check["tolerance"] for check in tested["checks"])
 
 
 @pytest.mark.parametrize("measured", [2e-10, math.inf, math.nan])
@@ -44,7 +43,7 @@ def test_what_fails_is_named_with_exit_code_6(measured: float) -> None:
     with pytest.raises(NumericsError, match="failed: loss, gram, float64 on cpu\n") as error:
         checks.require([good, bad])
     assert error.value.exit_code == 6
-    shown = checks.table([good, bad], torch.device("cpu"))
+    (shown,) = checks.SelfTested(1.0, (good, bad), "CPU", torch.__version__).tables()
     assert [row[3] for row in shown.rows] == ["ok", "FAILED"]
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import event_schema
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,7 +20,7 @@ from btpipe import artifact, cli
 from btpipe.data import index, rejects, shard, shards
 from btpipe.embed import outputs, table
 from btpipe.errors import IntegrityError, NewerError, UsageError
-from btpipe.events import Event, Finished, Rejected, Tabled, ignore
+from btpipe.events import Event, Finished, Rejected, ignore
 from btpipe.road.inspect import inspect
 from btpipe.road.verify import verify
 
@@ -207,7 +208,7 @@ def wrong(path: Path) -> set[tuple[str, str]]:
     events: list[Event] = []
     with pytest.raises(IntegrityError):
         verify(path, events.append)
-    (listed,) = [event for event in events if isinstance(event, Tabled)]
+    (listed,) = [table for event in events for table in event.tables()]
     return {(Path(row[0]).name, row[1]) for row in listed.rows}
 
 
@@ -263,7 +264,7 @@ def test_all_that_is_wrong_is_listed_and_the_first_is_the_error(copied: Path) ->
     events: list[Event] = []
     with pytest.raises(IntegrityError, match="1 more, listed above"):
         verify(run, events.append)
-    (listed,) = [event for event in events if isinstance(event, Tabled)]
+    (listed,) = [table for event in events for table in event.tables()]
     assert [row[0] for row in listed.rows] == [
         str(run / "index.parquet"),
         str(run / "checkpoints/step-00000003/model.safetensors"),
@@ -345,7 +346,8 @@ def test_the_finished_shards_of_a_killed_job_are_checked(copied: Path) -> None:
 def test_the_command_ends_with_0_or_4(copied: Path) -> None:
     fine = CliRunner().invoke(cli.app, ["verify", str(copied / "v.parquet"), "--json"])
     assert fine.exit_code == 0
-    assert json.loads(fine.stdout)["event"] == "Finished"
+    (told,) = event_schema.read(fine.stdout)
+    assert (told["event"], told["kind"]) == ("Verified", "vectors")
     flip(copied / "v.parquet", 0.4)
     command = [sys.executable, "-m", "btpipe", "verify", str(copied / "v.parquet")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
