@@ -19,6 +19,7 @@ from tiny_run import draw_images
 
 from btpipe.data import index, listing
 from btpipe.data.patience import RETRY_SECONDS
+from btpipe.data.rejects import BadInputError
 from btpipe.data.scan import scan
 from btpipe.errors import UsageError
 from btpipe.events import ignore
@@ -154,12 +155,31 @@ def test_what_the_server_will_not_give_is_a_reject_at_once(
     made, rejected = index.build(f"{url}/l.txt")
     assert time.monotonic() - started < RETRY_SECONDS[-1]
     require_same(made, [good])
-    assert {event.path.removeprefix(f"{url}/"): event.reason for event in rejected} == {
-        named[1]: "cannot be read: HTTP status 403",
-        "gone.jpg": "cannot be read: no such file",
+    told = {bad.path.removeprefix(f"{url}/"): (bad.kind, bad.reason) for bad in rejected}
+    assert told == {
+        named[1]: ("machine", "cannot be read: HTTP status 403"),
+        "gone.jpg": ("gone", "cannot be read: no such file"),
     }
     with pytest.raises(UsageError, match="no image in 0 files"):
         index.build(f"{url}/nowhere/")
+
+
+def test_a_server_that_keeps_failing_is_the_machines_fault_and_a_file_it_lost_is_gone(
+    served: tuple[str, Path, type[Stumbling]],
+) -> None:
+    url, folder, handler = served
+    failing, lost = draw_images(folder, 2)
+    names = [path.relative_to(folder).as_posix() for path in (failing, lost)]
+    (folder / "l.txt").write_text("\n".join(names))
+    made, _ = index.build(f"{url}/l.txt")
+    handler.failures[f"/{names[0]}"] = 99, 503
+    lost.unlink()
+    kinds = []
+    for row in range(2):
+        with pytest.raises(BadInputError) as caught:
+            made.read_bytes(row)
+        kinds.append(made.reject(row, "decode", caught.value).kind)
+    assert kinds == ["machine", "gone"]
 
 
 def test_a_server_without_parts_of_files_is_named(
