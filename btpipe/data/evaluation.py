@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TypeAlias, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +20,10 @@ from btpipe.events import Rejected
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationBatch:
-    """Good rows, their pixels (n, S, S, 3) and their files' sha256; the rejects of bad rows.
+    """Good rows, their pixels (n, S, S, 3) and their files' sha256.
 
-    `sizes` (n, 2) are the upright [height, width] of the decoded images. `known`: rows of which the
-    digest was enough, and the digest.
+    `sizes` (n, 2) are the upright [height, width] of the decoded images. Beside the good rows are
+    the `rejected` ones, and the `known` ones, of which the file's sha256 was enough.
     """
 
     rows: NDArray[np.int64]
@@ -32,7 +31,7 @@ class EvaluationBatch:
     digests: list[str]
     rejected: dict[int, Rejected]
     sizes: NDArray[np.int64]
-    known: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    known: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -42,11 +41,12 @@ Mark = Callable[[Sequence[int], bool], AbstractContextManager[None]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Known:
-    """Of a row whose pixels are not needed."""
+class _File:
+    """What became of a row's file; without content its sha256 was enough."""
 
-
-_Content: TypeAlias = Pixels | Rejected | _Known
+    row: int
+    content: Encoded | Pixels | Rejected | None
+    digest: str = ""
 
 
 def _no_mark(_rows: Sequence[int], _alone: bool) -> AbstractContextManager[None]:
@@ -104,25 +104,16 @@ def evaluation_stream(
         return views.evaluation_pipeline(geometry, batch_size=batch_size, threads=threads, gpu=gpu)
 
     with concurrent.futures.ThreadPoolExecutor(threads + 2, "btpipe-read") as pool:
-        whole = reading.read_ahead(enumerate(tasks), reader.read, reader.finish, pool)
-        loads = packed.loads((rows, contents) for _, rows, contents in whole)
+        ahead = reading.read_ahead(enumerate(tasks), reader.read, reader.finish, pool)
+        loads = packed.loads(files for _, _, files in ahead)
         for load, outputs in runs.run(loads, build, decoder.stream if decoder else None):
-            empty = np.zeros((0, geometry.size, geometry.size, 3), np.uint8)
-            pixels = runs.copied(outputs[0]) if outputs else empty
-            bad, known = packed.beside.pop(load.number)
-            names = [reader.digests.pop(row) for row in load.rows.tolist()]
-            named = [(row, reader.digests.pop(row)) for row in known]
-            for row in bad:
-                reader.digests.pop(row, None)
-            yield EvaluationBatch(load.rows, pixels, names, bad, load.sizes, named)
+            batch = packed.batches.pop(load.number)
+            yield dataclasses.replace(batch, pixels=runs.copied(outputs[0])) if outputs else batch
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """What becomes of a file: pixels, a reject, or nothing where it is known.
-
-    `digests` keeps the sha256 of each file that could be read.
-    """
+    """Reads the files of rows, and decodes them: one by one on a CPU, in batches on a GPU."""
 
     index: Index
     decoder: BatchDecoder | None
@@ -130,80 +121,81 @@ class _Reader:
     is_known: Callable[[int, str, int], bool]
     is_apart: Callable[[int], bool]
     mark: Mark
-    digests: dict[int, str] = dataclasses.field(default_factory=dict)
 
-    def read(self, row: int) -> Encoded | _Content:
+    def read(self, row: int) -> _File:
         """A row's file, decoded where that is not done in a batch."""
         try:
             content = self.index.read_bytes(row)
-            self.digests[row] = digest = hashlib.sha256(content).hexdigest()
+            digest = hashlib.sha256(content).hexdigest()
             if self.is_known(row, digest, len(content)):
-                return _Known()
+                return _File(row, None, digest)
             file = np.frombuffer(content, np.uint8)
             encoded = decoding.parse(file) if self.decoder and not self.is_apart(row) else None
             if encoded is not None:
-                return encoded
+                return _File(row, encoded, digest)
             with self.mark((row,), True):
-                return self.decode(file)
+                return _File(row, self.decode(file), digest)
         except BadInputError as error:
-            return self.index.reject(row, "decode", error)
+            return _File(row, self.index.reject(row, "decode", error))
 
-    def finish(
-        self, rows: NDArray[np.int64], contents: Sequence[Encoded | _Content]
-    ) -> list[_Content]:
+    def finish(self, _rows: NDArray[np.int64], files: Sequence[_File]) -> Sequence[_File]:
         """Those of a task's rows together: what is left is decoded in a batch."""
         if self.decoder is None:
-            return [content for content in contents if not isinstance(content, Encoded)]
-        good = {i: content for i, content in enumerate(contents) if _is_image(content)}
-        with self.mark([int(rows[i]) for i, c in good.items() if isinstance(c, Encoded)], False):
-            images = dict(zip(good, self.decoder.decode(list(good.values())), strict=True))
-        decoded = [images.get(i, content) for i, content in enumerate(contents)]
-        return self.index.with_rejects(rows, decoded)
-
-
-def _is_image(content: Encoded | _Content) -> TypeGuard[Encoded | NDArray[np.uint8]]:
-    return not isinstance(content, Rejected | _Known)
+            return files
+        held = [(f.row, f.content) for f in files if isinstance(f.content, Encoded | np.ndarray)]
+        with self.mark([row for row, content in held if isinstance(content, Encoded)], False):
+            decoded = self.decoder.decode([content for _, content in held])
+        rows = np.array([row for row, _ in held], np.int64)
+        images = dict(zip(rows.tolist(), self.index.with_rejects(rows, decoded), strict=True))
+        return [dataclasses.replace(f, content=images.get(f.row, f.content)) for f in files]
 
 
 class _Packed:
     """Good rows packed into loads of `batch_size`.
 
-    `beside` keeps for each load's number the rejects of bad rows, and those that are known.
+    `batches` keeps for each load's number the batch that it becomes, without its pixels.
     """
 
     def __init__(self, geometry: views.Geometry, batch_size: int) -> None:
         self._geometry, self._batch_size = geometry, batch_size
         self._number = 0
-        self._rows: list[int] = []
-        self._images: list[Pixels] = []
-        self._bad: dict[int, Rejected] = {}
-        self._known: list[int] = []
-        self.beside: dict[int, tuple[dict[int, Rejected], list[int]]] = {}
+        self._good: list[tuple[int, str, Pixels]] = []
+        self._rejected: dict[int, Rejected] = {}
+        self._known: dict[int, str] = {}
+        self.batches: dict[int, EvaluationBatch] = {}
 
-    def loads(
-        self, tasks: Iterator[tuple[NDArray[np.int64], Sequence[_Content]]]
-    ) -> Iterator[runs.Load]:
-        for rows, contents in tasks:
-            for row, content in zip(rows.tolist(), contents, strict=True):
-                if isinstance(content, Rejected):
-                    self._bad[row] = content
-                elif isinstance(content, _Known):
-                    self._known.append(row)
+    def loads(self, tasks: Iterator[Sequence[_File]]) -> Iterator[runs.Load]:
+        """The loads of tasks whose files are decoded."""
+        for files in tasks:
+            for file in files:
+                assert not isinstance(file.content, Encoded)
+                if isinstance(file.content, Rejected):
+                    self._rejected[file.row] = file.content
+                elif file.content is None:
+                    self._known[file.row] = file.digest
                 else:
-                    self._rows.append(row)
-                    self._images.append(content)
-                if len(self._rows) == self._batch_size:
+                    self._good.append((file.row, file.digest, file.content))
+                if len(self._good) == self._batch_size:
                     yield self._load(self._batch_size)
-            if len(self._bad) + len(self._known) >= self._batch_size:
+            if len(self._rejected) + len(self._known) >= self._batch_size:
                 yield self._load(0)
-        if self._rows or self._bad or self._known:
-            yield self._load(len(self._rows))
+        if self._good or self._rejected or self._known:
+            yield self._load(len(self._good))
 
     def _load(self, count: int) -> runs.Load:
-        """The first `count` good rows, and all that is bad or known."""
-        rows, images = np.array(self._rows[:count], np.int64), self._images[:count]
-        self._rows, self._images = self._rows[count:], self._images[count:]
-        self.beside[self._number] = self._bad, self._known
-        self._bad, self._known, self._number = {}, [], self._number + 1
-        inputs = views.evaluation_inputs(self._geometry, runs.sizes_of(images)) if count else {}
-        return runs.Load(self._number - 1, rows, images, inputs)
+        """The first `count` good rows, and all that is rejected or known."""
+        number, good = self._number, self._good[:count]
+        images = [image for _, _, image in good]
+        rows, sizes = np.array([row for row, _, _ in good], np.int64), runs.sizes_of(images)
+        self.batches[number] = EvaluationBatch(
+            rows=rows,
+            pixels=np.zeros((0, self._geometry.size, self._geometry.size, 3), np.uint8),
+            digests=[digest for _, digest, _ in good],
+            rejected=self._rejected,
+            sizes=sizes,
+            known=self._known,
+        )
+        self._good = self._good[count:]
+        self._rejected, self._known, self._number = {}, {}, number + 1
+        inputs = views.evaluation_inputs(self._geometry, sizes) if count else {}
+        return runs.Load(number, rows, images, inputs)

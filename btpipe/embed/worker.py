@@ -82,6 +82,7 @@ class _Worker:
         self._folder, self._footer = job.folder, job.footer
         self._index = open_index(job.folder / work.INDEX)
         self._known = Known(job.folder, job.footer)
+        self._reused: dict[int, NDArray[np.float32]] = {}  # vectors of rows that are read ahead
         self._bytes = self._index.table["bytes"]
         self._batch_size = job.batch_size or encoder.batch_size
         self._in_flight, self._decoders, self._apart = in_flight, _Decoders(), set[int]()
@@ -156,22 +157,25 @@ class _Worker:
 
     def _is_known(self, row: int, digest: str, count: int) -> bool:
         """Whether the vector is known; a file that is not as listed is decoded for its size."""
-        return count == self._bytes[row].as_py() and self._known.find(digest) is not None
+        vector = self._known.find(digest) if count == self._bytes[row].as_py() else None
+        if vector is None:
+            return False
+        self._reused[row] = vector
+        return True
 
     def _add(self, batch: EvaluationBatch, vectors: NDArray[np.float32]) -> None:
         """Puts the rows of a batch into their parts."""
         for part in self._parts:
             inside = range(part.task.first, part.task.end)
             good = np.flatnonzero((batch.rows >= inside.start) & (batch.rows < inside.stop))
-            known = [(row, digest) for row, digest in batch.known if row in inside]
-            found = [self._known.find(digest) for _, digest in known]
-            rows = np.array([row for row, _ in known], np.int64)
+            known = {row: digest for row, digest in batch.known.items() if row in inside}
+            rows = np.fromiter(known, np.int64)
             part.rows += [batch.rows[good], rows]
             listed = np.stack([self._index.heights[rows], self._index.widths[rows]], axis=1)
             part.sizes += [batch.sizes[good], listed.astype(np.int64)]
             part.digests += [batch.digests[i] for i in good]
-            part.digests += [digest for _, digest in known]
-            part.vectors += [vectors[good], *(v[None] for v in found if v is not None)]
+            part.digests += known.values()
+            part.vectors += [vectors[good], *(self._reused.pop(row)[None] for row in known)]
             part.rejects |= {row: why for row, why in batch.rejected.items() if row in inside}
             part.reused += len(known)
 

@@ -479,7 +479,7 @@ def test_batches_are_full_whatever_is_known_or_bad_and_wherever_tasks_end(folder
     assert list(kept) == [row for row in range(IMAGES) if row not in known | bad]
     for row, pixels in kept.items():
         np.testing.assert_array_equal(pixels, clean[row])
-    assert {row for batch in got for row, _ in batch.known} == known
+    assert {row for batch in got for row in batch.known} == known
     assert {row for batch in got for row in batch.rejected} == bad
 
 
