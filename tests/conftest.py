@@ -1,4 +1,4 @@
-"""What every test starts from: no launcher's variables, two threads, no terminal."""
+"""What every test starts from: no launcher's variables, two threads, no terminal, one bundle."""
 
 import os
 import subprocess
@@ -39,6 +39,20 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`images/` (24), `runs/tiny/` and `exports/tiny/`: to be read, or copied."""
+    from tiny_run import shared_home  # noqa: PLC0415 - loads torch, which reads what is set above
+
+    return shared_home(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def bundle(home: Path) -> Path:
+    """The bundle of the tiny run."""
+    return home / "exports" / "tiny"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import stand_in_embedding
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
@@ -37,11 +37,6 @@ if __name__ == "__main__":
         sys.stderr.write(str(error))
         sys.exit(error.exit_code)
 """
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.fixture

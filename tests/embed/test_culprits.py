@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from stand_in_embedding import CRASH, CROWD, KILL, decode
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 
 from btpipe.embed import culprits
 from btpipe.embed.job import JobOptions, embed
@@ -17,11 +17,6 @@ LIMIT_SECONDS = 30.0
 IMAGES = 16
 CROWDED = 48
 """More than one thread reads at a time."""
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.mark.parametrize("gpu", [None, 0], ids=["each alone", "by halves"])

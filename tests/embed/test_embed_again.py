@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.merging import merge
@@ -21,11 +21,6 @@ from btpipe.results import Embedded
 
 IMAGES = 24
 TABLES = ("whole.parquet", "whole.rejects.parquet")
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from data.test_formats import COLOUR, KINDS, LEVELS, SECOND, expected, lines
 from PIL import Image, features
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 
 from btpipe import runtime
 from btpipe.embed.job import JobOptions, embed
@@ -74,11 +74,6 @@ if __name__ == "__main__":
 """
 """The job as the command runs it; its decoder leaves a mark, and SIGUSR2 makes a worker forget
 that it is to be killed when its parent dies."""
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 def command(folder: Path, out: Path, bundle: Path) -> list[str]:

@@ -7,18 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 
 DRIVER = """
 int cuInit(unsigned flags) { return 0; }
 int cuDeviceGetCount(int *count) { *count = 1; return 0; }
 """
 """Shows one GPU and can do nothing with it."""
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.fixture(scope="module")

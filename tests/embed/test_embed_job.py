@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_run
 from PIL import Image
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
@@ -30,11 +30,6 @@ IMAGES = 40
 PART_ROWS = 8
 RANDOM_KILLS = 10
 BATCH = 5  # does not divide a part: batches lie across the borders of parts
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
@@ -20,11 +20,6 @@ from btpipe.events import ignore
 KILLS, FEW_KILLS = 50, 1
 SMALL_DISK = "200k"
 """Too small for the parts."""
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 JOB = """

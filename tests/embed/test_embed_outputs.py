@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 from typer.testing import CliRunner
 
 from btpipe.cli import app
@@ -20,11 +20,6 @@ from btpipe.errors import RefusedError, UsageError
 from btpipe.events import ignore
 
 FEW, MANY = 6, 9
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_run import shared_home
 
 from btpipe.data import index
 from btpipe.data.scan import Depth, scan
@@ -18,11 +17,6 @@ from btpipe.errors import UsageError
 from btpipe.events import ignore
 
 IMAGES = 6
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory)
 
 
 def test_the_vectors_are_the_same_from_folder_tar_parquet_list_and_index(

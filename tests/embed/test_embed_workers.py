@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from stand_in_embedding import CRASH, HANG, KILL, decode
-from tiny_run import draw_images, shared_home
+from tiny_run import draw_images
 
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
@@ -25,11 +25,6 @@ QUIET_SECONDS = 1.5
 """Without a commit, when parts take a hundredth of that: the job hangs."""
 STOP_SECONDS = 10.0
 """The promise for a job that is asked to stop."""
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.fixture(scope="module")

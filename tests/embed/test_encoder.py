@@ -36,11 +36,6 @@ FIRST_ROW_SECONDS = 5.0
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
-
-
-@pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted((shared_home(tmp_path_factory) / "images").rglob("*.jpg"))
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_run import shared_home
 
 from btpipe import artifact, runtime
 from btpipe.data.index import open_index
@@ -26,11 +25,6 @@ from btpipe.recipe.protocols import LINEAR, SEMISUP, Protocol
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 CLOSE = 1e-3  # float32 over three steps, relative to a tensor's largest: sums in another order
 NOTHING = 1e-4  # momenta below it are noise: the encoder's first gradients are 1e-7
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory) / "exports" / "tiny"
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import tiny_run
 import vector_table
 from numpy.typing import NDArray
 from PIL import Image
@@ -23,11 +22,6 @@ from btpipe.events import Event, ignore
 from btpipe.explore import dupes, outliers, page, search
 
 NOISE = 0.02
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.shared_home(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

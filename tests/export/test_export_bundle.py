@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torchvision
-from tiny_run import SIZE, add_checkpoint, draw_images, make_run, other_bundle, shared_home
+from tiny_run import SIZE, add_checkpoint, draw_images, make_run, other_bundle
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -37,11 +37,6 @@ from btpipe.pretrain import network
 
 RUNTIME_TOLERANCE = 1e-4
 """torch and onnxruntime sum in another order, and batch norm is folded: float32 rounding."""
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

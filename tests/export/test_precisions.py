@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from tiny_run import SIZE, draw_images, shared_home
+from tiny_run import SIZE, draw_images
 from torch import nn
 from torchvision.models import resnet
 from typer.testing import CliRunner
@@ -30,11 +30,6 @@ from btpipe.export.session import Session
 EVERYTHING = Wanted(("fp32", "fp16", "int8"), float_input=True, license_name="cc-by-4.0")
 SAME_CPU = 1 - 1e-6
 """Cosine of vectors that one CPU makes twice of the same files; nothing but rounding differs."""
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shared_home(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
