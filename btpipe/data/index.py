@@ -104,8 +104,12 @@ class Index:
         ]
 
     def reject(self, row: int, stage: str, error: BadInputError) -> Rejected:
-        """The row as an input that is not used."""
-        return Rejected(self.table["path"][row].as_py(), stage, error.kind, error.reason)
+        """The row as an input that is not used; damaged content is named by its size and time."""
+        names = ("path", "bytes", "mtime_ns")
+        path, count, mtime_ns = (self.table[name][row].as_py() for name in names)
+        if error.kind != "content":  # the file may be as it was when it is there again
+            return Rejected(path, stage, error.kind, error.reason)
+        return Rejected(path, stage, error.kind, error.reason, count, mtime_ns)
 
     def _read(self, origin: Source, row: int) -> bytes:
         if origin.kind == "tar":

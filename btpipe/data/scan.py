@@ -165,9 +165,7 @@ class _Work:
     def _note(self, row: int, verdict: Verdict | BadInputError) -> None:
         """Keeps what came of a decode."""
         if isinstance(verdict, BadInputError):
-            size, mtime_ns = (self._listed.table[n][row].as_py() for n in ("bytes", "mtime_ns"))
-            rejected = self._listed.reject(row, "decode", verdict)
-            self._reject(row, dataclasses.replace(rejected, bytes=size, mtime_ns=mtime_ns))
+            self._reject(row, self._listed.reject(row, "decode", verdict))
             return
         self._is_known[row], self._new[row] = True, verdict.digest
         self._widths[row], self._heights[row] = verdict.width, verdict.height

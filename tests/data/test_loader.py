@@ -244,7 +244,7 @@ def test_a_truncated_jpeg_costs_only_its_own_place(folder: Path) -> None:
     assert replaced >= 1
     assert list(rejected) == [5]
     assert rejected[5].reason.startswith("truncated or damaged JPEG")
-    assert events == [Rejected("05.jpg", "decode", "content", rejected[5].reason)]
+    assert events == [rejected[5]]
 
 
 def test_a_stand_in_is_the_same_whether_the_bad_file_was_known_or_found(folder: Path) -> None:
@@ -280,9 +280,10 @@ def test_a_vanished_file_is_rejected_and_replaced(folder: Path) -> None:
     rejected: dict[int, Rejected] = {}
     assert len(batches(made, rejected=rejected)) == 6
     gone = "cannot be read: No such file or directory"
+    stamp = [made.table[name][6].as_py() for name in ("bytes", "mtime_ns")]
     assert rejected == {
         5: Rejected("05.jpg", "decode", "gone", gone),
-        6: Rejected("06.jpg", "decode", "content", "empty file"),
+        6: Rejected("06.jpg", "decode", "content", "empty file", *stamp),
     }
 
 
@@ -443,12 +444,17 @@ def test_bad_images_are_rejected_with_their_reason_and_the_others_kept(folder: P
     (folder / "11.jpg").write_text("not found")
     got = evaluated(made)
     kept = pixels_of(got)
-    rejected = {row: bad.reason for batch in got for row, bad in batch.rejected.items()}
+    records = {row: bad for batch in got for row, bad in batch.rejected.items()}
+    rejected = {row: bad.reason for row, bad in records.items()}
     assert set(kept) | set(rejected) == set(range(IMAGES))
     assert not set(kept) & set(rejected)
     assert rejected[1].startswith("truncated or damaged JPEG")
     assert rejected[2].startswith("truncated or damaged JPEG")
     assert rejected[9] == "cannot be read: No such file or directory"
+    listed = made.table.select(["bytes", "mtime_ns"]).to_pylist()
+    stamps = {row: (bad.kind, bad.bytes, bad.mtime_ns) for row, bad in records.items()}
+    assert stamps[1] == ("content", listed[1]["bytes"], listed[1]["mtime_ns"])
+    assert stamps[9] == ("gone", -1, -1)
     assert rejected[10] == "empty file"
     assert rejected[11] == "not an image"
     assert [len(batch.rows) for batch in got] == [8, 8, 5]
