@@ -24,9 +24,9 @@ from benchmarks.stage import (
     tell,
 )
 from btpipe import recipe
-from btpipe.data import decoding, params, reading
-from btpipe.data.decoding import BatchDecoder
-from btpipe.data.loader import LoaderSettings
+from btpipe.data.pipeline import augment_params, decode, prefetch
+from btpipe.data.pipeline.decode import BatchDecoder
+from btpipe.data.pipeline.train_loader import LoaderSettings
 
 BATCH = 256
 PAIRS_PER_SECOND = {224: 2500, 32: 16_000}
@@ -38,7 +38,7 @@ def stage_decode(place: Place) -> None:
     """Decoding a batch that is in memory: btpipe's decoder, its settings, and DALI's graph."""
     seconds = 0.3 if place.small else 2.5
     files = files_of(place.jpegs, 16 if place.small else BATCH)
-    parsed = [found for file in files if (found := decoding.parse(file))]
+    parsed = [found for file in files if (found := decode.parse(file))]
     for name, decoder in decoders():
         taken = rate(functools.partial(decoder.decode, parsed), len(parsed), seconds)
         tell(f"decode alone, {name}", images_per_second=round(taken.per_second), **_host(taken))
@@ -64,7 +64,7 @@ def stage_decode(place: Place) -> None:
 
 def decoders() -> list[tuple[str, BatchDecoder]]:
     """btpipe's own, and on a GPU others with less or more hardware, and with plain upsampling."""
-    tries: list[tuple[str, BatchDecoder]] = [("as btpipe", decoding.batch_decoder(gpu(), cores()))]
+    tries: list[tuple[str, BatchDecoder]] = [("as btpipe", decode.batch_decoder(gpu(), cores()))]
     if gpu() is None:
         return tries
     kinds = nvimgcodec.BackendKind
@@ -134,11 +134,11 @@ def _readers(name: str, folder: Path, seconds: float) -> None:
     mean = float(np.mean([index.table["bytes"][int(row)].as_py() for row in rows[:64]]))
 
     def read(row: int) -> object:
-        return decoding.parse(np.frombuffer(index.read_bytes(row), np.uint8))
+        return decode.parse(np.frombuffer(index.read_bytes(row), np.uint8))
 
     def action() -> None:
         tasks = enumerate(np.array_split(rows, max(1, len(rows) // BATCH)))
-        for _ in reading.read_ahead(tasks, read, lambda _, contents: contents, pool):
+        for _ in prefetch.read_ahead(tasks, read, lambda _, contents: contents, pool):
             pass
 
     with concurrent.futures.ThreadPoolExecutor(cores() + 2) as pool:
@@ -160,7 +160,7 @@ def _drawing(seconds: float) -> None:
         sizes = np.full((BATCH, 2), 32 if size == 32 else 480, np.int64)
 
         def action(sizes: NDArray[np.int64] = sizes) -> None:
-            params.draw_views(default.views, seed=0, epoch=0, images=rows, sizes=sizes)
+            augment_params.draw_views(default.views, seed=0, epoch=0, images=rows, sizes=sizes)
 
         found = rate(action, BATCH, seconds)
         tell(

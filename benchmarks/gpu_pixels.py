@@ -21,9 +21,9 @@ from benchmarks.stage import (
     synchronize,
     tell,
 )
-from btpipe.data import decoding, views
-from btpipe.data.evaluation import evaluation_batches
-from btpipe.data.loader import LoaderSettings
+from btpipe.data.pipeline import dali_graphs, decode
+from btpipe.data.pipeline.eval_loader import evaluation_batches
+from btpipe.data.pipeline.train_loader import LoaderSettings
 from btpipe.data.rejects import BadInputError
 
 DECODE_LEVELS, EVALUATION_LEVELS, VIEW_LEVELS = 0.5, 0.5, 1.5
@@ -41,8 +41,8 @@ def stage_pixels(place: Place) -> None:
 
 def _decoders(place: Place, require: Require) -> None:
     files = [*files_of(place.photos), *files_of(place.jpegs, 32)]
-    parsed = [found for file in files if (found := decoding.parse(file))]
-    expected = [decoding.decode(found.file) for found in parsed]
+    parsed = [found for file in files if (found := decode.parse(file))]
+    expected = [decode.decode(found.file) for found in parsed]
     tell("files for a batch", count=len(parsed), of=len(files))
     for name, decoder in decoders():
         hashes = set()
@@ -78,7 +78,7 @@ def _keep_busy(products: int) -> None:
             torch.mm(matrix, matrix)
 
 
-def _on_host(image: decoding.Pixels | BadInputError) -> object:
+def _on_host(image: decode.Pixels | BadInputError) -> object:
     assert not isinstance(image, BadInputError), image
     return image if isinstance(image, np.ndarray) else image.cpu()
 
@@ -88,7 +88,7 @@ def _levels(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 
 def _evaluation_view(place: Place, require: Require) -> None:
-    index, geometry = index_of(place.photos), views.Geometry.for_size(224)
+    index, geometry = index_of(place.photos), dali_graphs.Geometry.for_size(224)
     rows = np.arange(len(index))
     both = [
         np.concatenate(

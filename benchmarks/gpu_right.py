@@ -25,8 +25,8 @@ from benchmarks.stage import (
     tell,
 )
 from btpipe import runtime
-from btpipe.data import decoding, views
-from btpipe.data.loader import LoaderSettings
+from btpipe.data.pipeline import dali_graphs, decode
+from btpipe.data.pipeline.train_loader import LoaderSettings
 from btpipe.data.rejects import BadInputError
 
 COPY_BYTES = 2**30
@@ -47,11 +47,11 @@ def stage_probe(place: Place) -> None:
     source, target = torch.empty(count, device=on), torch.empty(count, device=on)
     copied = rate(lambda: target.copy_(source), 8 * count, 0.3)  # read and written
     tell("copy", TB_per_second=round(copied.per_second / 1e12, 3))
-    pipeline = views.evaluation_pipeline(
-        views.Geometry.for_size(32), batch_size=1, threads=1, gpu=gpu()
+    pipeline = dali_graphs.evaluation_pipeline(
+        dali_graphs.Geometry.for_size(32), batch_size=1, threads=1, gpu=gpu()
     )
     pipeline.build()
-    decoding.batch_decoder(gpu(), 1)
+    decode.batch_decoder(gpu(), 1)
     tell("DALI", graph="built", nvjpeg=[str(path) for path in runtime.mapped_nvjpegs()])
 
 
@@ -161,17 +161,17 @@ def decode_damaged(folder: Path, count: int, header_bytes: int) -> None:
     """Files of which one to three bytes of the header are changed, beside whole ones."""
     draws = random.Random(0)
     good = [file.tobytes() for file in files_of(folder, 30)]
-    decoder = decoding.batch_decoder(gpu(), cores())
+    decoder = decode.batch_decoder(gpu(), cores())
     refused = rejected = decoded = 0
     for _ in range(count // 16):
-        batch: list[decoding.Encoded] = []
+        batch: list[decode.Encoded] = []
         for _ in range(16):
             damaged = bytearray(draws.choice(good))
             for _ in range(draws.randint(1, 3)):
                 damaged[draws.randrange(min(header_bytes, len(damaged)))] = draws.randrange(256)
-            found = decoding.parse(np.frombuffer(bytes(damaged), np.uint8))
+            found = decode.parse(np.frombuffer(bytes(damaged), np.uint8))
             refused += found is None
-            whole = decoding.parse(np.frombuffer(draws.choice(good), np.uint8))
+            whole = decode.parse(np.frombuffer(draws.choice(good), np.uint8))
             batch += [one for one in (found, whole) if one]
         made = decoder.decode(batch)
         rejected += sum(isinstance(image, BadInputError) for image in made)

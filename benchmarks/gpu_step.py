@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from benchmarks import step_cases as worker
 from benchmarks.place import PROJECT, Place
 from benchmarks.stage import (
     Ended,
@@ -19,9 +20,8 @@ from benchmarks.stage import (
     synchronize,
     tell,
 )
-from btpipe.pretrain import finite, norm, step
+from btpipe.pretrain import nonfinite, norm, step
 from btpipe.recipe import Recipe
-from btpipe.road import benchmark_worker as worker
 
 WARM_UPS = 3
 LR, BIAS_LR = 0.1, 0.01
@@ -140,7 +140,7 @@ def _views(described: Recipe, on: torch.device) -> Views:
 
 
 def _timed(core: step.Core, views: Views, steps: int) -> Measured:
-    watch = finite.Watch()
+    watch = nonfinite.Watch()
     for i in range(WARM_UPS):
         watch.stepped(i, step.update(core, views, LR, BIAS_LR).flags, core.scale)
     synchronize()

@@ -21,7 +21,7 @@ from benchmarks.place import MARK, PROJECT, Failed, Place
 from btpipe import recipe, runtime
 from btpipe.data import index as indexes
 from btpipe.data.index import Index
-from btpipe.data.loader import LoaderSettings, TrainingLoader
+from btpipe.data.pipeline.train_loader import LoaderSettings, TrainingLoader
 from btpipe.events import Event, Rejected
 from btpipe.recipe import Recipe
 

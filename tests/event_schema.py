@@ -18,7 +18,7 @@ from pathlib import Path
 import btpipe
 from btpipe.errors import UsageError
 from btpipe.events import Event, Finished, TextTable
-from btpipe.road.rows import Compared
+from btpipe.tools.measured_rows import Compared
 
 Record = dict[str, typing.Any]
 PLAIN = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_run import shared_home
 
-from btpipe.data import shards
+from btpipe.data import shard_job
 from btpipe.data.index import build
 from btpipe.data.scan import scan
 from btpipe.embed.job import embed
@@ -29,8 +29,8 @@ def one_of_each(factory: pytest.TempPathFactory) -> Path:
     )
     scan(home / "images", home / "i.parquet", ignore, depth="decode")
     listed, refused = build(home / "images")
-    options = shards.Options(shorter_side=24, quality=90, shard_bytes=20_000)
-    shards.write(listed, refused, home / "small", options, ignore)
+    options = shard_job.Options(shorter_side=24, quality=90, shard_bytes=20_000)
+    shard_job.write(listed, refused, home / "small", options, ignore)
     return home
 
 

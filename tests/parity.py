@@ -15,13 +15,13 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode, functional
 
 from btpipe import recipe
-from btpipe.data import decoding, params, views
-from btpipe.road import samples
+from btpipe.data.pipeline import augment_params, dali_graphs, decode
+from btpipe.tools import drawn_images
 
 SIZE = 224
 COUNT = 8
 Pixels = NDArray[np.uint8]
-Change = Callable[[params.Draws], params.Draws]
+Change = Callable[[augment_params.Draws], augment_params.Draws]
 Reference = Callable[[Image.Image], Image.Image]
 UPRIGHT = {"height": 300, "width": 400}
 
@@ -72,18 +72,18 @@ def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
 def pictures(height: int, width: int) -> list[Image.Image]:
     """Half of them soft, half of them with hard edges and strong colours, some black and white."""
     soft = [photograph(height, width, seed) for seed in range(COUNT // 2)]
-    names = list(samples.FAMILIES)[: COUNT - len(soft)]
+    names = list(drawn_images.FAMILIES)[: COUNT - len(soft)]
     hard = [
-        samples.picture(name, np.random.default_rng(number), max(height, width))
+        drawn_images.picture(name, np.random.default_rng(number), max(height, width))
         for number, name in enumerate(names)
     ]
     return soft + [Image.fromarray(pixels[:height, :width]) for pixels in hard]
 
 
-def unchanged(images: Sequence[Image.Image]) -> params.Draws:
+def unchanged(images: Sequence[Image.Image]) -> augment_params.Draws:
     """The draws that take the whole of each image and change nothing."""
     count = len(images)
-    return params.Draws(
+    return augment_params.Draws(
         crop_start=np.zeros((count, 2), np.float32),
         crop_end=np.array([[image.height, image.width] for image in images], np.float32),
         flip=np.zeros(count, np.bool_),
@@ -101,16 +101,16 @@ def unchanged(images: Sequence[Image.Image]) -> params.Draws:
     )
 
 
-def draw(images: Sequence[Image.Image], draws: params.Draws, size: int = SIZE) -> Pixels:
+def draw(images: Sequence[Image.Image], draws: augment_params.Draws, size: int = SIZE) -> Pixels:
     """View 1 of `training_pipeline` for these draws, all images in one batch: (n, S, S, 3)."""
     view = recipe.View()  # what happens is in the draws
-    pipeline = views.training_pipeline(
+    pipeline = dali_graphs.training_pipeline(
         (view, view), (size, size), batch_size=len(images), threads=1, gpu=None
     )
     sizes = np.array([[image.height, image.width] for image in images])
     pipeline.feed_input("image", [np.asarray(image) for image in images])
     pipeline.feed_input("serial", np.zeros((len(images), 1), np.int64))
-    for name, values in views.training_inputs((draws, draws), sizes).items():
+    for name, values in dali_graphs.training_inputs((draws, draws), sizes).items():
         pipeline.feed_input(name, values)
     pipeline.schedule_run()
     return np.array(pipeline.outputs()[0].as_array())
@@ -130,7 +130,7 @@ def measure(case: Case, images: Sequence[Image.Image]) -> Measured:
 
 
 def cropped(top: int, left: int, height: int, width: int) -> Change:
-    def change(draws: params.Draws) -> params.Draws:
+    def change(draws: augment_params.Draws) -> augment_params.Draws:
         start = np.full_like(draws.crop_start, (top, left))
         return dataclasses.replace(
             draws, crop_start=start, crop_end=start + np.array([height, width], np.float32)
@@ -153,10 +153,10 @@ def coloured(
 ) -> Change:
     """These factors in this order for every image, or (n, 4) of each."""
 
-    def change(draws: params.Draws) -> params.Draws:
+    def change(draws: augment_params.Draws) -> augment_params.Draws:
         count = len(draws.flip)
         numbers = np.broadcast_to(factors, (count, 4)), np.broadcast_to(order, (count, 4))
-        matrix, mean_matrix, offset = params.color(*numbers, np.zeros(count, np.bool_))
+        matrix, mean_matrix, offset = augment_params.color(*numbers, np.zeros(count, np.bool_))
         return dataclasses.replace(
             draws,
             color_matrix=matrix.astype(np.float32),
@@ -168,10 +168,10 @@ def coloured(
     return change
 
 
-def without_colour(draws: params.Draws) -> params.Draws:
+def without_colour(draws: augment_params.Draws) -> augment_params.Draws:
     count = len(draws.flip)
     gray = np.ones(count, np.bool_)
-    matrix, mean_matrix, _ = params.color(draws.factors, draws.order, gray)
+    matrix, mean_matrix, _ = augment_params.color(draws.factors, draws.order, gray)
     return dataclasses.replace(
         draws,
         color_matrix=matrix.astype(np.float32),
@@ -186,11 +186,11 @@ def blurred(sigma: float) -> Change:
     )
 
 
-def flipped(draws: params.Draws) -> params.Draws:
+def flipped(draws: augment_params.Draws) -> augment_params.Draws:
     return dataclasses.replace(draws, flip=np.ones_like(draws.flip))
 
 
-def upside_down(draws: params.Draws) -> params.Draws:
+def upside_down(draws: augment_params.Draws) -> augment_params.Draws:
     return dataclasses.replace(draws, vertical_flip=np.ones_like(draws.vertical_flip))
 
 
@@ -202,7 +202,7 @@ def filtered(image: Image.Image, sigma: float) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(sigma))
 
 
-def solarized(draws: params.Draws) -> params.Draws:
+def solarized(draws: augment_params.Draws) -> augment_params.Draws:
     return dataclasses.replace(draws, solarize=np.ones_like(draws.solarize))
 
 
@@ -236,7 +236,7 @@ def measure_clipping(images: Sequence[Image.Image]) -> Measured:
     return difference(list(ours), theirs)
 
 
-def published_view(image: Image.Image, draws: params.Draws, row: int) -> Image.Image:
+def published_view(image: Image.Image, draws: augment_params.Draws, row: int) -> Image.Image:
     """main.py's transform by its own operations, with the numbers of one of our draws."""
     top, left = (int(value) for value in draws.crop_start[row])
     bottom, right = (int(value) for value in draws.crop_end[row])
@@ -251,9 +251,9 @@ def published_view(image: Image.Image, draws: params.Draws, row: int) -> Image.I
     return ImageOps.solarize(view, 128) if draws.solarize[row] else view
 
 
-def drawn(view: recipe.View, images: Sequence[Image.Image], epoch: int) -> params.Draws:
+def drawn(view: recipe.View, images: Sequence[Image.Image], epoch: int) -> augment_params.Draws:
     """As a run draws them."""
-    return params.draw(
+    return augment_params.draw(
         view,
         seed=0,
         epoch=epoch,
@@ -277,12 +277,14 @@ def measure_views(view: recipe.View, images: Sequence[Image.Image], epochs: int 
 
 def measure_evaluation(images: Sequence[Image.Image], size: int = 224) -> Measured:
     """The view that is embedded, beside torchvision's Resize and CenterCrop."""
-    geometry = views.Geometry.for_size(size)
+    geometry = dali_graphs.Geometry.for_size(size)
     sizes = np.array([[image.height, image.width] for image in images])
-    pipeline = views.evaluation_pipeline(geometry, batch_size=len(images), threads=1, gpu=None)
+    pipeline = dali_graphs.evaluation_pipeline(
+        geometry, batch_size=len(images), threads=1, gpu=None
+    )
     pipeline.feed_input("image", [np.asarray(image) for image in images])
     pipeline.feed_input("serial", np.zeros((len(images), 1), np.int64))
-    for name, values in views.evaluation_inputs(geometry, sizes).items():
+    for name, values in dali_graphs.evaluation_inputs(geometry, sizes).items():
         pipeline.feed_input(name, values)
     pipeline.schedule_run()
     ours = np.array(pipeline.outputs()[0].as_array())
@@ -296,5 +298,5 @@ def decoded(image: Image.Image, kind: str) -> tuple[Pixels, Pixels]:
     """A file of this kind, by our decoder and by Pillow."""
     file = io.BytesIO()
     image.save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
-    ours = decoding.decode(np.frombuffer(file.getvalue(), np.uint8))
+    ours = decode.decode(np.frombuffer(file.getvalue(), np.uint8))
     return ours, np.asarray(Image.open(file).convert("RGB"))

@@ -15,7 +15,7 @@ import pytest
 from btpipe import events, progress
 from btpipe.pretrain import folder
 from btpipe.results import Pretrained
-from btpipe.road.rows import Compared
+from btpipe.tools.measured_rows import Compared
 
 STEP = events.StepDone(
     step=40,

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
-from btpipe.cli import draw, explore, look, road, stages
+from btpipe.cli import draw, evaluate, explore, stages, tools
 from btpipe.cli.options import app
 
-__all__ = ["app", "draw", "explore", "look", "road", "stages"]
+__all__ = ["app", "draw", "evaluate", "explore", "stages", "tools"]
 
 
 def _version(asked: bool) -> None:

@@ -37,8 +37,8 @@ def plot(
 ) -> None:
     """Draw where runs went: loss and floor, rates, ranks, correlations, kNN, speed."""
     from btpipe import progress
-    from btpipe.explore import plots
     from btpipe.export import contract
+    from btpipe.plot import plot as plots
 
     with progress.show("json" if as_json else "auto") as report:
         found = runs or [contract.newest_run()]

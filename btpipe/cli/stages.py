@@ -75,12 +75,12 @@ def shard(
 ) -> None:
     """Rewrite images as tar shards of smaller JPEGs; run again, it goes on where it was."""
     from btpipe import progress
-    from btpipe.data import index, shards
+    from btpipe.data import index, shard_job
 
-    options = shards.Options(size, quality, shards.parse_bytes(shard_bytes))
+    options = shard_job.Options(size, quality, shard_job.parse_bytes(shard_bytes))
     with progress.show("json" if as_json else "auto") as report:
         made, refused = index.build(inputs, report)
-        shards.write(made, refused, out, options, report)
+        shard_job.write(made, refused, out, options, report)
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from btpipe import artifact
-from btpipe.data.health import examples
+from btpipe.data.file_checks import examples
 
 COLUMNS = ("path", "kind", "detail")
 FLAT, FEW, DUPLICATE = "one colour", "few bytes", "duplicate"

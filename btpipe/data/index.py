@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.data import mapping, patience, rejects, seal
+from btpipe.data import index_checksum, index_mmap, rejects, retry
 from btpipe.data.rejects import BadInputError
 from btpipe.data.sources import (
     Source,
@@ -29,11 +29,11 @@ from btpipe.data.sources import (
     folder,
     inputs,
     parquet,
-    places,
     source,
+    storage,
     synthetic,
 )
-from btpipe.data.sources.recall import Recall
+from btpipe.data.sources.listing_cache import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, UsageError
@@ -87,7 +87,7 @@ class Index:
         """
         origin = self.origin(row)
         try:
-            content = patience.read_patiently(lambda: self._read(origin, row))
+            content = retry.read_patiently(lambda: self._read(origin, row))
         except OSError as error:
             raise rejects.unreadable(error) from error
         if not content:
@@ -114,12 +114,12 @@ class Index:
     def _read(self, origin: Source, row: int) -> bytes:
         if origin.kind == "tar":
             offset, count = (self.table[name][row].as_py() for name in ("offset", "bytes"))
-            return places.read_range(origin.place, offset, count)
+            return storage.read_range(origin.place, offset, count)
         if origin.kind == "parquet":
             return self._row_groups.read(origin, self.table["offset"][row].as_py())
         if origin.kind == "synthetic":
             return synthetic.read(origin, self.table["offset"][row].as_py())
-        return places.read(self._place(origin, row))
+        return storage.read(self._place(origin, row))
 
     @functools.cached_property
     def _row_groups(self) -> parquet.RowGroups:
@@ -163,11 +163,11 @@ class Index:
             "root": os.fsencode(self.root),
             "format_version": str(FORMAT_VERSION),
             "sources": source.to_json(self.sources),
-            **seal.of(self.table, self.root, self.sources),
+            **index_checksum.of(self.table, self.root, self.sources),
         }
         mapped = path.with_suffix(".arrow")
         if len(self) >= MAPPED_ROWS:
-            mapping.write(mapped, self.table)
+            index_mmap.write(mapped, self.table)
         else:
             mapped.unlink(missing_ok=True)
         content = io.BytesIO()
@@ -184,7 +184,7 @@ def open_index(path: Path) -> Index:
     """
     try:
         metadata = pq.read_schema(path).metadata or {}
-        table = mapping.read(path.with_suffix(".arrow"), metadata.get(b"content", b"").decode())
+        table = index_mmap.read(path.with_suffix(".arrow"), metadata.get(b"content", b"").decode())
         table = pq.read_table(path) if table is None else table
         root, version = Path(os.fsdecode(metadata[b"root"])), int(metadata[b"format_version"])
         origins = source.from_json(metadata.get(b"sources", b"[]").decode())

@@ -18,9 +18,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from btpipe import artifact, runtime
-from btpipe.data import findings, health, index, known, limits, reading, rejects, supervisor
+from btpipe.data import file_checks, findings, index, limits, previous_scan, rejects, supervisor
+from btpipe.data.file_checks import Verdict
 from btpipe.data.findings import Finding
-from btpipe.data.health import Verdict
+from btpipe.data.pipeline import prefetch
 from btpipe.data.rejects import BadInputError
 from btpipe.errors import BudgetError, Stopped, UsageError
 from btpipe.events import Finished, Note, Progressed, Rejected, Report, TextTable, per_second
@@ -79,7 +80,7 @@ def scan(
     started = time.monotonic()
     if out.suffix != ".parquet" or out.is_dir():
         raise UsageError("not a name for an index", where=out, expected="a file X.parquet")
-    before = known.read(out)
+    before = previous_scan.read(out)
     listing: Literal["list", "header"] = "list" if depth == "list" else "header"
     listed, refused = index.build(source, report, listing, before.recall)
     with artifact.disk_errors(out):
@@ -98,7 +99,11 @@ class _Work:
     """The state of a scan: what is known of each listed image, from before or by now."""
 
     def __init__(
-        self, listed: index.Index, refused: list[Rejected], before: known.Known, report: Report
+        self,
+        listed: index.Index,
+        refused: list[Rejected],
+        before: previous_scan.Known,
+        report: Report,
     ) -> None:
         self._same = before.rows(listed)
         self._listed = dataclasses.replace(listed, table=before.complete(listed.table, self._same))
@@ -122,7 +127,7 @@ class _Work:
             concurrent.futures.ThreadPoolExecutor(_READ_THREADS, "btpipe-read") as pool,
         ):
             verdicts = supervisor.supervise(
-                health.examine,
+                file_checks.examine,
                 self._contents(rows, pool),
                 processes=min(runtime.cores(), len(rows)),
                 limit_seconds=limit_seconds,
@@ -155,7 +160,7 @@ class _Work:
             except BadInputError as error:
                 return error
 
-        for _, part, contents in reading.read_ahead(tasks, read, lambda _, read: read, pool):
+        for _, part, contents in prefetch.read_ahead(tasks, read, lambda _, read: read, pool):
             for row, content in zip(part.tolist(), contents, strict=True):
                 if isinstance(content, BadInputError):
                     self._reject(row, self._listed.reject(row, "decode", content))
@@ -221,7 +226,7 @@ class Scanned(Finished):
     kept: int
     read: int
     dropped: int
-    reasons: tuple[health.RejectedAlike, ...]
+    reasons: tuple[file_checks.RejectedAlike, ...]
     findings: tuple[findings.FoundAlike, ...]
 
     @property
@@ -266,7 +271,7 @@ def _tell(done: Scan, out: Path, report: Report, depth: Depth, seconds: float) -
             kept=done.kept,
             read=done.read,
             dropped=done.dropped,
-            reasons=tuple(health.advice(done.rejects)),
+            reasons=tuple(file_checks.advice(done.rejects)),
             findings=tuple(findings.summary(done.findings)),
         )
     )

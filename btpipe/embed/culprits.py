@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from btpipe import runtime
 from btpipe.data import supervisor
 from btpipe.data.rejects import BadInputError
-from btpipe.embed.orders import WorkerConfig
+from btpipe.embed.messages import WorkerConfig
 
 GPU_SECONDS = 60.0
 """Beside the time of a decode: CUDA's libraries are loaded and a decoder is made."""
@@ -58,16 +58,16 @@ def decode_together(config: WorkerConfig, contents: Sequence[bytes]) -> bool:
     # DALI is this process's business, not the job's.
     import numpy as np  # noqa: PLC0415
 
-    from btpipe.data import decoding  # noqa: PLC0415
+    from btpipe.data.pipeline import decode  # noqa: PLC0415
 
     files = [np.frombuffer(content, dtype=np.uint8) for content in contents]
     if config.gpu is None or config.decode:
         for file in files:
             with contextlib.suppress(BadInputError):
-                (config.decode or decoding.decode)(file)
+                (config.decode or decode.decode)(file)
     else:
-        encoded = [parsed for file in files if (parsed := decoding.parse(file)) is not None]
-        decoding.batch_decoder(0, config.encoder.threads or runtime.cores()).decode(encoded)
+        encoded = [parsed for file in files if (parsed := decode.parse(file)) is not None]
+        decode.batch_decoder(0, config.encoder.threads or runtime.cores()).decode(encoded)
     return True
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btpipe import neighbours, runtime
-from btpipe.data.views import Geometry
+from btpipe.data.pipeline.dali_graphs import Geometry
 from btpipe.embed import files, precisions
 from btpipe.embed.files import Image
 from btpipe.embed.precisions import EncoderConfig, Engine, Layer, Precision, RequestedPrecision

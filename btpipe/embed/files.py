@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
 from btpipe import runtime
-from btpipe.data import decoding, header, runs, views
-from btpipe.data.decoding import Encoded, Pixels
+from btpipe.data import header
+from btpipe.data.pipeline import dali_graphs, dali_runner, decode
+from btpipe.data.pipeline.dali_graphs import Geometry
+from btpipe.data.pipeline.decode import Encoded, Pixels
 from btpipe.data.rejects import BadInputError
-from btpipe.data.views import Geometry
 from btpipe.errors import UsageError
 
 Image = Path | str | NDArray[np.uint8] | PIL.Image.Image
@@ -36,24 +37,26 @@ def pixels(
     if not images:
         return
     threads = runtime.cores()
-    decoder = None if gpu is None else decoding.batch_decoder(gpu, threads)
+    decoder = None if gpu is None else decode.batch_decoder(gpu, threads)
     read = functools.partial(_read, in_batches=decoder is not None)
 
-    def loads() -> Iterator[runs.Load]:
+    def loads() -> Iterator[dali_runner.Load]:
         for number, start in enumerate(range(0, len(images), batch_size)):
             part = images[start : start + batch_size]
             contents = list(pool.map(read, range(start, start + len(part)), part))
             decoded = decoder.decode(contents) if decoder else contents
             made = [_whole(content, image) for content, image in zip(decoded, part, strict=True)]
-            inputs = views.evaluation_inputs(geometry, runs.sizes_of(made))
-            yield runs.Load(number, np.arange(len(made)), made, inputs)
+            inputs = dali_graphs.evaluation_inputs(geometry, dali_runner.sizes_of(made))
+            yield dali_runner.Load(number, np.arange(len(made)), made, inputs)
 
     def build() -> Pipeline:
-        return views.evaluation_pipeline(geometry, batch_size=batch_size, threads=threads, gpu=gpu)
+        return dali_graphs.evaluation_pipeline(
+            geometry, batch_size=batch_size, threads=threads, gpu=gpu
+        )
 
     with concurrent.futures.ThreadPoolExecutor(threads, "btpipe-decode") as pool:
-        for _, outputs in runs.run(loads(), build, decoder.stream if decoder else None):
-            yield runs.copied(outputs[0])
+        for _, outputs in dali_runner.run(loads(), build, decoder.stream if decoder else None):
+            yield dali_runner.copied(outputs[0])
 
 
 def _whole(content: Encoded | Pixels | BadInputError, image: Image) -> Pixels:
@@ -79,8 +82,8 @@ def _read(place: int, image: Image, *, in_batches: bool) -> Encoded | NDArray[np
     try:
         header.read(path)
         file = np.frombuffer(path.read_bytes(), np.uint8)
-        encoded = decoding.parse(file) if in_batches else None
-        return encoded or decoding.decode(file)
+        encoded = decode.parse(file) if in_batches else None
+        return encoded or decode.decode(file)
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=path) from error
     except BadInputError as error:

@@ -14,12 +14,12 @@ from typing import Literal
 from btpipe import artifact, runtime
 from btpipe.data.index import build
 from btpipe.data.limits import DECODE_SECONDS
-from btpipe.embed import known, outputs, resolve, table, work
-from btpipe.embed.crew import WorkerPool, worker_configs
-from btpipe.embed.on_ray import RayPool
-from btpipe.embed.orders import Decode, WorkerConfig
+from btpipe.embed import outputs, resolve, table, vector_cache, work_folder
+from btpipe.embed.messages import Decode, WorkerConfig
 from btpipe.embed.precisions import EncoderConfig
+from btpipe.embed.ray_pool import RayPool
 from btpipe.embed.shares import Share
+from btpipe.embed.worker_pool import WorkerPool, worker_configs
 from btpipe.embed.writer import Writer
 from btpipe.errors import BudgetError, IntegrityError, Stopped, UsageError
 from btpipe.events import Event, Report, Warned
@@ -133,7 +133,7 @@ class _Run:
         options: JobOptions,
         report: _StoppableReport,
     ) -> None:
-        self._out, self._folder, self._report = out, work.folder_of(out), report
+        self._out, self._folder, self._report = out, work_folder.folder_of(out), report
         self._options, self._share = options, Share.parse(options.shard)
         if not requested.bundle.is_dir():
             fix = "make one first: btpipe export --onnx"
@@ -161,7 +161,7 @@ class _Run:
         if self.before is not None and not self._options.overwrite:
             fix = "choose another --out, or replace the table with --overwrite"
             ours = self._footer.metadata()
-            work.refuse_other(self.before, ours, "vectors", self._out, fix)
+            work_folder.refuse_other(self.before, ours, "vectors", self._out, fix)
 
     def plan(self, source: Path | str | Sequence[Path | str]) -> None:
         """Lists the inputs, and sees whether the table is of them."""
@@ -177,7 +177,7 @@ class _Run:
         rows = self._share.rows(len(self._index))
         settings, digest = self._footer.settings(), self._footer.input
         part_rows = self._options.part_rows
-        self._fresh = work.JobPlan(settings, digest, rows.start, len(rows), part_rows)
+        self._fresh = work_folder.JobPlan(settings, digest, rows.start, len(rows), part_rows)
         self._is_finished = self._is_of(self.before) and self._is_of(self._rejects_footer())
 
     def _rejects_footer(self) -> Mapping[str, str] | None:
@@ -192,17 +192,17 @@ class _Run:
 
     def is_due(self) -> bool:
         """Whether there is anything to make; a finished table's leftovers are removed."""
-        if self._is_finished and self._options.repair and not known.is_whole(self._out):
+        if self._is_finished and self._options.repair and not vector_cache.is_whole(self._out):
             self._report(Warned(f"{self._out}: damaged; what is whole of it is kept"))
             self._is_finished = False
         if self._is_finished and self._folder.exists():
-            with work.locked(self._folder):
-                work.remove(self._folder)
+            with work_folder.locked(self._folder):
+                work_folder.remove(self._folder)
         return not self._is_finished
 
     def make(self, pool: WorkerPool | RayPool) -> int:
         """Makes the table; returns how many images went through the workers."""
-        with work.locked(self._folder), artifact.disk_errors(self._out):
+        with work_folder.locked(self._folder), artifact.disk_errors(self._out):
             writer = Writer(
                 self._index,
                 self._refused,
@@ -215,7 +215,7 @@ class _Run:
             pool.start()
             images = writer.embed(pool, self._options.batch_size)
             writer.finish(self._out)
-            work.remove(self._folder)
+            work_folder.remove(self._folder)
         self._reused = sum(commit.reused for commit in writer.done.values())
         self._dropped = writer.plan.dropped
         return images

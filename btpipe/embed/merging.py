@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from btpipe import artifact
-from btpipe.embed import outputs, table, work
+from btpipe.embed import outputs, table, work_folder
 from btpipe.embed.shares import Share
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Note, Rejected, Report
@@ -35,16 +35,16 @@ def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool 
                 report(Note(f"{out} is finished: nothing to do"))
                 return
             fix = "choose another --out, or replace the table with --overwrite"
-            work.refuse_other(earlier, metadata, "vectors", out, fix)
-    folder = work.folder_of(out)
-    with work.locked(folder), artifact.disk_errors(out):
-        work.sweep(folder, set())
+            work_folder.refuse_other(earlier, metadata, "vectors", out, fix)
+    folder = work_folder.folder_of(out)
+    with work_folder.locked(folder), artifact.disk_errors(out):
+        work_folder.sweep(folder, set())
         vectors, rejects = folder / f"vectors{out.suffix}", folder / "rejects.tmp"
         outputs.write(out, vectors, footer, _rows(tables))
         table.write_rejects(rejects, footer, _rejects(tables))
         table.take_place(rejects, table.rejects_path(out))
         outputs.take_place(out, vectors)
-        work.remove(folder)
+        work_folder.remove(folder)
     rows, bad = outputs.count(out), table.count(table.rejects_path(out))
     report(Merged(time.monotonic() - started, out, rows, bad, len(tables)))
 

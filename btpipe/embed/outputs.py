@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from btpipe import artifact
-from btpipe.embed import arrays, lancing, table
+from btpipe.embed import arrays, lance, table
 from btpipe.errors import IntegrityError, UsageError
 
 Kind = Literal["parquet", "folder", "array", "lance"]
@@ -50,7 +50,7 @@ def kind_of(out: Path) -> Kind:
             expected="X.parquet, X.npy, X.safetensors, X.lance, or a folder: X without an ending",
         )
     if kind == "lance":
-        lancing.require()
+        lance.require()
     return kind
 
 
@@ -102,7 +102,7 @@ def write(out: Path, temporary: Path, footer: table.Footer, parts: Iterable[pa.T
         case "array":
             arrays.write(out.suffix, temporary, footer, parts)
         case "lance":
-            lancing.write(temporary, footer, parts)
+            lance.write(temporary, footer, parts)
 
 
 def take_place(out: Path, temporary: Path) -> None:
@@ -138,7 +138,7 @@ def footer_of(out: Path) -> Mapping[str, str] | None:
         case "array":
             return arrays.footer_of(out)
         case "lance":
-            return lancing.footer_of(out)
+            return lance.footer_of(out)
 
 
 def count(out: Path) -> int:
@@ -151,7 +151,7 @@ def count(out: Path) -> int:
         case "array":
             return table.count(arrays.ids_path(out))
         case "lance":
-            return lancing.count(out)
+            return lance.count(out)
 
 
 def rows(out: Path) -> Iterator[pa.RecordBatch]:
@@ -168,7 +168,7 @@ def rows(out: Path) -> Iterator[pa.RecordBatch]:
         case "array":
             yield from arrays.rows(out)
         case "lance":
-            yield from lancing.rows(out)
+            yield from lance.rows(out)
 
 
 def _rows_of_file(path: Path) -> Iterator[pa.RecordBatch]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from btpipe import runtime
-from btpipe.embed import outputs, precisions, table, work
+from btpipe.embed import outputs, precisions, table, work_folder
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.embed.shares import Share
 from btpipe.errors import IntegrityError, UsageError
@@ -22,7 +22,7 @@ def earlier_settings(out: Path) -> Mapping[str, str]:
         footer = outputs.footer_of(out)
     except IntegrityError:
         footer = None
-    plan = work.read_plan(work.folder_of(out))
+    plan = work_folder.read_plan(work_folder.folder_of(out))
     return footer or (plan.settings if plan else {})
 
 

@@ -14,13 +14,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from btpipe import artifact, runtime
-from btpipe.data import decoding
-from btpipe.data.evaluation import EvaluationBatch, evaluation_stream
 from btpipe.data.index import open_index
-from btpipe.embed import table, work
+from btpipe.data.pipeline import decode
+from btpipe.data.pipeline.eval_loader import EvaluationBatch, evaluation_stream
+from btpipe.embed import table, work_folder
 from btpipe.embed.encoder import Encoder
-from btpipe.embed.known import Known
-from btpipe.embed.orders import (
+from btpipe.embed.messages import (
     Drain,
     InFlight,
     JobStarted,
@@ -31,6 +30,7 @@ from btpipe.embed.orders import (
     TaskRequest,
     WorkerConfig,
 )
+from btpipe.embed.vector_cache import Known
 from btpipe.events import Rejected
 
 
@@ -80,13 +80,13 @@ class _Worker:
     ) -> None:
         self._connection, self._encoder = connection, encoder
         self._folder, self._footer = job.folder, job.footer
-        self._index = open_index(job.folder / work.INDEX)
+        self._index = open_index(job.folder / work_folder.INDEX)
         self._known = Known(job.folder, job.footer)
         self._reused: dict[int, NDArray[np.float32]] = {}  # vectors of rows that are read ahead
         self._bytes = self._index.table["bytes"]
         self._batch_size = job.batch_size or encoder.batch_size
         self._in_flight, self._decoders, self._apart = in_flight, _Decoders(), set[int]()
-        self._decode = config.decode or decoding.decode
+        self._decode = config.decode or decode.decode
         self._threads = config.encoder.threads or runtime.cores()
         self._parts: collections.deque[_Part] = collections.deque()
         self._sending = threading.Lock()

@@ -12,7 +12,7 @@ from ctypes import Array
 from multiprocessing.connection import Connection
 
 from btpipe import runtime
-from btpipe.embed.orders import Failed, InFlight, WorkerConfig
+from btpipe.embed.messages import Failed, InFlight, WorkerConfig
 from btpipe.errors import BtpipeError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)

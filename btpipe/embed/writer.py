@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from btpipe.data.index import Index
-from btpipe.embed import known, outputs, table, work
-from btpipe.embed.crew import WorkerPool
-from btpipe.embed.on_ray import RayPool
-from btpipe.embed.orders import JobStarted, PartProgress, PartTask, PartWritten
+from btpipe.embed import outputs, table, vector_cache, work_folder
+from btpipe.embed.messages import JobStarted, PartProgress, PartTask, PartWritten
+from btpipe.embed.ray_pool import RayPool
+from btpipe.embed.worker_pool import WorkerPool
 from btpipe.events import Note, Progressed, Rejected, Report, Warned
 
 REPORT_SECONDS = 0.5
@@ -35,7 +35,7 @@ class Writer:
         self.index, self.refused, self.footer = index, refused, footer
         self.folder, self.report, self._check = folder, report, check
 
-    def follow(self, fresh: work.JobPlan, earlier: Path | None, *, overwrite: bool) -> None:
+    def follow(self, fresh: work_folder.JobPlan, earlier: Path | None, *, overwrite: bool) -> None:
         """Takes up the plan that was begun, or begins `fresh`.
 
         Vectors of `earlier`, a table with these settings, and of parts of an older plan are kept
@@ -44,45 +44,45 @@ class Writer:
         Raises:
             RefusedError: the work there is of another bundle, and `overwrite` was not asked for.
         """
-        unfinished = work.read_plan(self.folder)
+        unfinished = work_folder.read_plan(self.folder)
         if unfinished is not None and unfinished.is_of(fresh):
             self.plan = unfinished
         else:
             self.plan = self._replace(unfinished, fresh, earlier, overwrite=overwrite)
-        self.done = work.committed(self.folder, self.plan, self.report)
+        self.done = work_folder.committed(self.folder, self.plan, self.report)
         if self.done:
             kept = sum(len(self.plan.part_range(part)) for part in self.done)
             self.report(Note(f"goes on: {kept} of {self.plan.rows} images are done"))
 
     def _replace(
         self,
-        unfinished: work.JobPlan | None,
-        fresh: work.JobPlan,
+        unfinished: work_folder.JobPlan | None,
+        fresh: work_folder.JobPlan,
         earlier: Path | None,
         *,
         overwrite: bool,
-    ) -> work.JobPlan:
+    ) -> work_folder.JobPlan:
         """Makes `fresh` the plan; nothing of the one before is lost until it is."""
         tables = [earlier] if earlier else []
-        if unfinished is not None and work.has_commits(self.folder, unfinished):
+        if unfinished is not None and work_folder.has_commits(self.folder, unfinished):
             if not overwrite:
                 fix = "choose another --out, finish that job, or drop its work with --overwrite"
-                work.refuse_other(
+                work_folder.refuse_other(
                     unfinished.settings, fresh.settings, "unfinished work", self.folder, fix
                 )
             what = "the images or the settings changed since this job began; it starts afresh"
             self.report(Warned(f"{self.folder}: {what}"))
             if unfinished.settings == fresh.settings:
-                done = work.committed(self.folder, unfinished, self.report)
-                tables += [work.part_path(self.folder, part) for part in sorted(done)]
+                done = work_folder.committed(self.folder, unfinished, self.report)
+                tables += [work_folder.part_path(self.folder, part) for part in sorted(done)]
         if tables:
             paths = self.index.table["path"]
-            gathered = known.gather(self.folder, tables, self.footer, paths, self.report)
+            gathered = vector_cache.gather(self.folder, tables, self.footer, paths, self.report)
             fresh = dataclasses.replace(fresh, dropped=gathered.dropped)
         else:
-            known.forget(self.folder)
-        self.index.save(self.folder / work.INDEX)
-        work.write_plan(self.folder, fresh)
+            vector_cache.forget(self.folder)
+        self.index.save(self.folder / work_folder.INDEX)
+        work_folder.write_plan(self.folder, fresh)
         return fresh
 
     def embed(self, pool: WorkerPool | RayPool, batch_size: int | None) -> int:
@@ -111,7 +111,7 @@ class Writer:
             self.report(Warned(f"{path}: {what}"))
         for reject in written.rejects:
             self.report(reject)
-        done = work.Commit(
+        done = work_folder.Commit(
             self.plan.digest,
             written.part,
             written.sha256,
@@ -119,7 +119,7 @@ class Writer:
             written.reused,
             written.rejects,
         )
-        work.commit(self.folder, done, self.folder / written.temporary)
+        work_folder.commit(self.folder, done, self.folder / written.temporary)
         self.done[written.part] = done
 
     def finish(self, out: Path) -> None:
@@ -135,7 +135,7 @@ class Writer:
     def _parts(self) -> Iterator[pa.Table]:
         for part in range(self.plan.parts):
             self._check()
-            yield table.read(work.part_path(self.folder, part))
+            yield table.read(work_folder.part_path(self.folder, part))
 
 
 class _Meter:

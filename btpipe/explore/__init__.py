@@ -1,1 +1,1 @@
-"""Questions to a table of vectors, from the parquet file alone."""
+"""Looking around in a table of vectors: search, duplicates, outliers, maps."""

@@ -19,11 +19,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from btpipe.events import Note, Progressed, Report, per_second
-from btpipe.explore import blocks, page, tables
+from btpipe.explore import blocks, tables
 from btpipe.explore.blocks import Half
 from btpipe.explore.pictures import Pictures
 from btpipe.explore.search import named
 from btpipe.explore.tables import Vectors
+from btpipe.pages import frame
 from btpipe.results import DupesFound
 
 FLOOR = 0.9
@@ -277,8 +278,8 @@ def _page(
         " The number is the cosine to the likest other of the group. Look before you delete."
     )
     body = "".join(sections) or "<p>No picture is there twice.</p>"
-    body += f'<p class="muted">{page.text(pictures.note())}</p>'
-    page.write(out, "Near-duplicates", about, body, style=STYLE)
+    body += f'<p class="muted">{frame.text(pictures.note())}</p>'
+    frame.write(out, "Near-duplicates", about, body, style=STYLE)
 
 
 def _figure(vectors: Vectors, pictures: Pictures, found: Groups, place: int) -> str:
@@ -286,4 +287,4 @@ def _figure(vectors: Vectors, pictures: Pictures, found: Groups, place: int) -> 
     word = "same bytes" if found.exact[place] else f"{found.cosine[place]:.4f}"
     said = f'<span class="number">{word}</span>{" · largest" if found.keep[place] else ""}'
     size = f"{vectors.text('width', row)} x {vectors.text('height', row)}"
-    return pictures.figure(row, [said, page.text(size), *named(vectors, row)])
+    return pictures.figure(row, [said, frame.text(size), *named(vectors, row)])

@@ -10,10 +10,11 @@ import numpy as np
 from btpipe.embed import table
 from btpipe.errors import UsageError
 from btpipe.events import Finished, Note, Report, Warned
-from btpipe.explore import blocks, layout, map_page, tables, thumbnails
+from btpipe.explore import blocks, layout, map_page, tables
 from btpipe.explore.map_page import Points
 from btpipe.explore.pictures import Pictures
 from btpipe.explore.tables import Vectors
+from btpipe.pages import thumbnails
 
 By = Literal["pca", "umap"]
 NEIGHBOURS = 10

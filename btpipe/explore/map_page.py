@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.explore import page, plotly_bundle
+from btpipe.pages import frame, plotly_bundle
 
 SCRIPT, STYLE = (Path(__file__).with_name(name) for name in ("map.js", "map.css"))
-POLICY = f"{page.POLICY} 'unsafe-eval'"
+POLICY = f"{frame.POLICY} 'unsafe-eval'"
 """plotly.js compiles its WebGL programs by Function(); the network stays shut."""
 COSINES = 10_000
 """Cosines are kept as whole numbers of ten-thousandths."""
@@ -75,7 +75,7 @@ def write(path: Path, name: str, points: Points) -> None:
         f'<script type="text/plain" id="pictures">{pictures}</script>\n'
         "<script>document.body.dataset.read = Math.round(performance.now());</script>"
     )
-    framed = page.frame(f"Map of {name}", about, body, style=STYLE.read_text(), policy=POLICY)
+    framed = frame.frame(f"Map of {name}", about, body, style=STYLE.read_text(), policy=POLICY)
     artifact.write_file(path, framed.encode("utf-8", "replace"))
 
 

@@ -9,10 +9,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from btpipe.events import Finished, Report, TextTable
-from btpipe.explore import blocks, page, tables
+from btpipe.explore import blocks, tables
 from btpipe.explore.pictures import Pictures
 from btpipe.explore.search import named
 from btpipe.explore.tables import Vectors
+from btpipe.pages import frame
 
 MEANING = (
     "Far from its nearest neighbours means unlike the rest to this encoder: rare subjects, other"
@@ -139,5 +140,5 @@ def _page(
         f"The {min(top, len(vectors)):,} of {len(vectors):,} pictures of {vectors.path} with the"
         f" largest mean cosine distance to their {k} nearest (median {median:.3f}). {MEANING}"
     )
-    note = f'<p class="muted">{page.text(pictures.note())}</p>'
-    page.write(out, "Strangest pictures", about, f'<div class="gallery">{figures}</div>{note}')
+    note = f'<p class="muted">{frame.text(pictures.note())}</p>'
+    frame.write(out, "Strangest pictures", about, f'<div class="gallery">{figures}</div>{note}')

@@ -9,14 +9,14 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageOps
 
-from btpipe.data import index, patience
+from btpipe.data import index, retry
 from btpipe.data.rejects import BadInputError
-from btpipe.data.sources import places
+from btpipe.data.sources import storage
 from btpipe.embed import table
 from btpipe.errors import BtpipeError
 from btpipe.events import ignore
-from btpipe.explore import page
 from btpipe.explore.tables import Vectors
+from btpipe.pages import frame as page
 
 _DECODED_SIDE = 2 * page.THUMBNAIL_SIDE
 
@@ -60,7 +60,7 @@ class Pictures:
             alt = page.text(self._vectors.text("path", row))
             inside = f'<img loading="lazy" alt="{alt}" src="{source}">'
         frame = f'<div class="picture">{inside}</div>'
-        if place and not places.is_url(place) and Path(place).is_file():
+        if place and not storage.is_url(place) and Path(place).is_file():
             frame = f'<a href="{page.text(Path(place).absolute().as_uri())}">{frame}</a>'
         said = "".join(f"<div>{line}</div>" for line in lines)
         return f"<figure>{frame}<figcaption>{said}</figcaption></figure>"
@@ -98,7 +98,7 @@ class Pictures:
         """The bytes of a row's picture; OSError, KeyError or BadInputError where there is none."""
         place = self.place(row)
         if place is not None:
-            return patience.read_patiently(lambda: places.read(place))
+            return retry.read_patiently(lambda: storage.read(place))
         path = self._vectors.text("path", row)
         container, _, _ = _split(path)
         found = self._container(container)
@@ -113,14 +113,14 @@ class Pictures:
         path = os.fsdecode(exact) if isinstance(exact, bytes) else self._vectors.text("path", row)
         if _split(path)[1]:
             return None
-        return places.join(self._root, path)
+        return storage.join(self._root, path)
 
     def _container(self, name: str) -> tuple[index.Index, dict[str, int]] | None:
         """A tar or a table with pictures, and the rows of its members by name; kept open."""
         if name not in self._containers:
             self._containers[name] = None
             with contextlib.suppress(BtpipeError, OSError):
-                listed, _ = index.build([places.join(self._root, name)], ignore)
+                listed, _ = index.build([storage.join(self._root, name)], ignore)
                 paths = listed.table["path"].to_pylist()
                 rows = {_split(path)[2]: row for row, path in enumerate(paths)}
                 self._containers[name] = listed, rows

@@ -14,10 +14,11 @@ from btpipe import artifact, neighbours
 from btpipe.embed import precisions
 from btpipe.errors import BtpipeError, RefusedError, UsageError
 from btpipe.events import Finished, Report, TextTable
-from btpipe.explore import blocks, page, tables
+from btpipe.explore import blocks, tables
 from btpipe.explore.pictures import Pictures
 from btpipe.explore.tables import Vectors
 from btpipe.export import contract
+from btpipe.pages import frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +175,10 @@ def _page(out: Path, vectors: Vectors, query: str, found: Found, images: Path | 
         source = _own(Path(query))
         first = (
             f'<figure><div class="picture"><img alt="query" src="{source}"></div>'
-            f"<figcaption>{page.text(query)}</figcaption></figure>"
+            f"<figcaption>{frame.text(query)}</figcaption></figure>"
         )
     else:
-        first = pictures.figure(found.row, [page.text(query)])
+        first = pictures.figure(found.row, [frame.text(query)])
     figures = [
         pictures.figure(row, [f'<span class="number">{cosine:.3f}</span>', *named(vectors, row)])
         for row, cosine in zip(found.rows.tolist(), found.cosines.tolist(), strict=True)
@@ -186,20 +187,20 @@ def _page(out: Path, vectors: Vectors, query: str, found: Found, images: Path | 
     body = (
         f'<h2>Asked for</h2><div class="gallery asked">{first}</div>'
         f'<h2>Found</h2><div class="gallery">{"".join(figures)}</div>'
-        f'<p class="muted">{page.text(pictures.note())}</p>'
+        f'<p class="muted">{frame.text(pictures.note())}</p>'
     )
     style = "h2 { margin: 0 0 10px; } .asked { margin-bottom: 24px; }"
-    page.write(out, f"Most like {query}", about, body, style=style)
+    frame.write(out, f"Most like {query}", about, body, style=style)
 
 
 def _own(image: Path) -> str:
     """The picture that was asked for."""
     with PIL.Image.open(image) as picture:
-        return page.embedded(page.thumbnail(PIL.ImageOps.exif_transpose(picture)))
+        return frame.embedded(frame.thumbnail(PIL.ImageOps.exif_transpose(picture)))
 
 
 def named(vectors: Vectors, row: int) -> list[str]:
     """Label and path of a row as lines of HTML."""
     label = vectors.text("label", row)
-    lines = [page.text(label)] if label else []
-    return [*lines, f'<span class="muted">{page.text(vectors.text("path", row))}</span>']
+    lines = [frame.text(label)] if label else []
+    return [*lines, f'<span class="muted">{frame.text(vectors.text("path", row))}</span>']

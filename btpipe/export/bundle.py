@@ -13,7 +13,7 @@ from btpipe import artifact
 from btpipe.data.index import Index, build
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Note, Report
-from btpipe.export import contract, golden, onnx, samples, session, verify, weights
+from btpipe.export import contract, golden, onnx_model, samples, session, verify, weights
 from btpipe.export import source as sources
 from btpipe.export.card import Card
 from btpipe.export.contract import (
@@ -213,9 +213,9 @@ def _write_models(source: Source, chosen: Samples, folder: Path, wanted: Wanted)
             float_model = folder / MODELS["fp32"]
             quantize.write(float_model, chosen.calibration, prepared, path, license_name=name)
         else:
-            onnx.write(encoder, prepared, path, precision=precision, license_name=name)
+            onnx_model.write(encoder, prepared, path, precision=precision, license_name=name)
     if wanted.float_input:
-        onnx.write_float(encoder, prepared, folder / FLOAT_MODEL, license_name=name)
+        onnx_model.write_float(encoder, prepared, folder / FLOAT_MODEL, license_name=name)
 
 
 def _gates(

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from btpipe import artifact, neighbours, runtime
-from btpipe.data.evaluation import evaluation_batches
 from btpipe.data.index import build
-from btpipe.data.views import Geometry
+from btpipe.data.pipeline.dali_graphs import Geometry
+from btpipe.data.pipeline.eval_loader import evaluation_batches
 from btpipe.errors import MachineError, NumericsError
 from btpipe.export import contract
 from btpipe.export.contract import MODELS, Precision, Preprocessing

@@ -22,7 +22,7 @@ from onnxruntime.quantization import (
 )
 
 from btpipe import artifact
-from btpipe.export import onnx as files
+from btpipe.export import onnx_model as files
 from btpipe.export.contract import INPUT, Preprocessing
 
 QUANTISED = ("Conv", "Relu", "Add", "MaxPool")

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from btpipe import runtime
 from btpipe.data.index import Index
-from btpipe.data.loader import evaluation_batches
-from btpipe.data.views import Geometry
+from btpipe.data.pipeline.dali_graphs import Geometry
+from btpipe.data.pipeline.train_loader import evaluation_batches
 from btpipe.errors import UsageError
 from btpipe.events import Report
 from btpipe.export.contract import Preprocessing

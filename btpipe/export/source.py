@@ -8,12 +8,12 @@ from torch import nn
 
 from btpipe import artifact
 from btpipe.data.index import Index, open_index
-from btpipe.data.views import Geometry
+from btpipe.data.pipeline.dali_graphs import Geometry
 from btpipe.errors import UsageError
 from btpipe.events import Note, Report
 from btpipe.export import samples, weights
 from btpipe.export.contract import Preprocessing
-from btpipe.pretrain import changes, checkpoint, initial, network, outside
+from btpipe.pretrain import changes, checkpoint, foreign_weights, init_from, network
 from btpipe.recipe import Network, Recipe, load
 
 STATISTICS_IMAGES = 1024
@@ -118,8 +118,8 @@ def of_file(file: Path, size: int, report: Report) -> Source:
         RefusedError: a pickle with more than tensors in it, or the weights of no known network.
         IntegrityError: a file is cut, changed or not finite.
     """
-    described = outside.recognise(file)
-    adopted = outside.read_encoder(file, described)
+    described = foreign_weights.recognise(file)
+    adopted = foreign_weights.read_encoder(file, described)
     kind = f"{described.backbone} with the {described.stem} stem"
     report(Note(f"{adopted.source.name} is a {kind}: {adopted.matched}"))
     origin: dict[str, object] = {
@@ -147,7 +147,7 @@ def _first(
 ) -> nn.Module:
     """The encoder that the run started from."""
     if recipe.network.init_from:
-        return weights.from_state(initial.encoder_state(run), recipe.network)
+        return weights.from_state(init_from.encoder_state(run), recipe.network)
     first: dict[str, torch.Tensor] = network.initialise(recipe).encoder.state_dict()
     rows = samples.spread(len(index), STATISTICS_IMAGES)
     pixels = samples.read(index, rows, prepared, report).pixels

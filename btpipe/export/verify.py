@@ -12,7 +12,7 @@ from btpipe import neighbours
 from btpipe.errors import NumericsError
 from btpipe.events import Event, TextTable
 from btpipe.export.contract import Precision, Preprocessing
-from btpipe.export.onnx import Normalized
+from btpipe.export.onnx_model import Normalized
 from btpipe.export.samples import Samples
 
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]

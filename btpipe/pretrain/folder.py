@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from btpipe import artifact, runtime
+from btpipe.data import change_detection, rejects
 from btpipe.data import index as data_index
-from btpipe.data import listing, rejects
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, Rejected, Report
-from btpipe.pretrain import changes, initial, outside
+from btpipe.pretrain import changes, foreign_weights, init_from
 from btpipe.recipe import Recipe
 
 RECIPE, INDEX, ENVIRONMENT, EVENTS = (
@@ -45,12 +45,12 @@ def prepare(
         before = changes.differences(folder, wanted, accepted)
         artifact.sweep(folder / "checkpoints")
         if (folder / INDEX).is_file():
-            initial.require_same(folder, wanted.network)
+            init_from.require_same(folder, wanted.network)
             return before
     elif folder.exists() and any(folder.iterdir()):
         raise RefusedError("is not a run of btpipe", where=folder, fix="choose another --name")
     source = wanted.network.init_from
-    adopted = outside.read_encoder(Path(source), wanted.network) if source else None
+    adopted = foreign_weights.read_encoder(Path(source), wanted.network) if source else None
     index, rejected = _index(wanted, report)
     with artifact.disk_errors(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def prepare(
     artifact.write_json(folder / ENVIRONMENT, runtime.environment())
     rejects.write(folder / REJECTS, rejected)
     if adopted:
-        initial.adopt(folder, adopted)
+        init_from.adopt(folder, adopted)
     index.save(folder / INDEX)
     return {}
 
@@ -91,7 +91,7 @@ def require_same_images(folder: Path) -> None:
     """
     index = data_index.open_index(folder / INDEX)
     passed_over = {rejected.path for rejected in rejects.read(folder / REJECTS)}
-    found = listing.changes(index, passed_over)
+    found = change_detection.changes(index, passed_over)
     if found:
         kinds = {"added": found.added, "removed": found.removed, "of another size": found.resized}
         said = [f"{len(p)} {kind} ({p[0]})" for kind, p in kinds.items() if p]

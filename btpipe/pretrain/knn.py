@@ -11,8 +11,8 @@ from torch import nn
 
 from btpipe import events, neighbours, runtime
 from btpipe.data import index as data_index
-from btpipe.data.loader import evaluation_batches
-from btpipe.data.views import Geometry
+from btpipe.data.pipeline.dali_graphs import Geometry
+from btpipe.data.pipeline.train_loader import evaluation_batches
 from btpipe.errors import UsageError
 from btpipe.events import Report
 from btpipe.pretrain import network

@@ -9,7 +9,7 @@ import torch
 from torch._functorch import config as functorch_config
 
 from btpipe import runtime
-from btpipe.pretrain import finite, gradcache, loss, network, optim
+from btpipe.pretrain import gradcache, loss, network, nonfinite, optim
 from btpipe.recipe import Recipe
 from btpipe.runtime import Precision
 
@@ -27,7 +27,7 @@ class Core:
     optimizer: torch.optim.Optimizer
     precision: Precision
     form: loss.Form
-    scale: finite.LossScale | None
+    scale: nonfinite.LossScale | None
     micro_batch: int
 
     @property
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
 
     terms: loss.Terms
     embedded: network.Embedded
-    flags: finite.Flags
+    flags: nonfinite.Flags
 
 
 def is_compiled(recipe: Recipe, device: torch.device) -> bool:
@@ -71,7 +71,7 @@ def build(recipe: Recipe, device: torch.device) -> Core:
         views=len(recipe.views),
         pairs=len(recipe.pairs),
     )
-    scale = finite.LossScale(device) if precision == "fp16" else None
+    scale = nonfinite.LossScale(device) if precision == "fp16" else None
     optimizer = optim.build(recipe.optim, model)
     micro = recipe.run.micro_batch // runtime.world_size()
     return Core(recipe, device, model, optimizer, precision, form, scale, micro)
@@ -98,7 +98,7 @@ def update(core: Core, views: Sequence[torch.Tensor], lr: float, bias_lr: float)
     embedded, terms = _backward(core, views)
     parameters = [p for p in core.network.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    found = finite.flags(gradients, list(embedded.z))
+    found = nonfinite.flags(gradients, list(embedded.z))
     runtime.sum_gradients(parameters)
     if core.scale:
         core.scale.unscale(gradients)

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from btpipe import artifact, events, runtime
 from btpipe.data.index import Index, open_index
-from btpipe.data.loader import LoaderSettings, TrainingLoader
+from btpipe.data.pipeline.train_loader import LoaderSettings, TrainingLoader
 from btpipe.errors import NumericsError, Stopped
 from btpipe.events import Report
-from btpipe.pretrain import checkpoint, finite, initial, loss, step
+from btpipe.pretrain import checkpoint, init_from, loss, nonfinite, step
+from btpipe.pretrain.batches import Supply
 from btpipe.pretrain.folder import RunRejects
 from btpipe.pretrain.health import Health
 from btpipe.pretrain.meter import Meter, SaveClock
 from btpipe.pretrain.run import Run
-from btpipe.pretrain.supply import Supply
 from btpipe.recipe import Recipe
 from btpipe.results import Pretrained
 from btpipe.runtime import Runtime
@@ -70,7 +70,7 @@ def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: In
         state = dataclasses.replace(state, step=at)
         checkpoint.load(newest, core)
     else:
-        initial.load(folder, recipe.network, core.network, report)
+        init_from.load(folder, recipe.network, core.network, report)
     if core.compiled:
         step.compile(core)
     return Run(recipe, folder, here, report, core, state, index)
@@ -106,7 +106,7 @@ def _announce(run: Run) -> None:
 def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
     """Steps until the end or a stop; logs, and saves what a kill must not cost."""
     agreement, meter, clock = runtime.Agreement(), Meter(run), SaveClock(run)
-    watch, images_before = finite.Watch(), np.zeros(0, np.int64)
+    watch, images_before = nonfinite.Watch(), np.zeros(0, np.int64)
     health = Health(run, lambda: bool(signals.asked))
     started, before = time.perf_counter(), run.state.step
     while run.state.step < run.steps:
@@ -146,7 +146,7 @@ def _save(run: Run) -> None:
     Raises NumericsError: a forward pass overflowed into batch norm's running statistics, which no
     mask of the update can undo.
     """
-    broken = finite.broken(run.core.network.state_dict())
+    broken = nonfinite.broken(run.core.network.state_dict())
     if broken:
         raise NumericsError(
             f"{broken} is not finite at step {run.state.step}",
@@ -162,7 +162,7 @@ def _save(run: Run) -> None:
     runtime.barrier()
 
 
-def _require_finite(run: Run, found: finite.Found | None, images: NDArray[np.int64]) -> None:
+def _require_finite(run: Run, found: nonfinite.Found | None, images: NDArray[np.int64]) -> None:
     """Ends the run when a step's update had to be left out; an fp16 overflow only lowers the scale.
 
     The step, the seed and this rank's `images` (rows of the index) are kept in the run folder.

@@ -22,7 +22,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from btpipe import cli
-from btpipe.data import findings, header, health, rejects
+from btpipe.data import file_checks, findings, header, rejects
 from btpipe.data.index import build, open_index
 from btpipe.data.rejects import BadInputError
 from btpipe.data.scan import Depth, Scan, scan
@@ -190,7 +190,9 @@ def test_every_reason_that_a_file_can_have_comes_with_advice() -> None:
         "decoding took longer than 20 s",
         "decoding ended the process (SIGSEGV)",
     ]
-    rows = health.advice(Rejected(str(i), "x", "content", reason) for i, reason in enumerate(known))
+    rows = file_checks.advice(
+        Rejected(str(i), "x", "content", reason) for i, reason in enumerate(known)
+    )
     assert "look at it" not in {row.to_do for row in rows}
     assert len(rows) == len(known) - 1  # both kinds that cannot be read are one
 
@@ -520,7 +522,7 @@ def test_a_bomb_that_took_an_images_place_is_refused_from_its_header() -> None:
     Image.new("1", (20_000, 20_000)).save(content, "PNG")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(BadInputError, match="pixel bomb"):
-        health.examine(content.getvalue())
+        file_checks.examine(content.getvalue())
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BOMB_BYTES
 
 

@@ -9,7 +9,7 @@ from tiny_run import draw_images
 
 from btpipe.embed import culprits
 from btpipe.embed.job import JobOptions, embed
-from btpipe.embed.orders import WorkerConfig
+from btpipe.embed.messages import WorkerConfig
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.events import Event, Warned
 

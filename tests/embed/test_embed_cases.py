@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from data.test_formats import COLOUR, KINDS, LEVELS, SECOND, expected, lines
+from data.pipeline.test_formats import COLOUR, KINDS, LEVELS, SECOND, expected, lines
 from PIL import Image, features
 from tiny_run import draw_images
 

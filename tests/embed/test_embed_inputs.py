@@ -1,6 +1,6 @@
 """One folder of whatever people call images, through one job: a row or a reject each, never both.
 
-What each format becomes is in docs/formats.md and tests/data/test_formats.py.
+What each format becomes is in docs/formats.md and tests/data/pipeline/test_formats.py.
 """
 
 import contextlib

@@ -353,8 +353,8 @@ def test_a_second_process_on_one_output_is_refused_and_a_dead_ones_lock_taken_ov
     hold = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from btpipe.embed import work\n"
-        "with work.locked(Path(sys.argv[1])):\n"
+        "from btpipe.embed import work_folder\n"
+        "with work_folder.locked(Path(sys.argv[1])):\n"
         "    print('held', flush=True)\n"
         "    time.sleep(60)\n"
     )

@@ -24,7 +24,7 @@ from btpipe.embed.job import embed
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import MachineError, UsageError
 from btpipe.events import ignore
-from btpipe.export import onnx, weights
+from btpipe.export import onnx_model, weights
 
 SAME_FLOATS = 1e-4
 """onnxruntime sums in another order than torch: relative to the longest vector's largest value."""
@@ -157,7 +157,7 @@ def test_torch_in_fp32_is_the_reference_and_bf16_is_near_it(
     found = encoder.embed(pixels)
     described = recipe.Network(backbone="resnet18", stem="small")
     network = weights.load(bundle / "model.safetensors", described)
-    reference = onnx.Normalized(network, encoder.preprocessing).eval()
+    reference = onnx_model.Normalized(network, encoder.preprocessing).eval()
     with torch.inference_mode():
         wanted = reference(torch.from_numpy(pixels)).numpy()
     scale = SAME_FLOATS * np.abs(wanted).max()
@@ -182,7 +182,7 @@ def test_a_layer_is_the_mean_of_that_stage_over_its_positions(
         )
     encoder = load(bundle, device="cpu", engine="torch", precision="fp32")
     with torch.inference_mode():
-        onnx.Normalized(network, encoder.preprocessing)(torch.from_numpy(pixels))
+        onnx_model.Normalized(network, encoder.preprocessing)(torch.from_numpy(pixels))
     assert set(seen) == {"layer1", "layer2", "layer3", "layer4"}
     for name in precisions.LAYERS[1:]:
         of_layer = load(bundle, device="cpu", layer=name, precision="fp32")

@@ -19,7 +19,8 @@ from btpipe.embed import job
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, ignore
-from btpipe.explore import dupes, outliers, page, search
+from btpipe.explore import dupes, outliers, search
+from btpipe.pages import frame
 
 NOISE = 0.02
 
@@ -201,7 +202,7 @@ def test_pictures_are_looked_for_beside_the_table(tmp_path: Path) -> None:
 
 
 def test_a_thumbnail_is_small_and_never_enlarged() -> None:
-    with Image.open(io.BytesIO(page.thumbnail(Image.new("RGBA", (640, 320))))) as small:
+    with Image.open(io.BytesIO(frame.thumbnail(Image.new("RGBA", (640, 320))))) as small:
         assert small.size == (160, 80)
-    with Image.open(io.BytesIO(page.thumbnail(Image.new("L", (20, 30))))) as same:
+    with Image.open(io.BytesIO(frame.thumbnail(Image.new("L", (20, 30))))) as same:
         assert same.size == (20, 30)

@@ -14,8 +14,9 @@ from btpipe.cli import app
 from btpipe.embed import table
 from btpipe.errors import UsageError
 from btpipe.events import ignore
-from btpipe.explore import layout, map_page, thumbnails
+from btpipe.explore import layout, map_page
 from btpipe.explore import map as mapping
+from btpipe.pages import thumbnails
 
 ROUNDING = 2e-3
 """Of principal components: the vectors are kept in float16."""

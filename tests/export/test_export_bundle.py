@@ -29,7 +29,7 @@ from btpipe.errors import (
 )
 from btpipe.events import Event, Note, ignore
 from btpipe.export import bundle, contract, verify
-from btpipe.export import onnx as onnx_file
+from btpipe.export import onnx_model as onnx_file
 from btpipe.export import source as sources
 from btpipe.export.samples import Samples
 from btpipe.export.session import Session, refuse_external_data

@@ -25,8 +25,13 @@ from torch import nn
 
 from btpipe import neighbours, recipe
 from btpipe.data import index as data_index
-from btpipe.data.loader import Batch, LoaderSettings, TrainingLoader, evaluation_batches
-from btpipe.data.views import Geometry
+from btpipe.data.pipeline.dali_graphs import Geometry
+from btpipe.data.pipeline.train_loader import (
+    Batch,
+    LoaderSettings,
+    TrainingLoader,
+    evaluation_batches,
+)
 from btpipe.events import ignore
 from btpipe.pretrain import network, schedule, step
 

@@ -15,7 +15,7 @@ from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import ignore
 from btpipe.export import source
 from btpipe.pretrain import changes, checkpoint
-from btpipe.road import inspect, verify
+from btpipe.tools import inspect, verify
 
 FP16 = ("optim.name=sgd", "optim.lr=0.001", "optim.bias_lr=0.001", "run.precision=fp16")
 FP64 = (*FP16[:3], "run.precision=fp64")

@@ -13,7 +13,7 @@ from btpipe import events as told
 from btpipe import recipe as recipes
 from btpipe.data.index import open_index
 from btpipe.errors import NumericsError, UsageError
-from btpipe.pretrain import checkpoint, finite, folder, health, launch, loss, network, step
+from btpipe.pretrain import checkpoint, folder, health, launch, loss, network, nonfinite, step
 from btpipe.pretrain.alarms import Alarms
 from btpipe.pretrain.run import Run
 from btpipe.recipe import Recipe
@@ -165,7 +165,7 @@ def test_a_step_at_which_nothing_is_due_reads_no_number(tmp_path: Path, images: 
     state = checkpoint.State(5, wanted.digest, index.fingerprint)
     run = Run(wanted, tmp_path / "run", Runtime(device), told.ignore, core, state, index)
     nothing = torch.empty(8, 32, device="meta")
-    flags = finite.Flags(nothing, nothing)
+    flags = nonfinite.Flags(nothing, nothing)
     terms = loss.Terms(nothing, nothing, nothing, nothing)
     outcome = step.Outcome(terms, network.Embedded((nothing, nothing), nothing), flags)
     watched = health.Health(run, lambda: False)

@@ -22,7 +22,7 @@ from small_training import IMAGES, RECIPE, checkpoints, logged, pretrain, rewind
 from tiny_run import draw_images, shared_home
 
 from btpipe import artifact, events
-from btpipe.data import order
+from btpipe.data.pipeline import sampler
 from btpipe.errors import BtpipeError, IntegrityError, MachineError, NewerError, RefusedError
 from btpipe.pretrain import checkpoint
 
@@ -320,7 +320,7 @@ def spoil(path: Path) -> None:
 def test_unusable_images_are_counted_over_the_ranks(tmp_path: Path) -> None:
     images = tmp_path / "images"
     sorted_paths = sorted(draw_images(images, IMAGES))
-    first, second = (order.permutation(5, 0, IMAGES, 8 * i, 8 * i + 8) for i in (0, 1))
+    first, second = (sampler.permutation(5, 0, IMAGES, 8 * i, 8 * i + 8) for i in (0, 1))
     spoil(sorted_paths[first[1]])  # the first rank's
     settings = ("optim.name=sgd", "optim.epochs=1", "data.max_bad=0.03")  # one of 34
     pretrain(tmp_path, images, *settings, name="one-bad", devices="2")
@@ -343,7 +343,7 @@ def test_unusable_images_are_counted_over_the_ranks(tmp_path: Path) -> None:
 def test_an_image_that_both_ranks_meet_counts_once(tmp_path: Path) -> None:
     images = tmp_path / "images"
     paths = sorted(draw_images(images, IMAGES))
-    epochs = [order.permutation(5, epoch, IMAGES, 0, 32) for epoch in (0, 1)]
+    epochs = [sampler.permutation(5, epoch, IMAGES, 0, 32) for epoch in (0, 1)]
     rank_of = [{int(row): at % 8 // 4 for at, row in enumerate(rows)} for rows in epochs]
     met = next(row for row, rank in rank_of[0].items() if rank_of[1].get(row, rank) != rank)
     spoil(paths[met])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from btpipe import runtime
-from btpipe.pretrain import finite, loss, norm, step
+from btpipe.pretrain import loss, nonfinite, norm, step
 from btpipe.recipe import Data, Loss, Network, Optim, Recipe, Run, View
 
 CPU = torch.device("cpu")
@@ -273,9 +273,9 @@ def test_fp16_overflows_lower_the_scale_and_are_counted() -> None:
 
 def test_a_tensor_that_is_not_finite_is_named() -> None:
     state = step.build(recipe(), CPU).network.state_dict()
-    assert finite.broken(state) == ""
+    assert nonfinite.broken(state) == ""
     state["encoder.layer1.0.bn1.running_var"][3] = torch.nan
-    assert finite.broken(state) == "encoder.layer1.0.bn1.running_var"
+    assert nonfinite.broken(state) == "encoder.layer1.0.bn1.running_var"
 
 
 def flat(core: step.Core) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 
 from btpipe import events
 from btpipe.events import Event, ignore
-from btpipe.explore import plots
+from btpipe.plot import plot
 from btpipe.recipe import Recipe
 from btpipe.results import Pretrained
 
@@ -64,7 +64,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_reads_every_number_and_alarm(tmp_path: Path) -> None:
     run, board = write_run(tmp_path / "runs" / "r", whole()), tmp_path / "board"
-    plots.make([run], None, ignore, tensorboard=board)
+    plot.make([run], None, ignore, tensorboard=board)
     found = scalars(board / "r")
     assert [step for step, _ in found["loss/total"]] == list(range(1, 41))
     losses = [value for _, value in found["loss/total"]]
@@ -88,7 +88,7 @@ def test_a_second_call_writes_no_point_twice_and_leaves_others_files(tmp_path: P
     (board / "r").mkdir(parents=True)
     (board / "r" / "events.out.tfevents.1.others").write_bytes(b"")
     for _ in range(2):
-        plots.make([run], tmp_path / "run.html", ignore, tensorboard=board)
+        plot.make([run], tmp_path / "run.html", ignore, tensorboard=board)
     assert [point[0] for point in scalars(board / "r")["loss/total"]] == list(range(1, 41))
     assert len(list((board / "r").iterdir())) == 2
     assert (tmp_path / "run.html").is_file()
@@ -96,7 +96,7 @@ def test_a_second_call_writes_no_point_twice_and_leaves_others_files(tmp_path: P
 
 def test_several_runs_have_a_folder_each(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name, whole()) for name in ("one", "two")]
-    plots.make(runs, None, ignore, tensorboard=tmp_path / "board")
+    plot.make(runs, None, ignore, tensorboard=tmp_path / "board")
     assert scalars(tmp_path / "board" / "one") == scalars(tmp_path / "board" / "two")
 
 

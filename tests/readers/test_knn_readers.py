@@ -8,7 +8,7 @@ import vector_table
 from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 
-from btpipe.explore import knn
+from btpipe.evaluate import knn
 
 CLASSES, DIMENSION = 7, 24
 

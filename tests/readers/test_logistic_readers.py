@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from btpipe.explore import logistic
+from btpipe.evaluate import logistic
 
 CLASSES, DIMENSION = 6, 48
 NEAR = 0.003

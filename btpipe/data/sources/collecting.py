@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from btpipe.data.sources import folder, lists, parquet, synthetic, tar
-from btpipe.data.sources.recall import Recall
+from btpipe.data.sources.listing_cache import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import Source
 from btpipe.events import Rejected

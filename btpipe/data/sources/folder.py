@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from btpipe.data import header, patience
+from btpipe.data import header, retry
 from btpipe.data.header import Header
 from btpipe.data.rejects import BadInputError, unreadable
-from btpipe.data.sources import places
-from btpipe.data.sources.recall import Recall, Stamp
+from btpipe.data.sources import storage
+from btpipe.data.sources.listing_cache import Recall, Stamp
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
@@ -93,7 +93,7 @@ def look(source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool
     `list_only`: by their names, no file is opened; sizes are then unknown. `known`: files that are
     as they were stay closed too.
     """
-    if places.is_url(source.place):
+    if storage.is_url(source.place):
         try:
             names, rejected = remote_names(source.place), list[Rejected]()
         except OSError as error:
@@ -111,7 +111,7 @@ def remote_names(url: str) -> list[bytes]:
     Raises:
         OSError: it cannot be listed.
     """
-    names = patience.read_patiently(lambda: places.names_below(url))
+    names = retry.read_patiently(lambda: storage.names_below(url))
     hidden = [any(part.startswith(".") for part in name.split("/")) for name in names]
     return sorted(n.encode() for n, is_hidden in zip(names, hidden, strict=True) if not is_hidden)
 
@@ -164,7 +164,7 @@ def _look_at(
         return None
     place = file_place(source, os.fsdecode(name))
     try:
-        size, mtime_ns = places.measure(place)
+        size, mtime_ns = storage.measure(place)
         if list_only:
             return Row(name, size, mtime_ns, UNREAD)
         if before and before[0] == (size, mtime_ns):
@@ -181,15 +181,15 @@ def _look_at(
 
 def _header(place: str, name: bytes) -> Header:
     def look() -> Header:
-        with places.open_binary(place) as file:
+        with storage.open_binary(place) as file:
             return header.look(file, name)
 
-    return look() if places.is_url(place) else patience.read_patiently(look)
+    return look() if storage.is_url(place) else retry.read_patiently(look)
 
 
 def file_place(source: Source, name: str) -> str:
     """The file of a name in a folder, a list, or among named files."""
-    return places.join(source.base, name)
+    return storage.join(source.base, name)
 
 
 def _with_class_folders(source: Source, batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:

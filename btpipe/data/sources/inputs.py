@@ -11,7 +11,7 @@ from pathlib import Path
 from btpipe import artifact
 from btpipe.data import header
 from btpipe.data.rejects import BadInputError
-from btpipe.data.sources import lists, parquet, places, synthetic, tar
+from btpipe.data.sources import lists, parquet, storage, synthetic, tar
 from btpipe.data.sources.source import SHARDS, Kind, Source
 from btpipe.errors import UsageError
 
@@ -39,15 +39,15 @@ def expand(inputs: Sequence[Path | str]) -> list[str]:
 
 
 def _expand(given: str) -> list[str]:
-    if given == "-" or (not places.is_url(given) and os.path.lexists(given)):
+    if given == "-" or (not storage.is_url(given) and os.path.lexists(given)):
         return [os.path.abspath(given)]  # noqa: PTH100 - keeps links as they are, and bytes
     found: list[str] = []
     for pattern in _braces(given):
         if not _GLOB & set(pattern):
-            found.append(pattern if places.is_url(pattern) else _existing(pattern))
+            found.append(pattern if storage.is_url(pattern) else _existing(pattern))
             continue
-        if places.is_url(pattern):
-            system, path = places.remote(pattern)
+        if storage.is_url(pattern):
+            system, path = storage.remote(pattern)
             matches = [system.unstrip_protocol(name) for name in system.glob(path)]
         else:
             matches = [os.path.abspath(name) for name in glob.glob(pattern)]  # noqa: PTH100, PTH207
@@ -63,7 +63,7 @@ def _of_shards(place: str) -> str:
     Raises:
         IntegrityError: a shard is missing or cut.
     """
-    if places.is_url(place) or not holds_shards(Path(place)):
+    if storage.is_url(place) or not holds_shards(Path(place)):
         return place
     artifact.read(Path(place), SHARDS)
     return os.path.join(place, "index.parquet")  # noqa: PTH118 - bytes survive
@@ -108,7 +108,7 @@ def _braces(pattern: str) -> list[str]:
 
 def is_index(place: str) -> bool:
     """Whether a file is an index of btpipe's own."""
-    is_file = not places.is_url(place) and Path(place).is_file()
+    is_file = not storage.is_url(place) and Path(place).is_file()
     if not is_file or _kind_by_name(place) != "parquet":
         return False
     return {b"root", b"format_version"} <= (parquet.schema(place).metadata or {}).keys()
@@ -120,7 +120,7 @@ def root_of(found: Sequence[str], roots: Mapping[str, Path]) -> Path:
     `roots` are those of the indexes among them.
     """
     local = [
-        os.fspath(roots.get(place, _base(place))) for place in found if not places.is_url(place)
+        os.fspath(roots.get(place, _base(place))) for place in found if not storage.is_url(place)
     ]
     return Path(os.path.commonpath(local)) if local else Path.cwd()
 
@@ -132,12 +132,12 @@ def _base(place: str) -> str:
 
 
 def _is_folder(place: str) -> bool:
-    return not places.is_url(place) and Path(place).is_dir()
+    return not storage.is_url(place) and Path(place).is_dir()
 
 
 def relative(place: str, root: Path) -> str:
     """A place as people see it: below `root`, or a URL as it is; "" for `root` itself."""
-    if places.is_url(place):
+    if storage.is_url(place):
         return place
     path = os.path.relpath(place, root)
     return "" if path == "." else path
@@ -149,9 +149,9 @@ def describe(place: str, root: Path) -> Source:
     Raises:
         UsageError: none of `KINDS`.
     """
-    if places.is_synthetic(place):
+    if storage.is_synthetic(place):
         return synthetic.describe(place)
-    if places.is_url(place):
+    if storage.is_url(place):
         return _describe_url(place)
     if _is_folder(place):
         name = relative(place, root)
@@ -166,12 +166,12 @@ def _describe_url(url: str) -> Source:
     if url.endswith("/"):
         return Source("folder", url.rstrip("/"), prefix=url)
     try:
-        places.measure(url)
+        storage.measure(url)
     except FileNotFoundError:
         return Source("folder", url.rstrip("/"), prefix=url.rstrip("/") + "/")
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror or error}", where=url) from error
-    system, path = places.remote(url)
+    system, path = storage.remote(url)
     if system.info(path).get("type") == "directory":
         return Source("folder", url.rstrip("/"), prefix=url.rstrip("/") + "/")
     return _files(url, url)
@@ -179,11 +179,11 @@ def _describe_url(url: str) -> Source:
 
 def _describe_file(place: str, name: str) -> Source:
     """A file's source; its size and time are kept where it is a container or a list."""
-    if places.is_standard_input(place):
+    if storage.is_standard_input(place):
         return Source("list", place, name.removesuffix("-"))
     kind = _kind_by_name(place)
     try:
-        size, mtime_ns = places.measure(place)
+        size, mtime_ns = storage.measure(place)
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=place) from error
     if kind == "tar":
@@ -214,7 +214,7 @@ def _kind_by_name(place: str) -> Kind | None:
 def _files(place: str, name: str) -> Source:
     """A file that is named itself: an image, or a mistake."""
     try:
-        with places.open_binary(place) as file:
+        with storage.open_binary(place) as file:
             header.look(file, os.fsencode(place))
     except BadInputError as error:
         if not header.is_image_or_named(error, os.fsencode(place)):

@@ -11,9 +11,9 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from btpipe.data import patience
-from btpipe.data.sources import folder, places
-from btpipe.data.sources.recall import Recall
+from btpipe.data import retry
+from btpipe.data.sources import folder, storage
+from btpipe.data.sources.listing_cache import Recall
 from btpipe.data.sources.rows import SCHEMA, Found
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
@@ -31,10 +31,10 @@ def look(
         UsageError: the list cannot be read, or has no column `path`.
     """
     try:
-        if places.is_standard_input(source.place):
+        if storage.is_standard_input(source.place):
             content = sys.stdin.buffer.read()
         else:
-            content = patience.read_patiently(lambda: places.read(source.place))
+            content = retry.read_patiently(lambda: storage.read(source.place))
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=source.place) from error
     names, labels = _read(source.place, content)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from btpipe.data import header
 from btpipe.data.rejects import BadInputError, unreadable
-from btpipe.data.sources import places
+from btpipe.data.sources import storage
 from btpipe.data.sources.rows import CHUNK_ROWS, Found, Row, batch, reject, reject_whole
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
@@ -74,7 +74,7 @@ def look(source: Source) -> Found:
 
 
 def _rows(source: Source) -> Iterator[Row | Rejected]:
-    with places.open_binary(source.place) as opened, pq.ParquetFile(opened) as file:
+    with storage.open_binary(source.place) as opened, pq.ParquetFile(opened) as file:
         names = _class_names(file.schema_arrow)
         number = 0
         for group in range(file.num_row_groups):
@@ -183,7 +183,7 @@ class RowGroups:
         """A file's metadata, and the first row of each row group."""
         found = self._files.get(place)
         if found is None:
-            with places.open_binary(place) as file:
+            with storage.open_binary(place) as file:
                 metadata = pq.read_metadata(file)
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             found = self._files[place] = metadata, np.cumsum([0, *sizes], dtype=np.int64)
@@ -211,7 +211,7 @@ class RowGroups:
 
     def _load(self, source: Source, group: int, metadata: pq.FileMetaData) -> pa.ChunkedArray:
         with (
-            places.open_binary(source.place) as opened,
+            storage.open_binary(source.place) as opened,
             pq.ParquetFile(opened, metadata=metadata) as file,
         ):
             return _images(file, group, source.column)
@@ -236,7 +236,7 @@ def schema(place: str) -> pa.Schema:
         UsageError: it cannot be read as one.
     """
     try:
-        with places.open_binary(place) as file:
+        with storage.open_binary(place) as file:
             return pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
         what = f"not a readable parquet file ({str(error).splitlines()[0]})"

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from btpipe.data.params import key_of, philox
+from btpipe.data.pipeline.augment_params import key_of, philox
 from btpipe.data.sources.rows import SCHEMA, Found
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from btpipe.data import header
 from btpipe.data.rejects import BadInputError, unreadable
-from btpipe.data.sources import places
+from btpipe.data.sources import storage
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject, reject_whole
 from btpipe.data.sources.source import Source
 from btpipe.events import Rejected
@@ -86,7 +86,7 @@ class _Window(io.RawIOBase):
 def look(source: Source) -> Found:
     """The images of a tar file, and what in it cannot be used."""
     try:
-        with places.open_binary(source.place) as file:
+        with storage.open_binary(source.place) as file:
             return _look(source, file)
     except OSError as error:
         bad = unreadable(error)

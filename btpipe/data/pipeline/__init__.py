@@ -1,0 +1,1 @@
+"""From files to batches: order, decoding, augmentation, training and evaluation views."""

@@ -1,0 +1,208 @@
+"""The evaluation view of images, batch by batch. Nothing here needs torch."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline
+
+from btpipe.data.index import Index
+from btpipe.data.pipeline import dali_graphs, dali_runner, prefetch
+from btpipe.data.pipeline import decode as decoding
+from btpipe.data.pipeline.decode import BatchDecoder, Encoded, Pixels
+from btpipe.data.rejects import BadInputError
+from btpipe.events import Rejected
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationBatch:
+    """Good rows, their pixels (n, S, S, 3) and their files' sha256.
+
+    `sizes` (n, 2) are the upright [height, width] of the decoded images. Beside the good rows are
+    the `rejected` ones, and the `known` ones, of which the file's sha256 was enough.
+    """
+
+    rows: NDArray[np.int64]
+    pixels: NDArray[np.uint8]
+    digests: list[str]
+    rejected: dict[int, Rejected]
+    sizes: NDArray[np.int64]
+    known: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
+Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""Encoded bytes -> pixels (H, W, 3), or a BadInputError: `decoding.decode`, or a stand-in."""
+Mark = Callable[[Sequence[int], bool], AbstractContextManager[None]]
+"""A context in which rows are in a decoder's hands; whether they are one file, decoded alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """What became of a row's file; without content its sha256 was enough."""
+
+    row: int
+    content: Encoded | Pixels | Rejected | None
+    digest: str = ""
+
+
+def _no_mark(_rows: Sequence[int], _alone: bool) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def evaluation_batches(
+    index: Index,
+    rows: NDArray[np.int64],
+    geometry: dali_graphs.Geometry,
+    *,
+    batch_size: int,
+    threads: int,
+    gpu: int | None = None,
+) -> Iterator[EvaluationBatch]:
+    """The evaluation view of these rows, in order; a row's pixels depend on its file alone."""
+    starts = range(0, len(rows), batch_size)
+    return evaluation_stream(
+        index,
+        (rows[start : start + batch_size] for start in starts),
+        geometry,
+        batch_size=batch_size,
+        threads=threads,
+        gpu=gpu,
+    )
+
+
+def evaluation_stream(
+    index: Index,
+    tasks: Iterator[NDArray[np.int64]],
+    geometry: dali_graphs.Geometry,
+    *,
+    batch_size: int,
+    threads: int,
+    gpu: int | None = None,
+    decode: Decode = decoding.decode,
+    is_known: Callable[[int, str, int], bool] = lambda _row, _digest, _bytes: False,
+    is_apart: Callable[[int], bool] = lambda _row: False,
+    mark: Mark = _no_mark,
+) -> Iterator[EvaluationBatch]:
+    """`evaluation_batches` of tasks of rows that may become known by and by.
+
+    Every batch has `batch_size` good rows but for the last one, whatever is bad or known and
+    wherever tasks end. What is bad or known comes with the batch that follows, or in one without
+    good rows where there are many.
+
+    `decode` stands in for DALI's decoder. `is_known` says of a row, its file's sha256 and length
+    whether its pixels are not needed, `is_apart` that a row must not be decoded in a GPU's batch.
+    """
+    decoder = None if gpu is None else decoding.batch_decoder(gpu, threads)
+    reader = _Reader(index, decoder, decode, is_known, is_apart, mark)
+    packed = _Packed(geometry, batch_size)
+
+    def build() -> Pipeline:
+        return dali_graphs.evaluation_pipeline(
+            geometry, batch_size=batch_size, threads=threads, gpu=gpu
+        )
+
+    with concurrent.futures.ThreadPoolExecutor(threads + 2, "btpipe-read") as pool:
+        ahead = prefetch.read_ahead(enumerate(tasks), reader.read, reader.finish, pool)
+        loads = packed.loads(files for _, _, files in ahead)
+        for load, outputs in dali_runner.run(loads, build, decoder.stream if decoder else None):
+            batch = packed.batches.pop(load.number)
+            yield (
+                dataclasses.replace(batch, pixels=dali_runner.copied(outputs[0]))
+                if outputs
+                else batch
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads the files of rows, and decodes them: one by one on a CPU, in batches on a GPU."""
+
+    index: Index
+    decoder: BatchDecoder | None
+    decode: Decode
+    is_known: Callable[[int, str, int], bool]
+    is_apart: Callable[[int], bool]
+    mark: Mark
+
+    def read(self, row: int) -> _File:
+        """A row's file, decoded where that is not done in a batch."""
+        try:
+            content = self.index.read_bytes(row)
+            digest = hashlib.sha256(content).hexdigest()
+            if self.is_known(row, digest, len(content)):
+                return _File(row, None, digest)
+            file = np.frombuffer(content, np.uint8)
+            encoded = decoding.parse(file) if self.decoder and not self.is_apart(row) else None
+            if encoded is not None:
+                return _File(row, encoded, digest)
+            with self.mark((row,), True):
+                return _File(row, self.decode(file), digest)
+        except BadInputError as error:
+            return _File(row, self.index.reject(row, "decode", error))
+
+    def finish(self, _rows: NDArray[np.int64], files: Sequence[_File]) -> Sequence[_File]:
+        """Those of a task's rows together: what is left is decoded in a batch."""
+        if self.decoder is None:
+            return files
+        held = [(f.row, f.content) for f in files if isinstance(f.content, Encoded | np.ndarray)]
+        with self.mark([row for row, content in held if isinstance(content, Encoded)], False):
+            decoded = self.decoder.decode([content for _, content in held])
+        rows = np.array([row for row, _ in held], np.int64)
+        images = dict(zip(rows.tolist(), self.index.with_rejects(rows, decoded), strict=True))
+        return [dataclasses.replace(f, content=images.get(f.row, f.content)) for f in files]
+
+
+class _Packed:
+    """Good rows packed into loads of `batch_size`.
+
+    `batches` keeps for each load's number the batch that it becomes, without its pixels.
+    """
+
+    def __init__(self, geometry: dali_graphs.Geometry, batch_size: int) -> None:
+        self._geometry, self._batch_size = geometry, batch_size
+        self._number = 0
+        self._good: list[tuple[int, str, Pixels]] = []
+        self._rejected: dict[int, Rejected] = {}
+        self._known: dict[int, str] = {}
+        self.batches: dict[int, EvaluationBatch] = {}
+
+    def loads(self, tasks: Iterator[Sequence[_File]]) -> Iterator[dali_runner.Load]:
+        """The loads of tasks whose files are decoded."""
+        for files in tasks:
+            for file in files:
+                assert not isinstance(file.content, Encoded)
+                if isinstance(file.content, Rejected):
+                    self._rejected[file.row] = file.content
+                elif file.content is None:
+                    self._known[file.row] = file.digest
+                else:
+                    self._good.append((file.row, file.digest, file.content))
+                if len(self._good) == self._batch_size:
+                    yield self._load(self._batch_size)
+            if len(self._rejected) + len(self._known) >= self._batch_size:
+                yield self._load(0)
+        if self._good or self._rejected or self._known:
+            yield self._load(len(self._good))
+
+    def _load(self, count: int) -> dali_runner.Load:
+        """The first `count` good rows, and all that is rejected or known."""
+        number, good = self._number, self._good[:count]
+        images = [image for _, _, image in good]
+        rows, sizes = np.array([row for row, _, _ in good], np.int64), dali_runner.sizes_of(images)
+        self.batches[number] = EvaluationBatch(
+            rows=rows,
+            pixels=np.zeros((0, self._geometry.size, self._geometry.size, 3), np.uint8),
+            digests=[digest for _, digest, _ in good],
+            rejected=self._rejected,
+            sizes=sizes,
+            known=self._known,
+        )
+        self._good = self._good[count:]
+        self._rejected, self._known, self._number = {}, {}, number + 1
+        inputs = dali_graphs.evaluation_inputs(self._geometry, sizes) if count else {}
+        return dali_runner.Load(number, rows, images, inputs)

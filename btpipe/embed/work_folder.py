@@ -1,0 +1,245 @@
+"""`X.parquet.work/`: the plan of a job, its finished parts, and the lock that one process holds.
+
+    lock  plan.json  index.parquet  commits.jsonl  part-000000.parquet ...  known-* (see known.py)
+
+A part counts when its line stands in commits.jsonl; the line is written after the part has its
+name and is on the disk. A line that was torn by a kill is no line.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+
+from btpipe import artifact
+from btpipe.embed import table, vector_cache
+from btpipe.errors import RefusedError
+from btpipe.events import Rejected, Report, Warned
+
+FORMAT_VERSION = 2
+LOCK = "lock"
+PLAN = "plan.json"
+INDEX = "index.parquet"
+COMMITS = "commits.jsonl"
+MIXABLE = (
+    table.BUNDLE,
+    "btpipe.precision",
+    "btpipe.engine",
+    "btpipe.layer",
+    "btpipe.normalize",
+    "btpipe.dtype",
+    table.SHARD,
+)
+"""What must be the same of two tables for one to take the other's place unasked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JobPlan:
+    """What a job computes: parts of `part_rows` rows of the listed input, with these settings.
+
+    `settings` is a table's footer without what is the input's. The rows are those from `first` on.
+    `dropped`: how many rows of an earlier table are not listed any more; -1 without one.
+    """
+
+    settings: Mapping[str, str]
+    input: str
+    first: int
+    rows: int
+    part_rows: int
+    dropped: int = -1
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def parts(self) -> int:
+        return -(-self.rows // self.part_rows)
+
+    def part_range(self, part: int) -> range:
+        """The rows of the input that the part answers for."""
+        first = self.first + part * self.part_rows
+        return range(first, min(first + self.part_rows, self.first + self.rows))
+
+    @property
+    def digest(self) -> str:
+        """What the lines of its parts are marked with."""
+        return artifact.json_digest([*sorted(self.settings.items()), self.input, self.part_rows])
+
+    def is_of(self, other: "JobPlan") -> bool:
+        """Whether both compute the same rows; parts may differ."""
+        return (self.settings, self.input) == (other.settings, other.input)
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """A part that is done: its file's sha256, its vectors, and the inputs that got none.
+
+    `reused` of the vectors were known and not computed.
+    """
+
+    plan: str
+    part: int
+    sha256: str
+    rows: int
+    reused: int
+    rejects: tuple[Rejected, ...]
+
+    def line(self) -> str:
+        """The commit as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self)) + "\n"
+
+
+def folder_of(out: Path) -> Path:
+    """Where the job that writes `out` keeps its parts."""
+    return out.with_name(f"{out.name}.work")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The work folder, for this process alone; the lock of a process that died is free.
+
+    Raises:
+        RefusedError: another process works on the same output.
+        MachineError: the folder cannot be written.
+    """
+    while True:
+        with artifact.disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise RefusedError(
+                "another process works on this output",
+                where=folder,
+                fix="wait for it, or choose another --out",
+            ) from error
+        if _is_still(folder / LOCK, descriptor):
+            break
+        os.close(descriptor)  # its owner finished and removed the folder just now
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    """Whether the name still leads to the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def refuse_other(
+    theirs: Mapping[str, str], ours: Mapping[str, str], what: str, where: Path, fix: str
+) -> None:
+    """Raises RefusedError where vectors were made with another bundle, or with other settings."""
+    differing = [key for key in MIXABLE if theirs.get(key, "") != ours.get(key, "")]
+    if differing:
+        raise RefusedError(
+            f"holds {what} of {_shown(theirs, differing)}",
+            where=where,
+            expected=_shown(ours, differing),
+            fix=fix,
+        )
+
+
+def _shown(settings: Mapping[str, str], keys: Sequence[str]) -> str:
+    """`bundle 3f..., precision int8`."""
+    return ", ".join(f"{key.partition('.')[2]} {settings.get(key) or 'none'}" for key in keys)
+
+
+def read_plan(folder: Path) -> JobPlan | None:
+    """The plan, or None where there is none that this version can follow."""
+    try:
+        content = json.loads((folder / PLAN).read_text())
+        plan = JobPlan(**{field.name: content[field.name] for field in dataclasses.fields(JobPlan)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return plan if plan.format_version == FORMAT_VERSION else None
+
+
+def write_plan(folder: Path, plan: JobPlan) -> None:
+    """Makes a plan the one that is followed: parts of any other are void from now on."""
+    artifact.write_json(folder / PLAN, dataclasses.asdict(plan))
+
+
+def part_path(folder: Path, part: int) -> Path:
+    """The part's final name."""
+    return folder / f"part-{part:06d}.parquet"
+
+
+def commit(folder: Path, done: Commit, temporary: Path) -> None:
+    """Gives a written and fsynced part its name, then its line."""
+    path = part_path(folder, done.part)
+    os.replace(temporary, path)
+    artifact.fsync_path(folder)
+    with (folder / COMMITS).open("a", encoding="utf-8") as file:
+        file.write(done.line())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def committed(folder: Path, plan: JobPlan, report: Report) -> dict[int, Commit]:
+    """The parts that are done and whole; the others' lines and files are removed.
+
+    A part whose bytes changed is computed again, with a warning.
+    """
+    done: dict[int, Commit] = {}
+    for line in _lines(folder / COMMITS):
+        entry = _parse(line)
+        if entry is None or entry.plan != plan.digest:
+            continue
+        path = part_path(folder, entry.part)
+        if path.is_file() and artifact.file_digest(path) == entry.sha256:
+            done[entry.part] = entry
+        else:
+            report(Warned(f"{path}: changed or gone since it was written; computed again"))
+    lines = "".join(done[part].line() for part in sorted(done))
+    artifact.write_file(folder / COMMITS, lines.encode())
+    sweep(folder, {part_path(folder, part).name for part in done})
+    return done
+
+
+def has_commits(folder: Path, plan: JobPlan) -> bool:
+    """Whether any part of the plan was done."""
+    commits = map(_parse, _lines(folder / COMMITS))
+    return any(commit is not None and commit.plan == plan.digest for commit in commits)
+
+
+def sweep(folder: Path, parts: Set[str]) -> None:
+    """Removes parts but these, and what a kill left behind."""
+    keep = {LOCK, PLAN, COMMITS, INDEX, Path(INDEX).stem + ".arrow", *vector_cache.FILES, *parts}
+    for path in folder.iterdir():
+        if path.name not in keep:
+            path.unlink()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def _parse(line: str) -> Commit | None:
+    try:
+        content = json.loads(line)
+        rejects = tuple(Rejected(**reject) for reject in content["rejects"])
+        numbers = [int(content[name]) for name in ("part", "rows", "reused")]
+        part, rows, reused = numbers
+        return Commit(str(content["plan"]), part, str(content["sha256"]), rows, reused, rejects)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def remove(folder: Path) -> None:
+    """Removes the folder, its lock last: until then nobody else begins there."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""What vectors and encoders are worth on labelled images: neighbours, classifiers, baselines."""

@@ -1,0 +1,1 @@
+"""Where runs went: their history as a page, a picture, TensorBoard's files."""

@@ -1,0 +1,1 @@
+"""What training will see: images, their views and the numbers behind them."""

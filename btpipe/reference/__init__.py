@@ -1,0 +1,1 @@
+"""The published formulation, written independently: for selftest, tests and benchmarks."""

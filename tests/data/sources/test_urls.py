@@ -1,0 +1,244 @@
+"""Images behind http:// from a real server that can stumble; and what is said without a driver."""
+
+import functools
+import http.server
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_run import draw_images
+
+from btpipe.data import change_detection, index
+from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import RETRY_SECONDS
+from btpipe.data.scan import scan
+from btpipe.errors import UsageError
+from btpipe.events import ignore
+
+ROOT = Path(__file__).parents[3]
+LARGE_BYTES = 3 << 20
+"""More than is fetched at once."""
+
+
+class Stumbling(http.server.SimpleHTTPRequestHandler):
+    """Gives files, and parts of them; fails as often as `failures` says for a path."""
+
+    failures: dict[str, tuple[int, int]]  # path to how often, and with which status
+    asked: list[str]
+    gives_parts = True
+
+    def do_GET(self) -> None:
+        self.answer(super().do_GET)
+
+    def do_HEAD(self) -> None:
+        self.answer(super().do_HEAD)
+
+    def answer(self, plainly: Callable[[], None]) -> None:
+        self.asked.append(f"{self.command} {self.path}")
+        times, status = self.failures.get(self.path, (0, 0))
+        if times:
+            self.failures[self.path] = times - 1, status
+            self.send_error(status)
+        elif self.gives_parts and self.headers["Range"]:
+            self.give_part()
+        else:
+            plainly()
+
+    def give_part(self) -> None:
+        content = Path(self.translate_path(self.path)).read_bytes()
+        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last or len(content)) + 1]
+        self.send_response(HTTPStatus.PARTIAL_CONTENT)
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_: object) -> None:
+        """Nobody reads it."""
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Path, type[Stumbling]]]:
+    """The server's URL, the folder that it gives, and its handler to make it stumble."""
+    pytest.importorskip("aiohttp", reason="the extra [remote] is not installed")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = type("Handler", (Stumbling,), {"failures": {}, "asked": []})
+    made = functools.partial(handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), made) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", folder, handler
+        server.shutdown()
+        thread.join()
+
+
+def require_same(made: index.Index, files: list[Path]) -> None:
+    """The rows' bytes are those of the files, in their order."""
+    assert len(made) == len(files)
+    for row, path in enumerate(files):
+        assert made.read_bytes(row) == path.read_bytes()
+
+
+def pad(path: Path) -> Path:
+    """Makes a JPEG larger than what is fetched at once: bytes behind its end are of no account."""
+    path.write_bytes(path.read_bytes() + bytes(LARGE_BYTES))
+    return path
+
+
+def test_images_lists_shards_and_tables_are_read_over_http(
+    served: tuple[str, Path, type[Stumbling]],
+) -> None:
+    url, folder, _ = served
+    files = draw_images(folder / "images", 6)
+    pad(files[0])
+    (folder / "list.txt").write_text("".join(f"{p.relative_to(folder)}\n" for p in files))
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for path in files:
+            tar.add(path, path.name)
+    contents = [path.read_bytes() for path in files]
+    pq.write_table(pa.table({"image": contents}), folder / "t.parquet", row_group_size=2)
+    in_order = sorted(files)
+    for named, expected in (
+        ([f"{url}/images/"], in_order),
+        ([f"{url}/{path.relative_to(folder)}" for path in files], files),
+        ([f"{url}/list.txt"], files),
+        ([f"{url}/a.tar"], files),
+        ([f"{url}/t.parquet"], files),
+    ):
+        made, rejected = index.build(named)
+        assert rejected == []
+        require_same(made, expected)
+        assert not change_detection.changes(made, frozenset())
+    assert index.build(f"{url}/images/")[0].labels == ["a", "a", "a", "b", "b", "b"]
+
+
+def test_a_server_that_fails_twice_costs_no_image(
+    served: tuple[str, Path, type[Stumbling]],
+) -> None:
+    url, folder, handler = served
+    small, large = draw_images(folder, 2)
+    pad(large)
+    names = [path.relative_to(folder).as_posix() for path in (small, large)]
+    (folder / "l.txt").write_text("\n".join(names))
+    for path in ("l.txt", *names):
+        handler.failures[f"/{path}"] = 2, 503
+    made, rejected = index.build(f"{url}/l.txt")
+    assert rejected == []
+    assert [handler.failures[f"/{path}"][0] for path in ("l.txt", *names)] == [0, 0, 0]
+    for path in names:
+        handler.failures[f"/{path}"] = 2, 503
+    started = time.monotonic()
+    require_same(made, [small, large])
+    assert time.monotonic() - started >= 2 * sum(RETRY_SECONDS[:2])
+
+
+def test_what_the_server_will_not_give_is_a_reject_at_once(
+    served: tuple[str, Path, type[Stumbling]],
+) -> None:
+    url, folder, handler = served
+    good, secret = draw_images(folder, 2)
+    handler.failures[f"/{secret.relative_to(folder)}"] = 99, 403
+    named = [path.relative_to(folder).as_posix() for path in (good, secret)]
+    (folder / "l.txt").write_text("\n".join([*named, "gone.jpg"]))
+    started = time.monotonic()
+    made, rejected = index.build(f"{url}/l.txt")
+    assert time.monotonic() - started < RETRY_SECONDS[-1]
+    require_same(made, [good])
+    told = {bad.path.removeprefix(f"{url}/"): (bad.kind, bad.reason) for bad in rejected}
+    assert told == {
+        named[1]: ("machine", "cannot be read: HTTP status 403"),
+        "gone.jpg": ("gone", "cannot be read: no such file"),
+    }
+    with pytest.raises(UsageError, match="no image in 0 files"):
+        index.build(f"{url}/nowhere/")
+
+
+def test_a_server_that_keeps_failing_is_the_machines_fault_and_a_file_it_lost_is_gone(
+    served: tuple[str, Path, type[Stumbling]],
+) -> None:
+    url, folder, handler = served
+    failing, lost = draw_images(folder, 2)
+    names = [path.relative_to(folder).as_posix() for path in (failing, lost)]
+    (folder / "l.txt").write_text("\n".join(names))
+    made, _ = index.build(f"{url}/l.txt")
+    handler.failures[f"/{names[0]}"] = 99, 503
+    lost.unlink()
+    kinds = []
+    for row in range(2):
+        with pytest.raises(BadInputError) as caught:
+            made.read_bytes(row)
+        kinds.append(made.reject(row, "decode", caught.value).kind)
+    assert kinds == ["machine", "gone"]
+
+
+def test_a_server_without_parts_of_files_is_named(
+    served: tuple[str, Path, type[Stumbling]],
+) -> None:
+    url, folder, handler = served
+    handler.gives_parts = False
+    (path,) = draw_images(folder, 1)
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        tar.add(pad(path), path.name)
+    with pytest.raises(UsageError, match="the server gives whole files only"):
+        index.build(f"{url}/a.tar")
+
+
+def test_a_second_scan_asks_for_no_content_until_the_server_tells_of_another_time(
+    served: tuple[str, Path, type[Stumbling]], tmp_path: Path
+) -> None:
+    url, folder, handler = served
+    files = draw_images(folder / "images", 3)
+    first = scan(f"{url}/images/", tmp_path / "i.parquet", ignore)
+    assert min(first.index.table["mtime_ns"].to_pylist()) > 0
+    handler.asked.clear()
+    second = scan(f"{url}/images/", tmp_path / "i.parquet", ignore)
+    assert second.index.table.equals(first.index.table)
+    assert not [asked for asked in handler.asked if asked.startswith("GET") and ".jpg" in asked]
+    files[1].write_bytes(bytes(files[1].stat().st_size))
+    os.utime(files[1], (1e9, 1e9))
+    assert len(scan(f"{url}/images/", tmp_path / "i.parquet", ignore).index) == 2
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [("fsspec", "URLs need fsspec"), ("aiohttp", "cannot be read: HTTPFileSystem requires")],
+)
+def test_without_a_driver_a_url_ends_with_2_and_what_to_install(
+    tmp_path: Path, missing: str, said: str
+) -> None:
+    """In a process whose site-packages are these ones without one package."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for folder in (Path(name) for name in sys.path if name.endswith("site-packages")):
+        for path in folder.iterdir():
+            if path.name.partition("-")[0] != missing and not (site / path.name).exists():
+                (site / path.name).symlink_to(path)
+    command = [sys.executable, "-S", "-m", "btpipe", "scan", "http://127.0.0.1:9/a.jpg"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "i.parquet")],
+        env={"PYTHONPATH": f"{ROOT}:{site}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert "pip install 'btpipe[remote]'" in done.stderr
+    assert list(tmp_path.glob("i.*")) == []
+
+
+def test_a_server_that_is_not_there_is_said_so() -> None:
+    pytest.importorskip("aiohttp", reason="the extra [remote] is not installed")
+    with pytest.raises(UsageError, match=r"cannot be read: .*Connect"):
+        index.build("http://127.0.0.1:9/a.jpg")

@@ -1,0 +1,128 @@
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import draw_images
+
+from btpipe import recipe
+from btpipe.data import index
+from btpipe.data.pipeline.train_loader import Batch, LoaderSettings, TrainingLoader
+from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import RETRY_SECONDS, read_patiently
+from btpipe.events import Event
+
+FAILING = Path("/proc/self/mem")
+"""A regular file whose first bytes nobody can read: the kernel says EIO, as a dying disk does."""
+HEALS_AFTER_SECONDS = 0.3
+
+
+class Answered(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the server answered {status}")
+        self.status = status
+
+
+class Stumbling:
+    """A source that fails with these errors, one after the other, and then gives its bytes."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.calls = list(errors), 0
+
+    def read(self) -> bytes:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return b"content"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(code, os.strerror(code)) for code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)),
+        TimeoutError("no answer"),
+        ConnectionResetError("gone"),
+        Answered(503),
+    ],
+    ids=repr,
+)
+def test_what_may_pass_is_read_again(error: Exception) -> None:
+    source = Stumbling(error, error)
+    assert read_patiently(source.read) == b"content"
+    assert source.calls == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [FileNotFoundError(errno.ENOENT, "gone"), PermissionError(errno.EACCES, "no"), Answered(404)],
+    ids=repr,
+)
+def test_what_will_not_pass_is_told_at_once(error: Exception) -> None:
+    source = Stumbling(error)
+    with pytest.raises(type(error)):
+        read_patiently(source.read)
+    assert source.calls == 1
+
+
+def first_batches(images: index.Index, events: list[Event]) -> list[Batch]:
+    chosen = recipe.Recipe(
+        data=recipe.Data(batch_size=8, image_size=32, threads=2, max_bad=0.2),
+        optim=recipe.Optim(epochs=1, warmup_epochs=0),
+    )
+    with TrainingLoader(
+        images,
+        LoaderSettings.of(chosen, len(images)),
+        rank=0,
+        world_size=1,
+        start_step=0,
+        device=torch.device("cpu"),
+        report=events.append,
+        rejected={},
+    ) as loader:
+        return list(loader)
+
+
+def test_a_disk_that_stumbles_costs_no_image(tmp_path: Path) -> None:
+    paths = draw_images(tmp_path / "images", 16)
+    made, _ = index.build(tmp_path / "images")
+    healthy = first_batches(made, [])
+    aside = tmp_path / "aside.jpg"
+    paths[5].rename(aside)
+    paths[5].symlink_to(FAILING)
+    healing = threading.Timer(HEALS_AFTER_SECONDS, os.replace, (aside, paths[5]))
+    events: list[Event] = []
+    healing.start()
+    got = first_batches(made, events)
+    healing.join()
+    assert events == []
+    for one, other in zip(healthy, got, strict=True):
+        assert one.images.tolist() == other.images.tolist()
+        assert torch.equal(one.views[0], other.views[0])
+
+
+def test_a_disk_that_stumbles_while_images_are_listed_costs_none(tmp_path: Path) -> None:
+    (path,) = draw_images(tmp_path / "images", 1)
+    (tmp_path / "list.txt").write_text(f"{path}\n")
+    aside = tmp_path / "aside.jpg"
+    path.rename(aside)
+    path.symlink_to(FAILING)
+    healing = threading.Timer(HEALS_AFTER_SECONDS, os.replace, (aside, path))
+    healing.start()
+    made, rejected = index.build(tmp_path / "list.txt")
+    healing.join()
+    assert (len(made), rejected) == (1, [])
+
+
+def test_a_disk_that_stays_broken_is_named_after_all_tries(tmp_path: Path) -> None:
+    paths = draw_images(tmp_path, 4)
+    made, _ = index.build(tmp_path)
+    paths[0].unlink()
+    paths[0].symlink_to(FAILING)
+    row = made.table["path"].to_pylist().index(paths[0].relative_to(tmp_path).as_posix())
+    started = time.monotonic()
+    with pytest.raises(BadInputError, match="Input/output error"):
+        made.read_bytes(row)
+    assert time.monotonic() - started >= sum(RETRY_SECONDS)

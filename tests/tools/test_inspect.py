@@ -1,0 +1,156 @@
+"""What btpipe says of the things it wrote: their facts, and the chain back to recipe and data."""
+
+import json
+import shutil
+from pathlib import Path
+
+import event_schema
+import pytest
+from one_of_each import copy, one_of_each, replace
+from typer.testing import CliRunner
+
+from btpipe import artifact, cli, recipe
+from btpipe.data.index import open_index
+from btpipe.errors import NewerError, UsageError
+from btpipe.events import Link
+from btpipe.export import contract
+from btpipe.tools.inspect import inspect
+
+SAME, GONE = "here, the same", "not found near by"
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return one_of_each(tmp_path_factory)
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    return copy(made, tmp_path / "copied")
+
+
+def links(path: Path) -> dict[str, Link]:
+    return {link.what: link for link in inspect(path).chain}
+
+
+def test_vectors_lead_back_to_bundle_checkpoint_recipe_and_data(copied: Path) -> None:
+    bundle = contract.open_bundle(copied / "exports/tiny")
+    checkpoint = copied / "runs/tiny/checkpoints/step-00000003"
+    expected = {
+        "bundle": (bundle.digest, copied / "exports/tiny"),
+        "checkpoint": (artifact.read(checkpoint, "checkpoint").digest, checkpoint),
+        "recipe": (
+            recipe.load(copied / "runs/tiny/recipe.toml").digest,
+            copied / "runs/tiny/recipe.toml",
+        ),
+        "data": (
+            open_index(copied / "runs/tiny/index.parquet").fingerprint,
+            copied / "runs/tiny/index.parquet",
+        ),
+    }
+    found = links(copied / "v.parquet")
+    assert list(found) == ["input", "bundle", "checkpoint", "run", "recipe", "data"]
+    for what, (digest, place) in expected.items():
+        assert found[what] == Link(what, digest, str(place), SAME)
+    assert found["run"] == Link("run", "", str(copied / "runs/tiny"), "here")
+    assert list(links(copied / "exports/tiny")) == ["checkpoint", "run", "recipe", "data"]
+    assert list(links(checkpoint)) == ["run", "recipe", "data"]
+    assert links(copied / "v.rejects.parquet") == found
+
+
+def test_what_is_gone_or_another_is_told_with_the_digest_that_it_had(copied: Path) -> None:
+    before = links(copied / "v.parquet")
+    text = (copied / "runs/tiny/recipe.toml").read_text()
+    replace(copied / "runs/tiny/recipe.toml", text.replace("seed = 3", "seed = 4").encode())
+    shutil.rmtree(copied / "runs/tiny/checkpoints/step-00000003")
+    after = links(copied / "v.parquet")
+    assert after["recipe"].digest == before["recipe"].digest
+    assert after["recipe"].found.startswith("here, but another: ")
+    assert after["checkpoint"] == Link("checkpoint", before["checkpoint"].digest, "step 3", GONE)
+    shutil.rmtree(copied / "runs")
+    after = links(copied / "v.parquet")
+    assert {after[what].found for what in ("checkpoint", "run", "recipe", "data")} == {GONE}
+    assert after["data"].digest == before["data"].digest
+    shutil.rmtree(copied / "exports")
+    found = links(copied / "v.parquet")
+    assert list(found) == ["input", "bundle"]
+    assert found["bundle"] == Link("bundle", before["bundle"].digest, "", GONE)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "facts"),
+    [
+        ("runs/tiny", "run", {"network": "resnet18, 32 pixels", "checkpoints": "step-00000003"}),
+        ("runs/tiny/recipe.toml", "run", {"images": "24"}),
+        ("runs/tiny/checkpoints/step-00000003", "checkpoint", {"step": "3"}),
+        ("exports/tiny", "bundle", {"network": "resnet18, small stem, 512 numbers out"}),
+        ("exports/tiny/encoder.onnx", "bundle", {"run": "tiny", "step": "3"}),
+        ("i.parquet", "index", {"images": "24", "depth": "decode", "labels": "a 12, b 12"}),
+        ("runs/tiny/index.parquet", "index", {"depth": "header", "formats": "JPEG 24"}),
+        ("v.parquet", "vectors", {"vectors": "24", "rejects": "0", "dimension": "512"}),
+        ("v.rejects.parquet", "rejects", {"rejects": "0", "root": "images"}),
+        ("small", "shards", {"quality": "90", "shorter_side": "24"}),
+        ("small/shard-00000.tar", "shards", {"quality": "90"}),
+        ("small/index.parquet", "index", {"images": "24"}),
+    ],
+)
+def test_everything_that_btpipe_writes_is_known_by_itself_or_a_file_of_it(
+    made: Path, name: str, kind: str, facts: dict[str, str]
+) -> None:
+    found = inspect(made / name)
+    assert found.kind == kind
+    assert facts.items() <= found.facts.items()
+
+
+def test_a_gate_that_a_bundle_passed_is_shown(made: Path) -> None:
+    facts = inspect(made / "exports/tiny").facts
+    gates = {name: text for name, text in facts.items() if name.startswith("gate ")}
+    assert gates
+    assert all("mean_cosine" in text for text in gates.values())
+
+
+def test_scores_that_stand_beside_a_bundle_are_shown_if_they_are_of_it(copied: Path) -> None:
+    bundle = copied / "exports/tiny"
+    score = {
+        "kind": "linear",
+        "bundle": contract.open_bundle(bundle).digest,
+        "test images": 1000,
+        "top1": 0.5,
+        "top1 95 %": [0.469, 0.531],
+    }
+    others = {"semisup": {**score, "bundle": "0" * 64}, "note": [1], "strange": {"kind": "x"}}
+    for name, content in {"linear": score, **others}.items():
+        (bundle.parent / f"tiny.{name}.json").write_text(json.dumps(content))
+    told = [text for text in inspect(bundle).facts.values() if "top-1" in text]
+    assert told == ["top-1 50.0 % (46.9 to 53.1) of 1,000 test images, tiny.linear.json"]
+
+
+def test_people_read_short_digests_and_machines_whole_ones(made: Path) -> None:
+    digest = contract.open_bundle(made / "exports/tiny").digest
+    shown = CliRunner().invoke(cli.app, ["inspect", str(made / "exports/tiny")])
+    assert shown.exit_code == 0
+    assert digest[:12] in shown.stdout
+    assert digest not in shown.stdout
+    told = CliRunner().invoke(cli.app, ["inspect", str(made / "v.parquet"), "--json"])
+    (event,) = event_schema.read(told.stdout)
+    assert (event["event"], event["kind"], event["facts"]["bundle"]) == (
+        "Inspected",
+        "vectors",
+        digest,
+    )
+    assert {"what": "bundle", "digest": digest}.items() <= event["chain"][1].items()
+
+
+def test_what_btpipe_did_not_write_is_refused(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "notes.txt", made / "images"):
+        with pytest.raises(UsageError, match="a run, checkpoint, bundle"):
+            inspect(path)
+
+
+def test_what_a_newer_btpipe_wrote_is_said_so(copied: Path) -> None:
+    path = copied / "exports/tiny/manifest.json"
+    content = json.loads(path.read_text()) | {"format_version": 99, "btpipe_version": "9.1"}
+    replace(path, json.dumps(content).encode())
+    with pytest.raises(NewerError, match=r"install btpipe 9\.1 or newer"):
+        inspect(copied / "exports/tiny")
