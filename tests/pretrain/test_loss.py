@@ -135,40 +135,45 @@ def test_auto_takes_the_form_with_fewer_operations() -> None:
     assert loss.choose_form("auto", 4000, 4096, views=4, pairs=6) == "gram"
 
 
-def compare_with_one_rank(form: loss.Form) -> None:
-    """Runs on every rank: this rank's slice of the global gradient, against the whole batch's."""
+Gradients = dict[loss.Form, list[torch.Tensor]]
+
+
+def compare_with_one_rank(of_four_views: Gradients) -> None:
+    """Runs on every rank: this rank's slices of global gradients, against the whole batch's."""
     with runtime.start() as here:
-        for i in CASES:
-            z1, z2, lambd = case(i)
-            rows = slice(here.rank * len(z1) // 2, (here.rank + 1) * len(z1) // 2)
-            terms, gradients = loss.value_and_gradient([z1[rows], z2[rows]], lambd, form)
-            torch.testing.assert_close(
-                terms.total(lambd), PUBLISHED[f"loss.{i}.value"], atol=1e-12, rtol=1e-12
-            )
-            for gradient, view in zip(gradients, ("z1", "z2"), strict=True):
-                expected = PUBLISHED[f"loss.{i}.grad_{view}"][rows]
-                torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=1e-12)
+        for form, whole in of_four_views.items():
+            for i in CASES:
+                compare_pair(here.rank, i, form)
+            compare_four_views(here.rank, form, whole)
 
 
-def compare_several_views_with_one_rank(form: loss.Form, whole: list[torch.Tensor]) -> None:
-    """Runs on every rank: its slice of the gradient of four views, against the whole batch's."""
+def compare_pair(rank: int, i: int, form: loss.Form) -> None:
+    z1, z2, lambd = case(i)
+    rows = slice(rank * len(z1) // 2, (rank + 1) * len(z1) // 2)
+    terms, gradients = loss.value_and_gradient([z1[rows], z2[rows]], lambd, form)
+    torch.testing.assert_close(
+        terms.total(lambd), PUBLISHED[f"loss.{i}.value"], atol=1e-12, rtol=1e-12
+    )
+    for gradient, view in zip(gradients, ("z1", "z2"), strict=True):
+        expected = PUBLISHED[f"loss.{i}.grad_{view}"][rows]
+        torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=1e-12)
+
+
+def compare_four_views(rank: int, form: loss.Form, whole: list[torch.Tensor]) -> None:
     pairs = PAIRS["two large and two small"]
-    with runtime.start() as here:
+    z = several(pairs, 12, 20)
+    half = len(z[0]) // 2
+    rows = slice(rank * half, (rank + 1) * half)
+    _, gradients = loss.value_and_gradient([v[rows] for v in z], 0.0051, form, pairs=pairs)
+    expected = [gradient[rows] for gradient in whole]
+    torch.testing.assert_close(gradients, expected, atol=EXACT, rtol=EXACT)
+
+
+def test_two_ranks_return_their_slices_of_the_global_gradient_for_two_views_and_four() -> None:
+    pairs = PAIRS["two large and two small"]
+    of_four_views: Gradients = {}
+    forms: tuple[loss.Form, ...] = ("gram", "cross")
+    for form in forms:
         z = several(pairs, 12, 20)
-        half = len(z[0]) // 2
-        rows = slice(here.rank * half, (here.rank + 1) * half)
-        _, found = loss.value_and_gradient([v[rows] for v in z], 0.0051, form, pairs=pairs)
-        expected = [gradient[rows] for gradient in whole]
-        torch.testing.assert_close(found, expected, atol=EXACT, rtol=EXACT)
-
-
-@pytest.mark.parametrize("form", ["gram", "cross"])
-def test_two_ranks_return_their_slices_for_four_views_too(form: loss.Form) -> None:
-    pairs = PAIRS["two large and two small"]
-    _, whole = loss.value_and_gradient(several(pairs, 12, 20), 0.0051, form, pairs=pairs)
-    runtime.launch(2, compare_several_views_with_one_rank, (form, whole))
-
-
-@pytest.mark.parametrize("form", ["gram", "cross"])
-def test_two_ranks_return_their_slices_of_the_global_gradient(form: loss.Form) -> None:
-    runtime.launch(2, compare_with_one_rank, (form,))
+        _, of_four_views[form] = loss.value_and_gradient(z, 0.0051, form, pairs=pairs)
+    runtime.launch(2, compare_with_one_rank, (of_four_views,))

@@ -342,16 +342,17 @@ def gradients_of_one_batch() -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def save_gradients(path: str, mutated: bool) -> None:
-    """Runs on several ranks."""
+def save_gradients(folder: Path) -> None:
+    """Runs on several ranks: their gradients, and those of a collective without its backward."""
     with runtime.start() as here:
-        if mutated:
-            # The fault that this test is for: what others made of this rank's statistics is lost.
-            merge = runtime.merge_moments
-            norm.runtime.merge_moments = lambda x: merge(x.detach())  # type: ignore[attr-defined]
-        found = gradients_of_one_batch()
+        right = gradients_of_one_batch()
+        # The fault that this test is for: what others made of this rank's statistics is lost.
+        merge = runtime.merge_moments
+        norm.runtime.merge_moments = lambda x: merge(x.detach())  # type: ignore[attr-defined]
+        wrong = gradients_of_one_batch()
         if here.is_first:
-            torch.save(found, path)
+            torch.save(right, folder / "right.pt")
+            torch.save(wrong, folder / "wrong.pt")
 
 
 @pytest.fixture(scope="module")
@@ -361,22 +362,14 @@ def alone() -> dict[str, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_gradient_does_not_depend_on_the_number_of_ranks(
+def test_the_gradient_does_not_depend_on_the_number_of_ranks_and_a_lost_backward_is_seen(
     tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]], ranks: int
 ) -> None:
-    path = tmp_path / "gradients.pt"
-    runtime.launch(ranks, save_gradients, (str(path), False))
-    found = torch.load(path)
+    runtime.launch(ranks, save_gradients, (tmp_path,))
+    found = torch.load(tmp_path / "right.pt")
     for precision, tolerance in TOLERANCES.items():
         assert_alike(found[precision], alone[precision], tolerance)
-
-
-def test_a_collective_without_its_backward_is_seen(
-    tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]]
-) -> None:
-    path = tmp_path / "gradients.pt"
-    runtime.launch(2, save_gradients, (str(path), True))
-    found = torch.load(path)
+    found = torch.load(tmp_path / "wrong.pt")
     for precision in PRECISIONS:
         with pytest.raises(AssertionError, match="not close"):
             assert_alike(found[precision], alone[precision], 1e-3)
