@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -23,28 +22,18 @@ from numpy.typing import NDArray
 from btpipe import artifact
 from btpipe.data import index_checksum, index_mmap, rejects, retry
 from btpipe.data.rejects import BadInputError
-from btpipe.data.sources import (
-    Source,
-    collecting,
-    folder,
-    inputs,
-    parquet,
-    source,
-    storage,
-    synthetic,
-)
+from btpipe.data.sources import Source, collecting, folder, inputs, opening, parquet, source
 from btpipe.data.sources.listing_cache import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, UsageError
-from btpipe.events import Progressed, Rejected, Report, ignore, per_second
+from btpipe.events import Rejected, Report, ignore
 
 __all__ = ["FORMAT_VERSION", "SCHEMA", "Index", "Source", "build", "open_index"]
 
 FORMAT_VERSION = 2
 MAPPED_ROWS = 100_000
 """An index of so many images has its table beside it, uncompressed, to be mapped into memory."""
-_PROGRESS_SECONDS = 1.0
 Result = TypeVar("Result")
 
 
@@ -62,37 +51,40 @@ class Index:
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    def origin(self, row: int) -> Source:
-        """Where the image of a row comes from."""
-        if not self.sources:
-            return Source("folder", os.fspath(self.root))
-        number: int = self.table["source"][row].as_py()
-        return self.sources[number]
+    @property
+    def origins(self) -> tuple[Source, ...]:
+        """`sources`, or the only one."""
+        return self.sources or (Source("folder", os.fspath(self.root)),)
 
     def file(self, row: int) -> Path:
         """The file of a row, by the exact bytes of its name; of a tar member it is the tar."""
-        origin = self.origin(row)
-        return Path(origin.place if origin.is_container else self._place(origin, row))
-
-    def _place(self, origin: Source, row: int) -> str:
+        origin = self.origins[self.table["source"][row].as_py()]
+        if origin.is_container:
+            return Path(origin.place)
         exact = self.table["path_bytes"][row].as_py()
         path = os.fsdecode(exact) if exact else self.table["path"][row].as_py()
-        return folder.file_place(origin, path.removeprefix(origin.prefix))
+        return Path(folder.file_place(origin, path.removeprefix(origin.prefix)))
 
     def read_bytes(self, row: int) -> bytes:
-        """The image file's content; a stumbling disk or network is tried again before it raises.
+        """The image file's content; raises as `read`."""
+        return self.read(row)[0]
+
+    def read(self, row: int) -> tuple[bytes, int]:
+        """The image file's content and mtime_ns; a stumbling disk or network is tried again.
+
+        The time is the file's own when it is read, or its container's, or what a server listed.
 
         Raises:
             BadInputError: empty, vanished, not permitted, no longer a regular file, shorter by now.
         """
-        origin = self.origin(row)
+        read = self._readers[self.table["source"][row].as_py()]
         try:
-            content = retry.read_patiently(lambda: self._read(origin, row))
+            content, mtime_ns = retry.read_patiently(functools.partial(read, row))
         except OSError as error:
             raise rejects.unreadable(error) from error
         if not content:
             raise BadInputError("empty file")
-        return content
+        return content, mtime_ns
 
     def with_rejects(
         self, rows: NDArray[np.int64], results: Sequence[Result | BadInputError]
@@ -105,30 +97,20 @@ class Index:
 
     def reject(self, row: int, stage: str, error: BadInputError) -> Rejected:
         """The row as an input that is not used; damaged content is named by its size and time."""
-        names = ("path", "bytes", "mtime_ns")
-        path, count, mtime_ns = (self.table[name][row].as_py() for name in names)
+        path, *stamp = (self.table[n][row].as_py() for n in ("path", "bytes", "mtime_ns"))
         if error.kind != "content":  # the file may be as it was when it is there again
-            return Rejected(path, stage, error.kind, error.reason)
-        return Rejected(path, stage, error.kind, error.reason, count, mtime_ns)
-
-    def _read(self, origin: Source, row: int) -> bytes:
-        if origin.kind == "tar":
-            offset, count = (self.table[name][row].as_py() for name in ("offset", "bytes"))
-            return storage.read_range(origin.place, offset, count)
-        if origin.kind == "parquet":
-            return self._row_groups.read(origin, self.table["offset"][row].as_py())
-        if origin.kind == "synthetic":
-            return synthetic.read(origin, self.table["offset"][row].as_py())
-        return storage.read(self._place(origin, row))
+            stamp = []
+        return Rejected(path, stage, error.kind, error.reason, *stamp)
 
     @functools.cached_property
-    def _row_groups(self) -> parquet.RowGroups:
-        return parquet.RowGroups()
+    def _readers(self) -> list[opening.Read]:
+        row_groups = parquet.RowGroups()
+        return [opening.reader(origin, self.table, row_groups) for origin in self.origins]
 
     @property
     def recall(self) -> Recall:
         """What `build` may take from here instead of opening files again."""
-        return Recall(self.table, self.sources or (Source("folder", os.fspath(self.root)),))
+        return Recall(self.table, self.origins)
 
     @functools.cached_property
     def widths(self) -> NDArray[np.int32]:
@@ -234,7 +216,7 @@ def build(
     found = inputs.expand(wanted)
     indexes = {place: _opened(Path(place)) for place in found if inputs.is_index(place)}
     root = inputs.root_of(found, {place: known.root for place, known in indexes.items()})
-    meter = _Meter(report)
+    meter = collecting.Meter(report)
     parts = []
     for place in found:
         if place in indexes:
@@ -273,8 +255,7 @@ def _moved(known: Index, beside: Path, root: Path) -> collecting.Part:
     What its scan rejected stands `beside` it, and stays rejected.
     """
     name = inputs.relative(os.fspath(known.root), root)
-    own = known.sources or (Source("folder", os.fspath(known.root)),)
-    kept = [origin.listed() for origin in own]
+    kept = [origin.listed() for origin in known.origins]
     bad = [rejects.below(one, f"{name}/" if name else "") for one in rejects.read(beside)]
     if not name:
         return known.table, tuple(kept), bad
@@ -298,23 +279,3 @@ def _no_image(wanted: Sequence[Path | str], files: int, rejected: Sequence[Rejec
         expected=f"JPEG, PNG, WebP, TIFF, BMP, PPM or JPEG 2000 in {inputs.KINDS}",
         fix="put the images there, or name what holds them",
     )
-
-
-class _Meter:
-    """Counts the files of all inputs together, and tells once a second."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._started = self._told = time.monotonic()
-        self._before = self.files = 0
-
-    def tell(self, done: int, total: int) -> None:
-        """Hears how far the present input is."""
-        self.files = self._before + done
-        if (now := time.monotonic()) - self._told > _PROGRESS_SECONDS:
-            self._told, rate = now, per_second(self.files, now - self._started)
-            self._report(Progressed("index", self.files, self._before + total, rate, 0.0))
-
-    def close(self, files: int) -> None:
-        """An input is done; it had at least so many files."""
-        self._before = self.files = max(self.files, self._before + files)

@@ -1,6 +1,7 @@
 """The images of one source, whatever its kind; and of several together."""
 
 import os
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,8 +12,9 @@ from btpipe.data.sources import folder, lists, parquet, synthetic, tar
 from btpipe.data.sources.listing_cache import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import Source
-from btpipe.events import Rejected
+from btpipe.events import Progressed, Rejected, Report, per_second
 
+_PROGRESS_SECONDS = 1.0
 Part = tuple[pa.Table, tuple[Source, ...], list[Rejected]]
 """Rows whose source numbers count from 0, their sources, rejects."""
 
@@ -76,3 +78,23 @@ def _without_doubles(table: pa.Table) -> pa.Table:
     is_first = np.zeros(len(table), dtype=bool)
     is_first[np.unique(codes, return_index=True)[1]] = True
     return table.filter(pa.array(is_first))
+
+
+class Meter:
+    """Counts the files of all inputs together, and tells once a second."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._started = self._told = time.monotonic()
+        self._before = self.files = 0
+
+    def tell(self, done: int, total: int) -> None:
+        """Hears how far the present input is."""
+        self.files = self._before + done
+        if (now := time.monotonic()) - self._told > _PROGRESS_SECONDS:
+            self._told, rate = now, per_second(self.files, now - self._started)
+            self._report(Progressed("index", self.files, self._before + total, rate, 0.0))
+
+    def close(self, files: int) -> None:
+        """An input is done; it had at least so many files."""
+        self._before = self.files = max(self.files, self._before + files)

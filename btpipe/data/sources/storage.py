@@ -148,7 +148,7 @@ def open_binary(place: str) -> BinaryIO:
         return open(place, "rb", opener=_open_now)
     size, _ = measure(place)
     if size <= _WHOLE_BYTES:
-        return io.BytesIO(retry.read_patiently(lambda: read(place)))
+        return io.BytesIO(retry.read_patiently(lambda: read_url(place)))
     return io.BufferedReader(_Parts(place, size), _PART_BYTES)
 
 
@@ -173,7 +173,7 @@ class _Parts(io.RawIOBase):
 
     def readinto(self, buffer: "bytearray | memoryview[int]") -> int:  # type: ignore[override]
         count = max(min(len(buffer), self._size - self._at), 0)
-        buffer[:count] = retry.read_patiently(lambda: read_range(self._url, self._at, count))
+        buffer[:count] = retry.read_patiently(lambda: read_url_range(self._url, self._at, count))
         self._at += count
         return count
 
@@ -189,53 +189,71 @@ def read(place: str) -> bytes:
     Raises:
         OSError: vanished, not permitted, no longer a regular file.
     """
-    if is_url(place):
-        system, path = remote(place)
-        try:
-            return system.cat_file(path)
-        except Exception as error:  # every driver has its own errors
-            raise _as_os_error(error) from error
+    return read_url(place) if is_url(place) else read_file(place)[0]
+
+
+def read_url(url: str) -> bytes:
+    """The whole content of a URL; raises as `read`."""
+    system, path = remote(url)
+    try:
+        return system.cat_file(path)
+    except Exception as error:  # every driver has its own errors
+        raise _as_os_error(error) from error
+
+
+def read_file(place: str) -> tuple[bytes, int]:
+    """The content of a regular file, and the mtime_ns that it had before; raises as `read`."""
     descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        _require_regular(descriptor)
-        return file.readall()
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        content = os.read(descriptor, status.st_size + 1)
+        if len(content) != status.st_size:  # it grew or shrank, or its system does in parts
+            content += b"".join(iter(lambda: os.read(descriptor, _PART_BYTES), b""))
+        return content, status.st_mtime_ns
+    finally:
+        os.close(descriptor)
 
 
-def read_range(place: str, offset: int, count: int) -> bytes:
-    """`count` bytes from `offset` on.
+def read_url_range(url: str, offset: int, count: int) -> bytes:
+    """`count` bytes of a URL from `offset` on.
 
     Raises:
         OSError: as `read`, and where the file ends before that.
     """
-    if is_url(place):
-        system, path = remote(place)
-        try:
-            content = system.cat_file(path, start=offset, end=offset + count) if count else b""
-        except Exception as error:  # every driver has its own errors
-            raise _as_os_error(error) from error
-    else:
-        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            _require_regular(descriptor)
-            content = os.pread(descriptor, count, offset)
-            while 0 < len(content) < count:
-                more = os.pread(descriptor, count - len(content), offset + len(content))
-                if not more:
-                    break
-                content += more
-        finally:
-            os.close(descriptor)
+    system, path = remote(url)
+    try:
+        content = system.cat_file(path, start=offset, end=offset + count) if count else b""
+    except Exception as error:  # every driver has its own errors
+        raise _as_os_error(error) from error
     if len(content) > count:
         what = "the server gives whole files only, no parts of them: download this one first"
         raise OSError(errno.EOPNOTSUPP, what)
+    return _require_whole(content, count)
+
+
+def read_file_range(place: str, offset: int, count: int) -> bytes:
+    """`count` bytes of a regular file from `offset` on; raises as `read_url_range`."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        content = os.pread(descriptor, count, offset)
+        while 0 < len(content) < count:
+            more = os.pread(descriptor, count - len(content), offset + len(content))
+            if not more:
+                break
+            content += more
+    finally:
+        os.close(descriptor)
+    return _require_whole(content, count)
+
+
+def _require_whole(content: bytes, count: int) -> bytes:
     if len(content) < count:
         raise OSError(errno.EINVAL, "the file is shorter than it was when it was indexed")
     return content
-
-
-def _require_regular(descriptor: int) -> None:
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise OSError(errno.EINVAL, "not a regular file")
 
 
 def _as_os_error(error: Exception) -> OSError:

@@ -319,6 +319,27 @@ def test_a_parquet_row_without_an_image_is_a_reject(tmp_path: Path) -> None:
     require_readable(found)
 
 
+def test_a_file_is_read_with_the_time_that_it_has_then(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(image(1))
+    os.utime(path, ns=(1, 1_000_000_001))
+    made, _ = index.build(tmp_path)
+    assert made.read(0) == (path.read_bytes(), 1_000_000_001)
+    path.write_bytes(image(2))
+    os.utime(path, ns=(1, 2_000_000_002))
+    assert made.read(0) == (path.read_bytes(), 2_000_000_002)
+    assert made.table["mtime_ns"].to_pylist() == [1_000_000_001]
+
+
+def test_a_part_of_a_container_has_the_containers_time(tmp_path: Path) -> None:
+    shard(tmp_path / "s.tar", ("x.jpg", image(42)))
+    table(tmp_path / "t.parquet", [image(43)])
+    for name, content in (("s.tar", image(42)), ("t.parquet", image(43))):
+        os.utime(tmp_path / name, ns=(1, 3_000_000_003))
+        made, _ = index.build(tmp_path / name)
+        assert made.read(0) == (content, 3_000_000_003)
+
+
 def test_only_the_row_groups_used_last_stay_in_memory(tmp_path: Path) -> None:
     content = [image(40 + i) + bytes(100_000) for i in range(8)]
     found, _ = index.build(table(tmp_path / "a.parquet", content, rows=2))
