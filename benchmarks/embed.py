@@ -14,12 +14,12 @@ from benchmarks import embed_cases
 from btpipe import progress, runtime
 from btpipe.events import Report, TextTable
 from btpipe.tools import bench
-from btpipe.tools.bench import Options, Setting
+from btpipe.tools.bench import BenchOptions, Setting
 from btpipe.tools.measured_rows import (
     WAY_COLUMNS,
     Compared,
+    Measurement,
     Prepare,
-    Row,
     faster,
     part_of,
     parts_table,
@@ -31,7 +31,7 @@ HALF = "the same, fp16 autocast"
 
 
 def run(
-    options: Options, data: Path | None, model: Path | None, report: Report, *, workers: int
+    options: BenchOptions, data: Path | None, model: Path | None, report: Report, *, workers: int
 ) -> None:
     """Measures and reports both tables; `workers` are the DataLoader's.
 
@@ -48,7 +48,7 @@ def run(
     report(Compared(parts_table(bench.parts_of(rows, setting, options))))
 
 
-def _table(rows: dict[str, Row], setting: Setting, options: Options) -> TextTable:
+def _table(rows: dict[str, Measurement], setting: Setting, options: BenchOptions) -> TextTable:
     user, device = rows[USER], options.device
     cells = [
         (

@@ -24,8 +24,8 @@ from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
 from btpipe.events import Note, Report, TextTable
 from btpipe.tools import measured_rows as measured
-from btpipe.tools.measured_process import Turn, take_turns
-from btpipe.tools.measured_rows import Compared, Prepare, Row, machine, number
+from btpipe.tools.measured_process import Timing, take_turns
+from btpipe.tools.measured_rows import Compared, Measurement, Prepare, machine, number
 
 DRAWN_SHORTER_SIDE = 400
 """Pixels of the images that are drawn where none are named; a set that `shard` made has that."""
@@ -167,30 +167,30 @@ def _gpu_table(load: Load, options: Options, source: str) -> TextTable:
     return TextTable(title, columns, tuple(cells), CLOCK)
 
 
-def _gpu_cells(row: Row, base: Row, count: int) -> tuple[str, ...]:
+def _gpu_cells(row: Measurement, base: Measurement, count: int) -> tuple[str, ...]:
     cpu_milliseconds = 1000 * _median_cpu(row.turns) / count
     faster = measured.faster(row, base, "cuda")
     return row.name, faster, _rate(row, count), number(cpu_milliseconds)
 
 
-def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:
+def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Measurement]:
     """Every row in a process of its own, one after the other, `turns` times."""
     # One thread for torch: what it does here is small, and threads that wait burn CPU time.
     turns = take_turns(named, options.turns, threads=1, has_children=lambda _: True)
-    return [Row(name, taken) for name, taken in turns.items()]
+    return [Measurement(name, taken) for name, taken in turns.items()]
 
 
-def _cells(row: Row, base: Row, count: int) -> tuple[str, ...]:
+def _cells(row: Measurement, base: Measurement, count: int) -> tuple[str, ...]:
     seconds = _median_cpu(row.turns) / count
     faster = measured.faster(row, base, "cpu")
     return row.name, faster, number(1000 * seconds), number(1 / seconds)
 
 
-def _rate(row: Row, count: int) -> str:
+def _rate(row: Measurement, count: int) -> str:
     return number(count / statistics.median(turn.seconds for turn in row.turns))
 
 
-def _median_cpu(turns: tuple[Turn, ...]) -> float:
+def _median_cpu(turns: tuple[Timing, ...]) -> float:
     return statistics.median(turn.cpu_seconds for turn in turns)
 
 

@@ -190,12 +190,12 @@ def core_augment(load: Load) -> Prepared:
             drawn_views, [load.image_size] * 2, batch_size=len(images), threads=1, gpu=None
         )
 
-    def drawn(number: int) -> dali_runner.Load:
+    def drawn(number: int) -> dali_runner.DaliBatch:
         draws = augment_params.draw_views(
             drawn_views, seed=0, epoch=number, images=rows, sizes=sizes
         )
         inputs = dali_graphs.training_inputs(draws, sizes)
-        return dali_runner.Load(number, rows, [*images], inputs)
+        return dali_runner.DaliBatch(number, rows, [*images], inputs)
 
     def action() -> None:
         loads = (drawn(number) for number in range(load.batches))

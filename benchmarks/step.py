@@ -25,12 +25,12 @@ from btpipe.events import Note, Report, TextTable
 from btpipe.pretrain import loss, step
 from btpipe.recipe import Recipe, Run
 from btpipe.tools import bench
-from btpipe.tools.measured_process import Seat, Turn
+from btpipe.tools.measured_process import MeasuredProcess, Timing
 from btpipe.tools.measured_rows import (
     Compared,
     Device,
+    Measurement,
     Prepare,
-    Row,
     faster,
     machine,
     number,
@@ -105,17 +105,21 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return counts, dimensions
 
 
-def measure(named: Mapping[str, Prepare], options: Options, device: Device) -> list[Row]:
+def measure(named: Mapping[str, Prepare], options: Options, device: Device) -> list[Measurement]:
     """Every variant in its own process, some turns each; interleaved on a CPU."""
     if device == "cuda":
         return [row for name in named for row in _take_turns({name: named[name]}, options)]
     return _take_turns(named, options)
 
 
-def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:
-    seats = [Seat(name, prepare, options.threads) for name, prepare in named.items() if prepare]
+def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Measurement]:
+    seats = [
+        MeasuredProcess(name, prepare, options.threads)
+        for name, prepare in named.items()
+        if prepare
+    ]
     try:
-        taken: dict[str, list[Turn]] = {seat.name: [] for seat in seats if seat.prepare()}
+        taken: dict[str, list[Timing]] = {seat.name: [] for seat in seats if seat.prepare()}
         for _ in range(options.turns):
             for seat in seats:
                 turn = seat.measure() if seat.name in taken else None
@@ -127,7 +131,7 @@ def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Row]:
     finally:
         for seat in seats:
             seat.close()
-    return [Row(name, tuple(taken.get(name, ())), peaks.get(name, 0)) for name in named]
+    return [Measurement(name, tuple(taken.get(name, ())), peaks.get(name, 0)) for name in named]
 
 
 def _step_table(options: Options, device: Device, *, compiled: bool) -> TextTable:
@@ -169,7 +173,7 @@ def default_core(device: Device) -> tuple[runtime.Precision, bool]:
     return runtime.precision(Run().precision, here), step.is_compiled(Recipe(), here)
 
 
-def _step_cells(row: Row, base: Row, batch: int, device: Device) -> tuple[str, ...]:
+def _step_cells(row: Measurement, base: Measurement, batch: int, device: Device) -> tuple[str, ...]:
     clocks = 2 if device == "cpu" else 1
     if not row.turns:
         return (row.name, *["out of memory"], *["-"] * (clocks + 3))
@@ -202,7 +206,9 @@ def _loss_table(options: Options, device: Device) -> TextTable:
     return TextTable(title, columns, tuple(rows), note)
 
 
-def _loss_cells(row: Row, base: Row, count: int, dimension: int, device: Device) -> tuple[str, ...]:
+def _loss_cells(
+    row: Measurement, base: Measurement, count: int, dimension: int, device: Device
+) -> tuple[str, ...]:
     place = row.name, f"{count:,}", f"{dimension:,}"
     if not row.turns:
         return (*place, "out of memory", "-", "-", "-")
@@ -231,7 +237,7 @@ def _lars_table(options: Options, device: Device) -> TextTable:
     return TextTable(title, ("LARS", "times faster", unit), tuple(cells))
 
 
-def _median(row: Row, device: Device) -> float:
+def _median(row: Measurement, device: Device) -> float:
     return statistics.median(spent(turn, device) for turn in row.turns) if row.turns else 0.0
 
 

@@ -29,7 +29,7 @@ def one_of_each(factory: pytest.TempPathFactory) -> Path:
     )
     scan(home / "images", home / "i.parquet", ignore, depth="decode")
     listed, refused = build(home / "images")
-    options = shard_job.Options(shorter_side=24, quality=90, shard_bytes=20_000)
+    options = shard_job.ShardOptions(shorter_side=24, quality=90, shard_bytes=20_000)
     shard_job.write(listed, refused, home / "small", options, ignore)
     return home
 

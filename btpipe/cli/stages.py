@@ -77,7 +77,7 @@ def shard(
     from btpipe import progress
     from btpipe.data import index, shard_job
 
-    options = shard_job.Options(size, quality, shard_job.parse_bytes(shard_bytes))
+    options = shard_job.ShardOptions(size, quality, shard_job.parse_bytes(shard_bytes))
     with progress.show("json" if as_json else "auto") as report:
         made, refused = index.build(inputs, report)
         shard_job.write(made, refused, out, options, report)
@@ -123,7 +123,7 @@ def pretrain(
     run = runs / (name or recipe.stem)
     mode: progress.Mode = "json" if as_json else "auto"
     accepted = tuple(accept_change or ())
-    job = slurm.Job(nodes, devices, time, partition)
+    job = slurm.SlurmJob(nodes, devices, time, partition)
     changes.require_acceptable(accepted)
     if sbatch is not None:
         pairs = [word for setting in settings for word in ("--set", setting)]

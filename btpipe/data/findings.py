@@ -21,7 +21,7 @@ FEW_BYTES = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class ImageFinding:
     """A usable image that deserves a look: what it is, and more about it."""
 
     path: str
@@ -34,15 +34,17 @@ def path_beside(index: Path) -> Path:
     return index.with_suffix(".findings.csv")
 
 
-def read(path: Path) -> list[Finding]:
+def read(path: Path) -> list[ImageFinding]:
     """What `write` wrote; nothing where there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [Finding(row["path"], row["kind"], row["detail"]) for row in csv.DictReader(file)]
+        return [
+            ImageFinding(row["path"], row["kind"], row["detail"]) for row in csv.DictReader(file)
+        ]
 
 
-def write(path: Path, findings: Iterable[Finding]) -> None:
+def write(path: Path, findings: Iterable[ImageFinding]) -> None:
     """Puts the findings under `path`, whole or not at all.
 
     Raises:
@@ -55,15 +57,15 @@ def write(path: Path, findings: Iterable[Finding]) -> None:
     artifact.write_file(path, text.getvalue().encode())
 
 
-def of(flat: Iterable[str], table: pa.Table) -> list[Finding]:
+def of(flat: Iterable[str], table: pa.Table) -> list[ImageFinding]:
     """All findings about an index's table; `flat` are the paths of pictures of one colour."""
-    plain = [Finding(path, FLAT, "hardly a pixel differs from the others") for path in flat]
+    plain = [ImageFinding(path, FLAT, "hardly a pixel differs from the others") for path in flat]
     seen = {finding.path for finding in plain}
     few = [finding for finding in nearly_empty(table) if finding.path not in seen]
     return [*duplicates(table), *plain, *few]
 
 
-def duplicates(table: pa.Table) -> Iterator[Finding]:
+def duplicates(table: pa.Table) -> Iterator[ImageFinding]:
     """Rows whose content, by digest, an earlier row has."""
     counted = pc.value_counts(table["digest"].drop_null())
     repeated = counted.field("values").filter(pc.greater(counted.field("counts"), 1))
@@ -72,15 +74,15 @@ def duplicates(table: pa.Table) -> Iterator[Finding]:
     for row in rows.to_pylist():
         path = first.setdefault(row["digest"], row["path"])
         if path != row["path"]:
-            yield Finding(row["path"], DUPLICATE, f"the same bytes as {path}")
+            yield ImageFinding(row["path"], DUPLICATE, f"the same bytes as {path}")
 
 
-def nearly_empty(table: pa.Table) -> Iterator[Finding]:
+def nearly_empty(table: pa.Table) -> Iterator[ImageFinding]:
     """Rows whose file is too small to show much at its size."""
     width, height, size = (np.array(table[name]) for name in ("width", "height", "bytes"))
     for row in np.flatnonzero(size < FEW_BYTES * width.astype(np.float64) * height).tolist():
         detail = f"{size[row]} bytes for {width[row]} x {height[row]} pixels"
-        yield Finding(table["path"][row].as_py(), FEW, detail)
+        yield ImageFinding(table["path"][row].as_py(), FEW, detail)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +94,7 @@ class FoundAlike:
     examples: str
 
 
-def summary(findings: Iterable[Finding]) -> list[FoundAlike]:
+def summary(findings: Iterable[ImageFinding]) -> list[FoundAlike]:
     """The findings by their kind, the most frequent first."""
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for finding in findings:

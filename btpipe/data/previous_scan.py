@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from btpipe.data import findings, rejects
-from btpipe.data.findings import Finding
+from btpipe.data.findings import ImageFinding
 from btpipe.data.index import SCHEMA, Index, open_index
 from btpipe.data.sources.listing_cache import Recall
 from btpipe.events import Rejected
@@ -19,12 +19,12 @@ _KNOWN = ("width", "height", "orientation", "format", "mode", "digest")
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class PreviousScan:
     """An earlier scan's index, what it rejected, and what it found."""
 
     index: Index | None = None
     rejects: tuple[Rejected, ...] = ()
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[ImageFinding, ...] = ()
 
     @property
     def recall(self) -> Recall:
@@ -80,16 +80,16 @@ class Known:
         return len(still) - int(still.true_count)
 
 
-def read(out: Path) -> Known:
+def read(out: Path) -> PreviousScan:
     """What the scan that wrote `out` knows; nothing where there is none.
 
     Raises:
         IntegrityError: `out` is no index.
     """
     if not out.exists():
-        return Known()
+        return PreviousScan()
     rejected = tuple(rejects.read(rejects.path_beside(out)))
-    return Known(open_index(out), rejected, tuple(findings.read(findings.path_beside(out))))
+    return PreviousScan(open_index(out), rejected, tuple(findings.read(findings.path_beside(out))))
 
 
 def _identity(index: Index) -> pa.Array:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from btpipe import artifact, runtime
 from btpipe.data import file_checks, findings, index, limits, previous_scan, rejects, supervisor
 from btpipe.data.file_checks import Verdict
-from btpipe.data.findings import Finding
+from btpipe.data.findings import ImageFinding
 from btpipe.data.pipeline import prefetch
 from btpipe.data.rejects import BadInputError
 from btpipe.errors import BudgetError, Stopped, UsageError
@@ -49,7 +49,7 @@ class Scan:
 
     index: index.Index
     rejects: list[Rejected]
-    findings: list[Finding]
+    findings: list[ImageFinding]
     kept: int
     read: int
     dropped: int
@@ -102,7 +102,7 @@ class _Work:
         self,
         listed: index.Index,
         refused: list[Rejected],
-        before: previous_scan.Known,
+        before: previous_scan.PreviousScan,
         report: Report,
     ) -> None:
         self._same = before.rows(listed)

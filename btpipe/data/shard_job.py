@@ -24,14 +24,14 @@ from btpipe.data import rejects, shard_writer
 from btpipe.data.index import SCHEMA, Index
 from btpipe.data.pipeline import decode
 from btpipe.data.rejects import BadInputError
-from btpipe.data.shard_writer import Maker, Member, Options, Shard
+from btpipe.data.shard_writer import Maker, Shard, ShardMember, ShardOptions
 from btpipe.data.sources import Source
 from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Note, Progressed, Rejected, Report, per_second
 from btpipe.results import Sharded
 
-__all__ = ["Options", "parse_bytes", "write"]
+__all__ = ["ShardOptions", "parse_bytes", "write"]
 
 KIND = SHARDS
 INDEX, REJECTS, PLAN = "index.parquet", "rejects.csv", "plan.json"
@@ -42,7 +42,7 @@ Plan = dict[str, object]
 
 
 def write(
-    index: Index, refused: Sequence[Rejected], out: Path, options: Options, report: Report
+    index: Index, refused: Sequence[Rejected], out: Path, options: ShardOptions, report: Report
 ) -> None:
     """Writes the images of an index as shards into the folder `out`; run again, it goes on.
 
@@ -110,7 +110,7 @@ def _work(out: Path, plan: Plan) -> Iterator[Path]:
         yield work
 
 
-def _shards(index: Index, work: Path, options: Options, report: Report) -> Iterator[Shard]:
+def _shards(index: Index, work: Path, options: ShardOptions, report: Report) -> Iterator[Shard]:
     """The finished shards that are there, then new ones until every image is in one."""
     position, number = 0, 0
     while (found := shard_writer.read(work, number)) is not None:
@@ -221,7 +221,7 @@ def _decode_rates(index: Index, out: Path, done: Sequence[Shard]) -> tuple[float
     return slow, fast
 
 
-def _content(out: Path, number: int, member: Member) -> bytes:
+def _content(out: Path, number: int, member: ShardMember) -> bytes:
     with (out / shard_writer.name_of(number)).open("rb") as file:
         file.seek(member.offset)
         return file.read(member.bytes)

@@ -35,7 +35,7 @@ _EXTENSION = "jpg"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ShardOptions:
     """Pixels of the shorter side (never enlarged), JPEG quality, most bytes of a shard."""
 
     shorter_side: int
@@ -44,7 +44,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class ShardMember:
     """An image in a shard: its row in the index it came from, and what is there now."""
 
     row: int
@@ -63,7 +63,7 @@ class Shard:
 
     start: int
     stop: int
-    members: list[Member]
+    members: list[ShardMember]
     rejected: list[Rejected]
 
 
@@ -82,7 +82,7 @@ def name_of(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
-def shrink(content: bytes, options: Options) -> Small:
+def shrink(content: bytes, options: ShardOptions) -> Small:
     """An encoded image of any format -> a small upright JPEG.
 
     What is a JPEG already, upright and small enough, is kept byte for byte, once it has decoded.
@@ -113,7 +113,7 @@ def shrink(content: bytes, options: Options) -> Small:
 class Maker:
     """The images of an index from a position of the order on, made small in threads, in order."""
 
-    def __init__(self, index: Index, position: int, options: Options, threads: int) -> None:
+    def __init__(self, index: Index, position: int, options: ShardOptions, threads: int) -> None:
         self.index = index
         self._options, self._positions = options, iter(range(position, len(index)))
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, "btpipe-shard")
@@ -147,7 +147,7 @@ class Maker:
 
 
 def write(
-    work: Path, number: int, maker: Maker, options: Options, advance: Callable[[int], None]
+    work: Path, number: int, maker: Maker, options: ShardOptions, advance: Callable[[int], None]
 ) -> Shard:
     """Fills the next shard of `work` from the maker, to `shard_bytes` or its end.
 
@@ -155,7 +155,7 @@ def write(
         MachineError: no space, or no permission.
     """
     path, index = work / name_of(number), maker.index
-    members: list[Member] = []
+    members: list[ShardMember] = []
     rejected: list[Rejected] = []
     positions: list[int] = []
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -178,7 +178,7 @@ def write(
     return made
 
 
-def _add(tar: tarfile.TarFile, row: int, key: str, small: Small, index: Index) -> Member:
+def _add(tar: tarfile.TarFile, row: int, key: str, small: Small, index: Index) -> ShardMember:
     label = index.table["label"][row].as_py()
     about: dict[str, object] = {"path": index.table["path"][row].as_py()}
     about |= {} if label is None else {"label": label}
@@ -186,7 +186,7 @@ def _add(tar: tarfile.TarFile, row: int, key: str, small: Small, index: Index) -
     _append(tar, f"{key}.json", json.dumps(about, sort_keys=True).encode())
     digest = hashlib.sha256(small.content).hexdigest()
     size = len(small.content)
-    return Member(row, key, offset, size, small.width, small.height, small.mode, digest)
+    return ShardMember(row, key, offset, size, small.width, small.height, small.mode, digest)
 
 
 def _append(tar: tarfile.TarFile, name: str, content: bytes) -> int:
@@ -204,7 +204,7 @@ def read(work: Path, number: int) -> Shard | None:
         content = json.loads(_record(path).read_text())
     except FileNotFoundError:
         return None
-    members = [Member(**member) for member in content["members"]]
+    members = [ShardMember(**member) for member in content["members"]]
     rejected = [Rejected(**reject) for reject in content["rejected"]]
     return Shard(content["start"], content["stop"], members, rejected)
 

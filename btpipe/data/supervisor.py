@@ -51,7 +51,7 @@ def supervise(
     Raises:
         MachineError: a worker cannot start.
     """
-    workers: list[_Worker[Task, Answer]] = []
+    workers: list[_DecodingWorker[Task, Answer]] = []
     suspects: collections.deque[tuple[int, Task]] = collections.deque()
     waiting = next(tasks, None)
     try:
@@ -61,7 +61,7 @@ def supervise(
                 idle.pop().give(*waiting, limit_seconds)
                 waiting = next(tasks, None)
             if waiting and not suspects:
-                workers += [_Worker(work) for _ in range(processes - len(workers))]
+                workers += [_DecodingWorker(work) for _ in range(processes - len(workers))]
             at_work = [worker for worker in workers if worker.task is not None]
             if suspects and not at_work:
                 key, task = suspects.popleft()
@@ -89,7 +89,7 @@ def _alone(
     should_stop: Callable[[], bool],
 ) -> Answer | BadInputError | None:
     """The task's answer from a process of its own, while no other has a task; None if stopped."""
-    worker: _Worker[Task, Answer] = _Worker(work)
+    worker: _DecodingWorker[Task, Answer] = _DecodingWorker(work)
     try:
         while not should_stop():
             if worker.is_idle:
@@ -101,7 +101,7 @@ def _alone(
         worker.end()
 
 
-class _Worker(Generic[Task, Answer]):
+class _DecodingWorker(Generic[Task, Answer]):
     """A process with at most one task; it is idle once it has said that it is ready."""
 
     def __init__(self, work: Callable[[Task], Answer]) -> None:
@@ -143,8 +143,8 @@ class _Worker(Generic[Task, Answer]):
 
 
 def _wait(
-    workers: "list[_Worker[Task, Answer]]",
-) -> "list[tuple[_Worker[Task, Answer], tuple[int, Task], Outcome[Answer]]]":
+    workers: "list[_DecodingWorker[Task, Answer]]",
+) -> "list[tuple[_DecodingWorker[Task, Answer], tuple[int, Task], Outcome[Answer]]]":
     """Waits a moment for a worker to answer, be lost or too late; the tasks that are decided.
 
     A worker that is lost is ended.

@@ -40,14 +40,14 @@ def pixels(
     decoder = None if gpu is None else decode.batch_decoder(gpu, threads)
     read = functools.partial(_read, in_batches=decoder is not None)
 
-    def loads() -> Iterator[dali_runner.Load]:
+    def loads() -> Iterator[dali_runner.DaliBatch]:
         for number, start in enumerate(range(0, len(images), batch_size)):
             part = images[start : start + batch_size]
             contents = list(pool.map(read, range(start, start + len(part)), part))
             decoded = decoder.decode(contents) if decoder else contents
             made = [_whole(content, image) for content, image in zip(decoded, part, strict=True)]
             inputs = dali_graphs.evaluation_inputs(geometry, dali_runner.sizes_of(made))
-            yield dali_runner.Load(number, np.arange(len(made)), made, inputs)
+            yield dali_runner.DaliBatch(number, np.arange(len(made)), made, inputs)
 
     def build() -> Pipeline:
         return dali_graphs.evaluation_pipeline(

@@ -82,7 +82,7 @@ def embed(
     started = time.monotonic()
     outputs.check(out)
     with runtime.StopSignals() as signals:
-        run = _Run(out, encoder, options, _StoppableReport(report, signals))
+        run = _EmbedJob(out, encoder, options, _StoppableReport(report, signals))
         with _pool(run.encoder, options, report, signals) as pool:
             run.look_at_table()
             if run.before is None:
@@ -123,7 +123,7 @@ class _StoppableReport:
             )
 
 
-class _Run:
+class _EmbedJob:
     """One call of `embed`, from what is there already to the table."""
 
     def __init__(

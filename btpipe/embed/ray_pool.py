@@ -179,7 +179,7 @@ def _drive(jobs: Connection, parent: int) -> None:
             jobs.send_bytes(pickle.dumps(_Answer(failed, ())))
 
 
-def _run(job: _Job, machines: Sequence[runtime.Member]) -> Iterator[bytes]:
+def _run(job: _Job, machines: Sequence[runtime.ClusterNode]) -> Iterator[bytes]:
     """Runs the job as a data set of tasks; an answer, pickled, for each as it is done."""
     import ray.data  # noqa: PLC0415 - an optional package
 
@@ -214,7 +214,9 @@ def _on_one_device(config: WorkerConfig) -> tuple[WorkerConfig, int]:
     return dataclasses.replace(config, encoder=encoder), int(cuda)
 
 
-def _share_out(machines: Sequence[runtime.Member], requested: int, gpus: int) -> tuple[int, int]:
+def _share_out(
+    machines: Sequence[runtime.ClusterNode], requested: int, gpus: int
+) -> tuple[int, int]:
     """How many workers there are, and the cores of each: as many as leave every worker room.
 
     Raises:

@@ -124,7 +124,7 @@ def forget(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-class Known:
+class VectorCache:
     """What `gather` wrote; nothing where it did not."""
 
     def __init__(self, folder: Path, footer: table.Footer) -> None:

@@ -30,7 +30,7 @@ from btpipe.embed.messages import (
     TaskRequest,
     WorkerConfig,
 )
-from btpipe.embed.vector_cache import Known
+from btpipe.embed.vector_cache import VectorCache
 from btpipe.events import Rejected
 
 
@@ -49,7 +49,7 @@ def work_for(connection: Connection, config: WorkerConfig, in_flight: InFlight) 
 
 
 @dataclasses.dataclass
-class _Part:
+class _PartProgress:
     """What is known of a part so far."""
 
     task: PartTask
@@ -81,14 +81,14 @@ class _Worker:
         self._connection, self._encoder = connection, encoder
         self._folder, self._footer = job.folder, job.footer
         self._index = open_index(job.folder / work_folder.INDEX)
-        self._known = Known(job.folder, job.footer)
+        self._known = VectorCache(job.folder, job.footer)
         self._reused: dict[int, NDArray[np.float32]] = {}  # vectors of rows that are read ahead
         self._bytes = self._index.table["bytes"]
         self._batch_size = job.batch_size or encoder.batch_size
         self._in_flight, self._decoders, self._apart = in_flight, _Decoders(), set[int]()
         self._decode = config.decode or decode.decode
         self._threads = config.encoder.threads or runtime.cores()
-        self._parts: collections.deque[_Part] = collections.deque()
+        self._parts: collections.deque[_PartProgress] = collections.deque()
         self._sending = threading.Lock()
 
     def make(self, first: PartTask | Drain) -> None:
@@ -130,7 +130,7 @@ class _Worker:
         """The rows of the parts that are asked for, batch by batch, until a `Drain`."""
         task: PartTask | Drain = first
         while isinstance(task, PartTask):
-            self._parts.append(_Part(task, rejects=dict(task.excluded)))
+            self._parts.append(_PartProgress(task, rejects=dict(task.excluded)))
             self._apart |= task.apart
             every = range(task.first, task.end)
             rows = np.fromiter((row for row in every if row not in task.excluded), np.int64)
@@ -139,7 +139,7 @@ class _Worker:
             self._send(TaskRequest())
             task = self._connection.recv()
 
-    def _complete(self) -> Iterator[_Part]:
+    def _complete(self) -> Iterator[_PartProgress]:
         """The parts in front of which every input is a row or a reject; they are made."""
         while self._parts and self._parts[0].is_complete:
             yield self._parts.popleft()
@@ -179,7 +179,7 @@ class _Worker:
             part.rejects |= {row: why for row, why in batch.rejected.items() if row in inside}
             part.reused += len(known)
 
-    def _write(self, part: _Part) -> None:
+    def _write(self, part: _PartProgress) -> None:
         """Writes a part and says so."""
         number, folder = part.task.part, self._folder
         rows = np.concatenate([np.zeros(0, np.int64), *part.rows])

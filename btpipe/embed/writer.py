@@ -95,7 +95,7 @@ class Writer:
             PartTask(part, rows.start, rows.stop, {})
             for part, rows in zip(missing, ranges, strict=True)
         ]
-        meter = _Meter(sum(map(len, ranges)), self.plan.rows, self.report)
+        meter = _JobMeter(sum(map(len, ranges)), self.plan.rows, self.report)
         started = JobStarted(self.folder, self.footer, batch_size)
         for message in pool.work(started, self.index, tasks):
             if isinstance(message, PartProgress):
@@ -138,7 +138,7 @@ class Writer:
             yield table.read(work_folder.part_path(self.folder, part))
 
 
-class _Meter:
+class _JobMeter:
     """Counts images through a job and reports progress, twice a second at most.
 
     The time that workers wait for data is a share of all workers' time.

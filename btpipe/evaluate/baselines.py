@@ -44,7 +44,7 @@ class Scores:
     """What neighbours and a linear classifier make of one kind of vectors."""
 
     neighbours: Accuracy
-    linear: linear_probe.Score
+    linear: linear_probe.LinearScore
 
 
 @dataclasses.dataclass(frozen=True)

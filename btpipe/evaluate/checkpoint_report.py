@@ -13,7 +13,7 @@ Z95 = 1.96
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CheckpointRow:
     """One checkpoint, step 0 the network that the run started from; shares are 0 to 1."""
 
     step: int
@@ -113,14 +113,14 @@ class Selected(Finished):
     own: bool
     best: dict[str, int]
     start_is_better: str
-    rows: tuple[Row, ...]
+    rows: tuple[CheckpointRow, ...]
 
     @classmethod
     def choose(
         cls,
         run: str,
         by: By,
-        rows: tuple[Row, ...],
+        rows: tuple[CheckpointRow, ...],
         *,
         images: int,
         own: bool,
@@ -222,25 +222,25 @@ class Selected(Finished):
         return f"{text}{unit}"
 
 
-def _ranked(rows: tuple[Row, ...], measure: _Measure) -> list[Row]:
+def _ranked(rows: tuple[CheckpointRow, ...], measure: _Measure) -> list[CheckpointRow]:
     """The checkpoints that have the measure, the best first, of equal ones the later."""
     known = [row for row in rows if row.step and row.value(measure.by) is not None]
     return sorted(known, key=lambda row: (_goodness(row, measure), row.step), reverse=True)
 
 
-def _goodness(row: Row, measure: _Measure) -> float:
+def _goodness(row: CheckpointRow, measure: _Measure) -> float:
     value = row.value(measure.by)
     if value is None:
         return float("-inf")
     return value if measure.larger_is_better else -value
 
 
-def _known(row: Row, by: By) -> float:
+def _known(row: CheckpointRow, by: By) -> float:
     value = row.value(by)
     assert value is not None, "asked only of rows that have it"
     return value
 
 
-def _shown(row: Row, measure: _Measure) -> str:
+def _shown(row: CheckpointRow, measure: _Measure) -> str:
     value = row.value(measure.by)
     return "-" if value is None else f"{measure.factor * value:.{measure.digits}f}"

@@ -18,7 +18,7 @@ from btpipe.data.pipeline.eval_loader import evaluation_batches
 from btpipe.data.pipeline.view_pairs import Pairs
 from btpipe.errors import IntegrityError, UsageError
 from btpipe.evaluate import label_free
-from btpipe.evaluate.checkpoint_report import By, Row, Selected
+from btpipe.evaluate.checkpoint_report import By, CheckpointRow, Selected
 from btpipe.events import Note, Progressed, Rejected, Report, Warned, per_second
 from btpipe.export import source
 from btpipe.plot import history
@@ -106,7 +106,7 @@ def measure(
         raise UsageError(f"{len(index)} images", where=index.root, expected="two or more")
     known_bad = {} if images else RunRejects(folder, index).known()
     steps_per_epoch = max(1, described.steps_per_epoch(len(own)))
-    rows: list[Row] = []
+    rows: list[CheckpointRow] = []
     shares: dict[int, PerImage] = {}
     with runtime.start() as here:
         seen = _read(index, described, most, labelled, here.device, report, known_bad)
@@ -210,7 +210,9 @@ def _encoders(
         yield step, made.encoder.to(memory_format=torch.channels_last)  # as its pixels are
 
 
-def _measured(encoder: nn.Module, described: Recipe, seen: _Set) -> tuple[Row, PerImage] | None:
+def _measured(
+    encoder: nn.Module, described: Recipe, seen: _Set
+) -> tuple[CheckpointRow, PerImage] | None:
     """The measures of an encoder and their parts; None where a vector is not finite."""
     device = next(encoder.parameters()).device
     first, second = (_vectors(encoder, view) for view in (seen.pairs.first, seen.pairs.second))
@@ -228,7 +230,7 @@ def _measured(encoder: nn.Module, described: Recipe, seen: _Set) -> tuple[Row, P
         ]
         named = classes[np.concatenate([good for good, _ in parts])]
         accuracy = knn.leave_one_out_accuracy(np.concatenate([v for _, v in parts]), named)
-    row = Row(
+    row = CheckpointRow(
         step=0,
         epoch=0.0,
         retrieval=float(found.mean()),

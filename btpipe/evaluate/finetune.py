@@ -45,7 +45,7 @@ CROP = View(jitter=Jitter(probability=0.0), gray=0.0, blur=Blur(probability=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class FinetuneJob:
     """What is judged, on what: index files with a label for each row. `work` keeps the state."""
 
     bundle: Path
@@ -72,7 +72,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class FinetuneScore:
     """How many of the test images the classifier names rightly, first and among five."""
 
     images: int
@@ -81,7 +81,7 @@ class Score:
     rejected: int
 
 
-def fit(job: Job, here: Runtime, report: Report) -> Score:
+def fit(job: FinetuneJob, here: Runtime, report: Report) -> FinetuneScore:
     """Trains and judges, from where `job.work` stands; every rank calls it.
 
     Raises:
@@ -144,7 +144,7 @@ def _optimizer(model: Classifier, protocol: Protocol, batch_size: int) -> torch.
 
 
 def _train(
-    job: Job,
+    job: FinetuneJob,
     here: Runtime,
     report: Report,
     loader: TrainingLoader,
@@ -203,7 +203,7 @@ def _label_numbers(index: Index, classes: tuple[str, ...]) -> NDArray[np.int64]:
 
 
 def _save(
-    job: Job,
+    job: FinetuneJob,
     here: Runtime,
     step: int,
     model: Classifier,
@@ -235,7 +235,7 @@ def _tensors(model: Classifier, optimizer: torch.optim.SGD) -> Iterator[tuple[st
             yield f"momentum.{name}", momentum
 
 
-def _restore(job: Job, model: Classifier, optimizer: torch.optim.SGD) -> int:
+def _restore(job: FinetuneJob, model: Classifier, optimizer: torch.optim.SGD) -> int:
     """The step that the state of this very job stands at; 0 without one.
 
     Raises:
@@ -271,8 +271,8 @@ def _restore(job: Job, model: Classifier, optimizer: torch.optim.SGD) -> int:
 
 
 def _judge(
-    job: Job, bundle: contract.Bundle, model: Classifier, here: Runtime, report: Report
-) -> Score:
+    job: FinetuneJob, bundle: contract.Bundle, model: Classifier, here: Runtime, report: Report
+) -> FinetuneScore:
     """The test images in the evaluation view, shared out among the ranks."""
     test = open_index(job.test)
     numbers = _label_numbers(test, job.classes)
@@ -293,4 +293,4 @@ def _judge(
         best = logits.topk(min(5, logits.shape[1])).indices == labels
         counts += torch.tensor([len(best), int(best[:, 0].sum()), int(best.sum()), 0])
     images, top1, top5, rejected = (int(x) for x in runtime.all_reduce_sum(counts))
-    return Score(images, top1, top5, rejected)
+    return FinetuneScore(images, top1, top5, rejected)

@@ -153,13 +153,13 @@ def _open(asked: Asked, report: Report) -> Iterator[dict[str, object]]:
                 shutil.rmtree(work)
 
 
-def _job(asked: Asked) -> finetune.Job:
+def _job(asked: Asked) -> finetune.FinetuneJob:
     work = asked.out.with_name(f"{asked.out.name}.work")
     files = work / "train.parquet", work / "test.parquet"
-    return finetune.Job(asked.bundle, *files, asked.protocol, work)
+    return finetune.FinetuneJob(asked.bundle, *files, asked.protocol, work)
 
 
-def prepare(asked: Asked, report: Report) -> finetune.Job:
+def prepare(asked: Asked, report: Report) -> finetune.FinetuneJob:
     """The job, with the lists of its images in the work folder; raises as `judge`."""
     train, _ = indexes.build(asked.train, report)
     test, _ = indexes.build(asked.test, report)
@@ -247,7 +247,7 @@ def _stands(out: Path, wanted: dict[str, object]) -> bool:
     )
 
 
-def _record(score: finetune.Score) -> dict[str, object]:
+def _record(score: finetune.FinetuneScore) -> dict[str, object]:
     low, high = knn.wilson(score.top1, score.images)
     return {
         "test images": score.images,
@@ -258,7 +258,7 @@ def _record(score: finetune.Score) -> dict[str, object]:
     }
 
 
-def _finished(asked: Asked, score: finetune.Score, seconds: float) -> ClassifierJudged:
+def _finished(asked: Asked, score: finetune.FinetuneScore, seconds: float) -> ClassifierJudged:
     return ClassifierJudged(
         seconds=seconds,
         kind=asked.kind,

@@ -26,7 +26,7 @@ MISSED = 10**9
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class LinearScore:
     """How many of `n` test images the classifier names rightly, first and among five, 0 to 1.
 
     Intervals are 95 %. `c` is the penalty's inverse as in `logistic`; `at_end` says that it is the
@@ -55,7 +55,7 @@ class Probed(Event):
     """
 
     table: Path
-    score: Score
+    score: LinearScore
     bundle: str
     vectors: str
     test: str
@@ -148,7 +148,9 @@ def judge(
     return done
 
 
-def score(known: Labelled, asked: Labelled, where: Path, report: Report, *, seed: int = 0) -> Score:
+def score(
+    known: Labelled, asked: Labelled, where: Path, report: Report, *, seed: int = 0
+) -> LinearScore:
     """Trains on `known` with C chosen on a fifth of its images, and judges `asked`.
 
     Raises:
@@ -186,7 +188,7 @@ def score(known: Labelled, asked: Labelled, where: Path, report: Report, *, seed
     top1, top5 = (int(np.count_nonzero(places < k)) for k in (1, 5))
     n = len(right)
     commonest = max(asked.labels.count(name) for name in set(asked.labels))
-    return Score(
+    return LinearScore(
         top1=top1 / n,
         interval1=knn.wilson(top1, n),
         top5=top5 / n,

@@ -22,7 +22,7 @@ from btpipe.pages import frame
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class NearestRows:
     """The rows most like the query, the nearest first, with their cosines; (k,) each.
 
     `row` is the query's own row, which is not among them; None where it is a picture.
@@ -77,7 +77,7 @@ def run(
     model: Path | None = None,
     html: Path | None = None,
     images: Path | None = None,
-) -> Found:
+) -> NearestRows:
     """Reports the k rows of a table that are most like `query`, and writes a page if asked.
 
     `query`: an image file, which is embedded with `model`, by default the bundle in exports/ that
@@ -96,7 +96,7 @@ def run(
     )
     rows, cosines = blocks.nearest(asked, vectors.unit, k if row is None else k + 1)
     others = np.flatnonzero(rows[0] != (-1 if row is None else row))[:k]
-    found = Found(rows[0][others], cosines[0][others], row)
+    found = NearestRows(rows[0][others], cosines[0][others], row)
     neighbours = tuple(
         Neighbour(at, cosine, vectors.text("path", at), vectors.text("label", at))
         for at, cosine in zip(found.rows.tolist(), found.cosines.tolist(), strict=True)
@@ -169,7 +169,7 @@ def _bundle(digest: str, vectors: Vectors) -> Path:
     )
 
 
-def _page(out: Path, vectors: Vectors, query: str, found: Found, images: Path | None) -> None:
+def _page(out: Path, vectors: Vectors, query: str, found: NearestRows, images: Path | None) -> None:
     pictures = Pictures(vectors, images)
     if found.row is None:
         source = _own(Path(query))
@@ -186,7 +186,7 @@ def _page(out: Path, vectors: Vectors, query: str, found: Found, images: Path | 
     about = f"{len(vectors):,} vectors of {vectors.path}, by cosine, the nearest first."
     body = (
         f'<h2>Asked for</h2><div class="gallery asked">{first}</div>'
-        f'<h2>Found</h2><div class="gallery">{"".join(figures)}</div>'
+        f'<h2>Neighbours</h2><div class="gallery">{"".join(figures)}</div>'
         f'<p class="muted">{frame.text(pictures.note())}</p>'
     )
     style = "h2 { margin: 0 0 10px; } .asked { margin-bottom: 24px; }"

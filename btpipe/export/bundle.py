@@ -25,7 +25,7 @@ from btpipe.export.contract import (
     newest_run,
 )
 from btpipe.export.samples import Samples
-from btpipe.export.source import Source
+from btpipe.export.source import EncoderSource
 from btpipe.results import Exported
 
 __all__ = ["Wanted", "export_file", "export_run", "newest_bundle", "newest_run", "publish"]
@@ -127,7 +127,7 @@ def export_file(
 
 
 def _export(
-    source: Source,
+    source: EncoderSource,
     out: Path,
     report: Report,
     *,
@@ -159,7 +159,7 @@ def _export(
 
 
 def publish(
-    source: Source,
+    source: EncoderSource,
     chosen: Samples,
     out: Path,
     origin: dict[str, object],
@@ -202,7 +202,7 @@ def publish(
         artifact.write_file(folder / contract.CARD, card.text().encode())
 
 
-def _write_models(source: Source, chosen: Samples, folder: Path, wanted: Wanted) -> None:
+def _write_models(source: EncoderSource, chosen: Samples, folder: Path, wanted: Wanted) -> None:
     encoder, prepared, name = source.encoder, source.preprocessing, wanted.license_name
     for precision in wanted.precisions:
         path = folder / MODELS[precision]
@@ -219,7 +219,11 @@ def _write_models(source: Source, chosen: Samples, folder: Path, wanted: Wanted)
 
 
 def _gates(
-    vectors: NDArray[np.float32], source: Source, chosen: Samples, folder: Path, wanted: Wanted
+    vectors: NDArray[np.float32],
+    source: EncoderSource,
+    chosen: Samples,
+    folder: Path,
+    wanted: Wanted,
 ) -> dict[str, verify.Gate]:
     """Each model's gate: fp16 on a GPU where onnxruntime can use one, the others on the CPU."""
     gates: dict[str, verify.Gate] = {}
@@ -248,7 +252,7 @@ def _gates(
     return gates
 
 
-def _images(source: Source, images: Path | None, out: Path) -> Index:
+def _images(source: EncoderSource, images: Path | None, out: Path) -> Index:
     """The images to calibrate and check on."""
     if images is not None:
         return build(images)[0]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from btpipe import __version__
 from btpipe.export.contract import FLOAT_MODEL, MODEL, MODELS, WEIGHTS
-from btpipe.export.source import Source
+from btpipe.export.source import EncoderSource
 
 HOW_TO_USE = """\
 ```python
@@ -61,7 +61,7 @@ class Card:
     """What the card is filled with; `origin` is the manifest's, `gates` a table in Markdown."""
 
     name: str
-    source: Source
+    source: EncoderSource
     dimension: int
     origin: Mapping[str, object]
     gates: str

@@ -21,7 +21,7 @@ BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class EncoderSource:
     """An encoder in evaluation mode, and where it is from.
 
     `origin` is what the manifest says of that, `made` the same in half a sentence. `index`: the
@@ -39,7 +39,7 @@ class Source:
 
 def of_run(
     run: Path, report: Report, *, untrained: bool = False, step: int | None = None
-) -> Source:
+) -> EncoderSource:
     """The newest checkpoint of a run, or that of a step; `untrained`: what it started from.
 
     A network that starts from nothing gets batch norm's statistics from its training images. The
@@ -82,7 +82,7 @@ def of_run(
     if known_changes:
         origin["changes"] = known_changes
     toml = _without_folders(recipe).to_toml()
-    return Source(recipe.network, prepared, encoder, origin, made, index, toml)
+    return EncoderSource(recipe.network, prepared, encoder, origin, made, index, toml)
 
 
 def _newest(run: Path, report: Report) -> Path:
@@ -107,7 +107,7 @@ def _of_step(run: Path, step: int) -> Path:
     return folder
 
 
-def of_file(file: Path, size: int, report: Report) -> Source:
+def of_file(file: Path, size: int, report: Report) -> EncoderSource:
     """The encoder in a file of others, of whatever network its tensors fit; nothing is executed.
 
     Prepared as torchvision, timm and the published code do: ImageNet's mean and deviation, and
@@ -131,7 +131,7 @@ def of_file(file: Path, size: int, report: Report) -> Source:
     }
     made = f"adopted from {adopted.source.name} (sha256 {adopted.sha256})"
     encoder = weights.from_state(adopted.state, described)
-    return Source(described, preprocessing_of(size), encoder, origin, made)
+    return EncoderSource(described, preprocessing_of(size), encoder, origin, made)
 
 
 def preprocessing_of(size: int) -> Preprocessing:

@@ -53,7 +53,7 @@ class Sign:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class _Curve:
     """One number of a panel: its field, the factor from how it is logged to how it is drawn."""
 
     label: str
@@ -67,7 +67,7 @@ class _Plan:
     title: str
     unit: str
     about: str
-    parts: tuple[_Part, ...]
+    parts: tuple[_Curve, ...]
     log: bool = False
     rare: bool = False
     """Drawn only where something else than zero was logged."""
@@ -82,40 +82,40 @@ PLANS = (
         "Loss",
         "",
         "Judge it by its floor: no encoder gets below it with this batch and width.",
-        (_Part("loss", "loss", bound=("floor", lambda run: run.floor)),),
+        (_Curve("loss", "loss", bound=("floor", lambda run: run.floor)),),
         log=True,
     ),
     _Plan(
         "Terms of the loss",
         "",
         "on: sum of (1 - C_ii)^2; off: lambda times the sum of C_ij^2. The loss is their sum.",
-        (_Part("on", "on_diagonal"), _Part("off", "off_diagonal", lambda run: run.lambd)),
+        (_Curve("on", "on_diagonal"), _Curve("off", "off_diagonal", lambda run: run.lambd)),
         log=True,
     ),
     _Plan(
         "Learning rates",
         "",
         "Of the weights, and of biases and batch norm.",
-        (_Part("weights", "lr"), _Part("biases", "bias_lr")),
+        (_Curve("weights", "lr"), _Curve("biases", "bias_lr")),
     ),
     _Plan(
         "Effective rank",
         "",
         "RankMe of one batch's vectors: higher tends to be better; near 1 is a collapse.",
-        (_Part("encoder", "encoder"), _Part("projector", "projector")),
+        (_Curve("encoder", "encoder"), _Curve("projector", "projector")),
     ),
     _Plan(
         "Mean diagonal",
         "",
         "Mean C_ii: how alike the two views of an image are to the network; rises towards 1.",
-        (_Part("mean diagonal", "mean_diagonal"),),
+        (_Curve("mean diagonal", "mean_diagonal"),),
     ),
     _Plan(
         "Off-diagonal RMS",
         "",
         "How much dimensions repeat each other; independent ones give chance, 1 / sqrt(N).",
         (
-            _Part(
+            _Curve(
                 "off-diagonal",
                 "off_diagonal_rms",
                 bound=("chance", lambda run: 1 / math.sqrt(run.batch_size)),
@@ -126,27 +126,27 @@ PLANS = (
         "kNN",
         "%",
         "Labelled images that their nearest others name rightly.",
-        (_Part("accuracy", "accuracy", _percent),),
+        (_Curve("accuracy", "accuracy", _percent),),
     ),
-    _Plan("Speed", "images/s", "Pairs of views a second.", (_Part("speed", "images_per_second"),)),
+    _Plan("Speed", "images/s", "Pairs of views a second.", (_Curve("speed", "images_per_second"),)),
     _Plan(
         "Wait for data",
         "%",
         "Share of the time in which the step waited for the loader.",
-        (_Part("wait", "data_wait", _percent),),
+        (_Curve("wait", "data_wait", _percent),),
     ),
     _Plan(
         "Dead dimensions",
         "",
         "Dimensions of the embedding that are constant over a batch.",
-        (_Part("dead", "dead_dimensions"),),
+        (_Curve("dead", "dead_dimensions"),),
         rare=True,
     ),
     _Plan(
         "Overflows",
         "",
         "Updates that the fp16 loss scale has left out since the run began.",
-        (_Part("overflows", "overflows"),),
+        (_Curve("overflows", "overflows"),),
         rare=True,
     ),
 )

@@ -40,7 +40,7 @@ class Board:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, _RunWriter] = {}
 
     def write(self, runs: Sequence[History]) -> None:
         """Writes what the runs told so far; what was written before by this object stays.
@@ -51,7 +51,7 @@ class Board:
         for name, run in zip(history.names(runs), runs, strict=True):
             with artifact.disk_errors(self._folder / name):
                 if name not in self._runs:
-                    self._runs[name] = _Run(self._folder / name)
+                    self._runs[name] = _RunWriter(self._folder / name)
                 self._runs[name].write(run)
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Board:
             run.close()
 
 
-class _Run:
+class _RunWriter:
     """The event file of one run: begun anew, then gone on with while the run does."""
 
     def __init__(self, folder: Path) -> None:

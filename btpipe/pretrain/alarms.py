@@ -11,7 +11,7 @@ from typing import Self
 
 from btpipe.events import Alarm, RanksMeasured, StepDone
 from btpipe.pretrain import network
-from btpipe.pretrain.run import Run
+from btpipe.pretrain.run import TrainingRun
 
 COLLAPSED_RMS = 0.9
 """Off-diagonal RMS at which all dimensions say one thing: r different ones give about 1 / sqrt(r),
@@ -61,7 +61,7 @@ class Alarms:
         self._mark: tuple[int, int] | None = None
 
     @classmethod
-    def of(cls, run: Run) -> Self:
+    def of(cls, run: TrainingRun) -> Self:
         """The alarms of a run; its warm-up is early, or its first epoch where it has none."""
         recipe = run.recipe
         return cls(

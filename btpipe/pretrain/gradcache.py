@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from btpipe.pretrain import loss
-from btpipe.pretrain.network import BarlowTwins, Embedded
+from btpipe.pretrain.network import BarlowTwins, ViewEmbeddings
 from btpipe.pretrain.norm import untracked
 
-Forward = Callable[[Sequence[torch.Tensor]], Embedded]
+Forward = Callable[[Sequence[torch.Tensor]], ViewEmbeddings]
 Judge = Callable[[Sequence[torch.Tensor]], tuple[loss.Terms, list[torch.Tensor]]]
 """Embeddings (n, D) of each view -> terms and the gradients dL/dz of each."""
 
@@ -29,7 +29,7 @@ def backward(
     judge: Judge,
     views: Sequence[torch.Tensor],
     micro_batch: int,
-) -> tuple[Embedded, loss.Terms]:
+) -> tuple[ViewEmbeddings, loss.Terms]:
     """Adds the gradient of the whole batch's loss to the parameters, `micro_batch` rows at a time.
 
     views: (n, H, W, 3) each; activations are held for `micro_batch` images only.
@@ -46,4 +46,4 @@ def backward(
     for micro, own in zip(micros, cached, strict=True):
         again = forward(micro).z
         torch.autograd.backward(again, [g.to(z.dtype) for g, z in zip(own, again, strict=True)])
-    return Embedded(z, features), terms
+    return ViewEmbeddings(z, features), terms

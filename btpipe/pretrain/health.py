@@ -10,22 +10,22 @@ import torch
 from btpipe import events, neighbours, runtime
 from btpipe.pretrain.alarms import Alarms
 from btpipe.pretrain.knn import Judge
-from btpipe.pretrain.network import Embedded
-from btpipe.pretrain.run import Run
+from btpipe.pretrain.network import ViewEmbeddings
+from btpipe.pretrain.run import TrainingRun
 from btpipe.pretrain.step import Outcome
 
 RANK_ROWS = 1024
 """Vectors that an effective rank is measured on: half a second on two cores for 8,192 numbers."""
 
 
-class Health:
+class HealthMonitor:
     """Measures a run every `health.steps` steps, judges it every `health.knn_epochs` epochs.
 
     Every rank calls it at every step, because every rank's vectors are measured; the first one
     reports. `stopping` says whether this rank was asked to stop: a judgement is then broken off.
     """
 
-    def __init__(self, run: Run, stopping: Callable[[], bool]) -> None:
+    def __init__(self, run: TrainingRun, stopping: Callable[[], bool]) -> None:
         self._run = run
         self._alarms = Alarms.of(run)
         labelled = run.recipe.health.knn and run.runtime.is_first
@@ -48,7 +48,7 @@ class Health:
             runtime.barrier()
 
 
-def effective_ranks(embedded: Embedded, step: int) -> events.RanksMeasured | None:
+def effective_ranks(embedded: ViewEmbeddings, step: int) -> events.RanksMeasured | None:
     """RankMe of the first view's features and embeddings, over the rows of all ranks.
 
     A collective: every rank takes part with an even choice of its rows, `RANK_ROWS` at most over

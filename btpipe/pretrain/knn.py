@@ -16,7 +16,7 @@ from btpipe.data.pipeline.train_loader import evaluation_batches
 from btpipe.errors import UsageError
 from btpipe.events import Report
 from btpipe.pretrain import network
-from btpipe.pretrain.run import Run
+from btpipe.pretrain.run import TrainingRun
 from btpipe.recipe import Recipe
 
 INDEX = "knn.parquet"
@@ -64,7 +64,7 @@ class Judge:
     mode, uncompiled, and without a graph.
     """
 
-    def __init__(self, run: Run, stopping: Callable[[], bool]) -> None:
+    def __init__(self, run: TrainingRun, stopping: Callable[[], bool]) -> None:
         self._run, self._stopping = run, stopping
         self._images = data_index.open_index(run.folder / INDEX)
         self._rows, self._labels = judged(self._images)
@@ -133,7 +133,7 @@ def judged(images: data_index.Index) -> tuple[NDArray[np.int64], NDArray[np.int6
     return rows, np.array([numbers[name] for name in names if name], dtype=np.int64)
 
 
-def evaluation_twin(run: Run) -> nn.Module:
+def evaluation_twin(run: TrainingRun) -> nn.Module:
     """The encoder with the present tensors, shared, in evaluation mode."""
     with torch.device("meta"):  # nothing is drawn: the training's random numbers stay as they are
         twin: nn.Module = network.encoder(run.recipe.network)

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from btpipe import events
 from btpipe.pretrain import loss
-from btpipe.pretrain.run import Run
+from btpipe.pretrain.run import TrainingRun
 from btpipe.pretrain.step import Outcome
 
 
 class SaveClock:
     """When the next checkpoint is due, by steps and by minutes."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self._run, self._seconds = run, time.monotonic()
 
     def is_step(self) -> bool:
@@ -35,7 +35,7 @@ class SaveClock:
 class Meter:
     """Rates between two logged steps; the first compiled step is reported apart and not counted."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: TrainingRun) -> None:
         self._run = run
         self._first = True
         self._restart()

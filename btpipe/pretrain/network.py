@@ -55,7 +55,7 @@ def projector(widths: Sequence[int], inputs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Embedded(NamedTuple):
+class ViewEmbeddings(NamedTuple):
     """What the network makes of V views of n images.
 
     z: (n, D) embeddings of each view, with their graph. features: (V * n, F) the encoder's vectors,
@@ -93,7 +93,7 @@ class BarlowTwins(nn.Module):
         kept = [sum(held[k:]) / sum(held) for k in range(len(held) + 1)]
         self.recomputed = next(k for k, value in enumerate(kept) if value <= share + 1e-9)
 
-    def forward(self, *views: torch.Tensor) -> Embedded:
+    def forward(self, *views: torch.Tensor) -> ViewEmbeddings:
         """(n, H, W, 3) uint8 pixels of each view -> embeddings and features.
 
         Neighbouring views of one size pass the encoder together, the projector takes all at once.
@@ -104,7 +104,7 @@ class BarlowTwins(nn.Module):
         features = torch.cat(parts) if len(parts) > 1 else parts[0]
         group(self._projector_norms, len(views))
         z = self.projector(features).chunk(len(views))
-        return Embedded(tuple(z), features.detach())
+        return ViewEmbeddings(tuple(z), features.detach())
 
     def _layer(self, i: int) -> nn.Sequential:
         stage: nn.Sequential = getattr(self.encoder, f"layer{i + 1}")

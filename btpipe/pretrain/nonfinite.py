@@ -78,7 +78,7 @@ class LossScale:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class NonfiniteFlags:
     """Flags as read by the host: the update of `step` was left out."""
 
     step: int
@@ -93,7 +93,7 @@ class Watch:
     def __init__(self) -> None:
         self._pending: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def stepped(self, step: int, found: Flags, scale: LossScale | None) -> Found | None:
+    def stepped(self, step: int, found: Flags, scale: LossScale | None) -> NonfiniteFlags | None:
         """Hands in a step's flags; returns what the step before it found, if it did."""
         before = self.last()
         numbers = torch.cat([found.ranks, scale.scale[None] if scale else found.ranks.new_ones(1)])
@@ -107,7 +107,7 @@ class Watch:
         self._pending = step, host, copied
         return before
 
-    def last(self) -> Found | None:
+    def last(self) -> NonfiniteFlags | None:
         """What the newest step found, if it did; waits for it. Told once."""
         if self._pending is None:
             return None
@@ -117,4 +117,4 @@ class Watch:
             copied.synchronize()
         *ranks, scale = numbers.tolist()
         bad = tuple(rank for rank, flag in enumerate(ranks) if flag)
-        return Found(step, bad, scale) if bad else None
+        return NonfiniteFlags(step, bad, scale) if bad else None

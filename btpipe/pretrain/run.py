@@ -11,7 +11,7 @@ from btpipe.runtime import Runtime
 
 
 @dataclasses.dataclass
-class Run:
+class TrainingRun:
     """What the loop carries from step to step."""
 
     recipe: Recipe

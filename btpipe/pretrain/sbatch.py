@@ -43,7 +43,7 @@ exit "$code"
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """What is asked of SLURM: one task for each of `devices` GPUs on each of `nodes` machines.
 
     `time` and `partition` are SLURM's own words; empty: the cluster's default.
@@ -62,7 +62,7 @@ class Job:
             raise UsageError(found, fix=fix)
 
 
-def write(file: Path, name: str, recipe: Recipe, arguments: Sequence[str], job: Job) -> None:
+def write(file: Path, name: str, recipe: Recipe, arguments: Sequence[str], job: SlurmJob) -> None:
     """Writes a job that runs `btpipe` with these arguments in every task, and goes on when stopped.
 
     Raises:

@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
     """What an update leaves behind, on the device: nothing of it has been waited for."""
 
     terms: loss.Terms
-    embedded: network.Embedded
+    embedded: network.ViewEmbeddings
     flags: nonfinite.Flags
 
 
@@ -109,10 +109,12 @@ def update(core: Core, views: Sequence[torch.Tensor], lr: float, bias_lr: float)
     return Outcome(terms, embedded, found)
 
 
-def _backward(core: Core, views: Sequence[torch.Tensor]) -> tuple[network.Embedded, loss.Terms]:
+def _backward(
+    core: Core, views: Sequence[torch.Tensor]
+) -> tuple[network.ViewEmbeddings, loss.Terms]:
     """Leaves this rank's share of the gradient in the parameters."""
 
-    def forward(views: Sequence[torch.Tensor]) -> network.Embedded:
+    def forward(views: Sequence[torch.Tensor]) -> network.ViewEmbeddings:
         with core.autocast():
             return core.network(*views)  # type: ignore[no-any-return]
 
@@ -129,4 +131,4 @@ def _backward(core: Core, views: Sequence[torch.Tensor]) -> tuple[network.Embedd
     terms, gradients = judge(embedded.z)
     given = [gradient.to(z.dtype) for gradient, z in zip(gradients, embedded.z, strict=True)]
     torch.autograd.backward(embedded.z, given)
-    return network.Embedded(tuple(z.detach() for z in embedded.z), embedded.features), terms
+    return network.ViewEmbeddings(tuple(z.detach() for z in embedded.z), embedded.features), terms

@@ -15,9 +15,9 @@ from btpipe.events import Report
 from btpipe.pretrain import checkpoint, init_from, loss, nonfinite, step
 from btpipe.pretrain.batches import Supply
 from btpipe.pretrain.folder import RunRejects
-from btpipe.pretrain.health import Health
+from btpipe.pretrain.health import HealthMonitor
 from btpipe.pretrain.meter import Meter, SaveClock
-from btpipe.pretrain.run import Run
+from btpipe.pretrain.run import TrainingRun
 from btpipe.recipe import Recipe
 from btpipe.results import Pretrained
 from btpipe.runtime import Runtime
@@ -60,7 +60,7 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
             rejects.update(loader.rejected)
 
 
-def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: Index) -> Run:
+def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: Index) -> TrainingRun:
     """Network, optimiser and position, as the newest checkpoint left them."""
     core = step.build(recipe, here.device)
     state = checkpoint.State(0, recipe.digest, index.fingerprint)
@@ -73,10 +73,10 @@ def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: In
         init_from.load(folder, recipe.network, core.network, report)
     if core.compiled:
         step.compile(core)
-    return Run(recipe, folder, here, report, core, state, index)
+    return TrainingRun(recipe, folder, here, report, core, state, index)
 
 
-def _announce(run: Run) -> None:
+def _announce(run: TrainingRun) -> None:
     recipe, dimension = run.recipe, run.recipe.network.projector[-1]
     floor = loss.floor(recipe.data.batch_size, dimension, recipe.loss.lambd)
     run.report(
@@ -103,11 +103,11 @@ def _announce(run: Run) -> None:
         run.report(events.Warned(text))
 
 
-def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
+def _loop(run: TrainingRun, supply: Supply, signals: runtime.StopSignals) -> None:
     """Steps until the end or a stop; logs, and saves what a kill must not cost."""
     agreement, meter, clock = runtime.Agreement(), Meter(run), SaveClock(run)
     watch, images_before = nonfinite.Watch(), np.zeros(0, np.int64)
-    health = Health(run, lambda: bool(signals.asked))
+    health = HealthMonitor(run, lambda: bool(signals.asked))
     started, before = time.perf_counter(), run.state.step
     while run.state.step < run.steps:
         with meter.waiting():
@@ -140,7 +140,7 @@ def _loop(run: Run, supply: Supply, signals: runtime.StopSignals) -> None:
     run.report(Pretrained(seconds, str(run.folder), run.state.step, run.state.step - before))
 
 
-def _save(run: Run) -> None:
+def _save(run: TrainingRun) -> None:
     """The first rank writes the checkpoint, the others wait.
 
     Raises NumericsError: a forward pass overflowed into batch norm's running statistics, which no
@@ -162,7 +162,9 @@ def _save(run: Run) -> None:
     runtime.barrier()
 
 
-def _require_finite(run: Run, found: nonfinite.Found | None, images: NDArray[np.int64]) -> None:
+def _require_finite(
+    run: TrainingRun, found: nonfinite.NonfiniteFlags | None, images: NDArray[np.int64]
+) -> None:
     """Ends the run when a step's update had to be left out; an fp16 overflow only lowers the scale.
 
     The step, the seed and this rank's `images` (rows of the index) are kept in the run folder.

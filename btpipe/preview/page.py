@@ -10,7 +10,7 @@ from PIL import Image
 
 from btpipe import artifact
 from btpipe.preview import samples
-from btpipe.preview.samples import Sample, View
+from btpipe.preview.samples import Sample, SampleView
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --muted: #666; --paper: #fff; --frame: #ececec;
@@ -61,7 +61,7 @@ def write(path: Path, samples: Sequence[Sample], title: str, about: str, recipe:
     artifact.write_file(path, page.encode())
 
 
-def numbers(view: View) -> list[tuple[str, str]]:
+def numbers(view: SampleView) -> list[tuple[str, str]]:
     """(what, what was drawn) of a view, in the order in which it happens."""
     signs = {"hue": "+"}
     factors = [(name, f"{value:{signs.get(name, '')}.4f}") for name, value in view.factors]
@@ -105,7 +105,7 @@ def _original(sample: Sample) -> str:
     )
 
 
-def _view(view: View, number: int) -> str:
+def _view(view: SampleView, number: int) -> str:
     small = ' class="small"' if len(view.pixels) < 160 else ""
     source = _embedded(Image.fromarray(view.pixels), "PNG")
     return (

@@ -23,7 +23,7 @@ FACTORS = ("brightness", "contrast", "saturation", "hue")
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class SampleView:
     """A view and what was drawn for it. Crops are in pixels of the original.
 
     `factors` are the jitter's names and factors in the drawn order, none where it did not happen;
@@ -53,7 +53,7 @@ class Sample:
     width: int
     height: int
     original: Image.Image
-    views: tuple[View, ...]
+    views: tuple[SampleView, ...]
 
 
 def color(number: int) -> str:
@@ -119,12 +119,12 @@ def _shown(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def _view(
     pixels: NDArray[np.uint8], draws: augment_params.Draws, row: int, size: NDArray[np.int64]
-) -> View:
+) -> SampleView:
     """One row of the draws, in words of a person."""
     top, left = (round(float(value)) for value in draws.crop_start[row])
     bottom, right = (round(float(value)) for value in draws.crop_end[row])
     factors = [(FACTORS[number], float(draws.factors[row, number])) for number in draws.order[row]]
-    return View(
+    return SampleView(
         pixels=pixels,
         left=left,
         top=top,

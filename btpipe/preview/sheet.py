@@ -14,7 +14,7 @@ from btpipe.errors import UsageError
 from btpipe.events import Finished, Report
 from btpipe.preview import page as views_page
 from btpipe.preview import samples as seen
-from btpipe.preview.samples import Sample, View
+from btpipe.preview.samples import Sample, SampleView
 from btpipe.recipe import Recipe
 
 CELL = 224
@@ -93,7 +93,7 @@ def draw(samples: Sequence[Sample], title: str) -> Image.Image:
     return sheet
 
 
-def lines(view: View) -> list[str]:
+def lines(view: SampleView) -> list[str]:
     """The numbers of a view as `TEXT_LINES` short lines or fewer."""
     place = [
         *(["flip"] if view.flip else []),
@@ -155,7 +155,7 @@ def with_crops(sample: Sample) -> Image.Image:
     return picture
 
 
-def enlarged(view: View) -> Image.Image:
+def enlarged(view: SampleView) -> Image.Image:
     """A view in a cell: its pixels whole, or made smaller where there are too many."""
     picture, side = Image.fromarray(view.pixels), len(view.pixels)
     if side > CELL:

@@ -4,7 +4,7 @@ The only user of `torch.distributed` and of the environment. Model code is singl
 Torch is imported when something needs it, so that the command line starts without it.
 """
 
-from btpipe.runtime.cluster import Member, ray_cluster, require_ray
+from btpipe.runtime.cluster import ClusterNode, ray_cluster, require_ray
 from btpipe.runtime.collectives import (
     Agreement,
     all_reduce_sum,
@@ -50,7 +50,7 @@ __all__ = [
     "PORTS",
     "Agreement",
     "AskedDevice",
-    "Member",
+    "ClusterNode",
     "Precision",
     "Runtime",
     "StopSignals",

@@ -17,7 +17,7 @@ STORE_BYTES = 100 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Member:
+class ClusterNode:
     """What Ray may use of one of its machines."""
 
     cores: int
@@ -43,7 +43,7 @@ def _no_ray(name: str | None) -> UsageError:
 
 
 @contextlib.contextmanager
-def ray_cluster() -> Iterator[list[Member]]:
+def ray_cluster() -> Iterator[list[ClusterNode]]:
     """The machines of the cluster that is joined, or started, for the length of a `with`.
 
     Raises:
@@ -72,7 +72,7 @@ def ray_cluster() -> Iterator[list[Member]]:
         else:
             ray.init(address, **quiet)
         shares = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        members = [Member(int(s.get("CPU", 0)), int(s.get("GPU", 0))) for s in shares]
+        members = [ClusterNode(int(s.get("CPU", 0)), int(s.get("GPU", 0))) for s in shares]
     except Exception as error:
         raise MachineError(
             f"Ray at {address} cannot be used: {error}",

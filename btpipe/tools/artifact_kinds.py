@@ -32,14 +32,14 @@ KINDS = "a run, checkpoint, bundle, index, table of vectors, folder of shards or
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Artifact:
     """A thing of btpipe's and its kind; `path` is the folder where a file of it was named."""
 
     kind: Kind
     path: Path
 
 
-def recognise(path: Path) -> Found:
+def recognise(path: Path) -> Artifact:
     """What `path` is, or the folder with a manifest that it is a file of.
 
     Raises:
@@ -51,12 +51,12 @@ def recognise(path: Path) -> Found:
     if path.is_file():
         around = _kind_of_folder(path.absolute().parent)
         if around is not None and not _stands_alone(path, around):
-            return Found(around, path.parent)
+            return Artifact(around, path.parent)
         if path.name.endswith(_IDS):
             path = path.with_name(path.name.removesuffix(_IDS))
     kind = _kind_of_folder(path) if path.is_dir() else _kind_of_file(path)
     if kind is not None:
-        return Found(kind, path)
+        return Artifact(kind, path)
     raise UsageError("nothing that btpipe wrote", where=path, expected=KINDS)
 
 

@@ -34,13 +34,13 @@ from btpipe.pretrain import network
 from btpipe.recipe.tables import Backbone
 from btpipe.tools import bench_cases as cases
 from btpipe.tools.bench_cases import Work
-from btpipe.tools.measured_process import Turn, take_turns
+from btpipe.tools.measured_process import Timing, take_turns
 from btpipe.tools.measured_rows import (
     Benchmarked,
     Device,
+    Measurement,
     Part,
     Prepare,
-    Row,
     Way,
     about,
     limit_seconds,
@@ -57,7 +57,7 @@ PARTS = {"read": "read and hash", "decode": "read, decode and resize", "write": 
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class BenchOptions:
     """What is measured: `turns` turns of `images` images.
 
     `backbone` and `image_size` are of the random network that is measured where no bundle is named.
@@ -78,7 +78,7 @@ def options(
     *,
     device: runtime.AskedDevice,
     quick: bool,
-) -> Options:
+) -> BenchOptions:
     """As the command line asks for them.
 
     Raises:
@@ -87,8 +87,8 @@ def options(
     """
     used = runtime.resolve_device(device)
     if quick:
-        return Options(8, 1, "resnet18", 32, used)
-    return Options(images or IMAGES[used], turns, parse_backbone(backbone), image_size, used)
+        return BenchOptions(8, 1, "resnet18", 32, used)
+    return BenchOptions(images or IMAGES[used], turns, parse_backbone(backbone), image_size, used)
 
 
 def parse_backbone(text: str) -> Backbone:
@@ -112,7 +112,7 @@ class Kind:
     precision: Precision
 
 
-def run(options: Options, data: Path | None, model: Path | None, report: Report) -> None:
+def run(options: BenchOptions, data: Path | None, model: Path | None, report: Report) -> None:
     """Measures and reports both tables.
 
     Raises:
@@ -153,7 +153,7 @@ class Setting:
     image_size: int
     source: str
 
-    def about(self, options: Options) -> str:
+    def about(self, options: BenchOptions) -> str:
         """The same in a table's title."""
         images = about(self.network, self.image_size, options.images, self.source)
         return f"{images}, {machine(options.device)}, {options.turns} turns"
@@ -161,7 +161,7 @@ class Setting:
 
 @contextlib.contextmanager
 def prepare(
-    options: Options, data: Path | None, model: Path | None, report: Report
+    options: BenchOptions, data: Path | None, model: Path | None, report: Report
 ) -> Iterator[Setting]:
     """The images and the bundle, drawn and random where none are named, as long as this is open.
 
@@ -214,14 +214,14 @@ def parts(setting: Setting) -> dict[str, Prepare]:
 
 
 def take(
-    named: Mapping[str, Prepare], options: Options, has_children: Callable[[str], bool]
-) -> dict[str, Row]:
+    named: Mapping[str, Prepare], options: BenchOptions, has_children: Callable[[str], bool]
+) -> dict[str, Measurement]:
     """Every row in a process of its own; on a CPU all by turns, on a GPU one after the other."""
     together = [named] if options.device == "cpu" else [{name: named[name]} for name in named]
-    taken: dict[str, tuple[Turn, ...]] = {}
+    taken: dict[str, tuple[Timing, ...]] = {}
     for rows in together:
         taken |= take_turns(rows, options.turns, threads=runtime.cores(), has_children=has_children)
-    return {name: Row(name, turns) for name, turns in taken.items()}
+    return {name: Measurement(name, turns) for name, turns in taken.items()}
 
 
 NOTES: dict[Device, str] = {
@@ -234,7 +234,7 @@ NOTES: dict[Device, str] = {
 }
 
 
-def share_of_limit(rows: Mapping[str, Row], kind: Kind, options: Options) -> float:
+def share_of_limit(rows: Mapping[str, Measurement], kind: Kind, options: BenchOptions) -> float:
     """How near files-to-vectors comes to its parts: median over turns, 1 is the limit."""
     whole = rows[f"whole {kind.name}"]
     alone = zip(rows["decode"].turns, rows[f"forward {kind.name}"].turns, strict=True)
@@ -245,14 +245,18 @@ def share_of_limit(rows: Mapping[str, Row], kind: Kind, options: Options) -> flo
     return statistics.median(shares)
 
 
-def parts_of(rows: Mapping[str, Row], setting: Setting, options: Options) -> list[Part]:
+def parts_of(
+    rows: Mapping[str, Measurement], setting: Setting, options: BenchOptions
+) -> list[Part]:
     """Every part alone."""
     named = {PARTS[name]: rows[name] for name in PARTS}
     named |= {f"network, {kind.name}": rows[f"forward {kind.name}"] for kind in setting.kinds}
     return [part_of(name, row, options.images) for name, row in named.items()]
 
 
-def _images(options: Options, data: Path | None, folder: Path, report: Report) -> tuple[Index, str]:
+def _images(
+    options: BenchOptions, data: Path | None, folder: Path, report: Report
+) -> tuple[Index, str]:
     """An index with its file in `folder`, and what its images are."""
     shorter_side = 0
     if data is None:
@@ -270,7 +274,7 @@ def _images(options: Options, data: Path | None, folder: Path, report: Report) -
     return index, str(data) if data else f"drawn, shorter side {shorter_side}"
 
 
-def _make_bundle(index: Index, options: Options, out: Path) -> None:
+def _make_bundle(index: Index, options: BenchOptions, out: Path) -> None:
     """A bundle of a random network whose batch norm has seen images: as fast as a trained one.
 
     It passes no gate and is for nothing else.

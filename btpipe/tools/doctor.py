@@ -21,7 +21,7 @@ from btpipe import artifact, runtime
 from btpipe.errors import MachineError
 from btpipe.events import Finished, Report, TextTable
 from btpipe.tools import doctor_gpu
-from btpipe.tools.finding import REINSTALL, Finding, readable_bytes, tried
+from btpipe.tools.finding import REINSTALL, MachineFinding, readable_bytes, tried
 
 RUN_BYTES = 5 * 2**30
 """Free disk for a run: three checkpoints of ResNet-50 and its 8192 projector take 4.2 GB."""
@@ -41,7 +41,7 @@ class MachineExamined(Finished):
 
     job = "doctor"
 
-    findings: tuple[Finding, ...]
+    findings: tuple[MachineFinding, ...]
     to_look_at: int
 
     @property
@@ -73,9 +73,9 @@ def run(report: Report, folder: Path) -> None:
         )
 
 
-def examine(folder: Path) -> list[Finding]:
+def examine(folder: Path) -> list[MachineFinding]:
     """Every finding, the processor first."""
-    libraries: tuple[tuple[str, Callable[[], Finding]], ...] = (
+    libraries: tuple[tuple[str, Callable[[], MachineFinding]], ...] = (
         ("processor", _processor),
         ("memory", _memory),
         ("Python", _python),
@@ -84,7 +84,7 @@ def examine(folder: Path) -> list[Finding]:
         ("DALI", _dali),
         ("onnxruntime", _onnxruntime),
     )
-    system: tuple[tuple[str, Callable[[], Finding]], ...] = (
+    system: tuple[tuple[str, Callable[[], MachineFinding]], ...] = (
         ("compiler", _compiler),
         ("disk", lambda: _disk(folder)),
         ("shared memory", _shared_memory),
@@ -97,14 +97,14 @@ def examine(folder: Path) -> list[Finding]:
     ]
 
 
-def _processor() -> Finding:
+def _processor() -> MachineFinding:
     cores, quota = runtime.cores(), _cpu_quota()
     kinds = ["bf16"] * runtime.cpu_has_bf16() + ["int8"] * runtime.cpu_has_int8()
     found = f"{cores} cores, {platform.machine()}{', fast in ' if kinds else ''}{', '.join(kinds)}"
     if quota is not None and quota < cores:
         to_do = f"--set data.threads={max(1, round(quota))}, or raise the container's CPU limit"
-        return Finding("processor", f"{found}; {quota:g} cores allowed", "look", to_do)
-    return Finding("processor", found)
+        return MachineFinding("processor", f"{found}; {quota:g} cores allowed", "look", to_do)
+    return MachineFinding("processor", found)
 
 
 def _cpu_quota() -> float | None:
@@ -116,28 +116,30 @@ def _cpu_quota() -> float | None:
     return None if allowed == "max" else int(allowed) / int(period)
 
 
-def _memory() -> Finding:
+def _memory() -> MachineFinding:
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     found = f"{readable_bytes(free)} free"
     if free < MEMORY_BYTES:
-        return Finding("memory", found, "look", "smaller data.batch_size, or run.micro_batch")
-    return Finding("memory", found)
+        return MachineFinding(
+            "memory", found, "look", "smaller data.batch_size, or run.micro_batch"
+        )
+    return MachineFinding("memory", found)
 
 
-def _python() -> Finding:
-    return Finding("Python", f"{platform.python_version()}, btpipe {btpipe.__version__}")
+def _python() -> MachineFinding:
+    return MachineFinding("Python", f"{platform.python_version()}, btpipe {btpipe.__version__}")
 
 
-def _torch() -> Finding:
+def _torch() -> MachineFinding:
     torch = importlib.import_module("torch")
     vision = importlib.import_module("torchvision").__version__
     importlib.import_module("torchvision.models")
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ", without CUDA"
-    return Finding("torch", f"{torch.__version__}{cuda}; torchvision {vision}")
+    return MachineFinding("torch", f"{torch.__version__}{cuda}; torchvision {vision}")
 
 
-def _dali() -> Finding:
+def _dali() -> MachineFinding:
     """Makes the evaluation view of pictures, on the CPU."""
     made = importlib.import_module("btpipe.tools.gpu_pixels").evaluation_views(None)
     if made.std() < CONTRAST:
@@ -152,11 +154,11 @@ def _dali() -> Finding:
         fix = (
             "pip install --force-reinstall nvidia-nvjpeg, or nvidia-nvjpeg-cu12: DALI's is not used"
         )
-        return Finding("DALI", found, "look", fix)
-    return Finding("DALI", found)
+        return MachineFinding("DALI", found, "look", fix)
+    return MachineFinding("DALI", found)
 
 
-def _onnxruntime() -> Finding:
+def _onnxruntime() -> MachineFinding:
     """Runs a model of one operator, on the CPU; names the providers."""
     engine = importlib.import_module("onnxruntime")
     array = importlib.import_module("numpy")
@@ -170,53 +172,57 @@ def _onnxruntime() -> Finding:
     folders = [runtime.package_folder(name) for name in ("onnxruntime", "onnxruntime-gpu")]
     if folders[0] is not None and folders[0] == folders[1]:
         fix = "pip uninstall onnxruntime; then pip install --force-reinstall onnxruntime-gpu"
-        return Finding("onnxruntime", f"{found}; two packages over each other", "broken", fix)
-    return Finding("onnxruntime", found)
+        return MachineFinding(
+            "onnxruntime", f"{found}; two packages over each other", "broken", fix
+        )
+    return MachineFinding("onnxruntime", found)
 
 
-def _compiler() -> Finding:
+def _compiler() -> MachineFinding:
     """What torch.compile needs: a C++ compiler, and Python's headers."""
     builder = importlib.import_module("torch._inductor.cpp_builder")
     try:
         found = str(builder.get_cpp_compiler())
     except Exception:
         fix = f"apt install g++, or {EAGER}"
-        return Finding("compiler", "no C++ compiler: torch.compile cannot work", "look", fix)
+        return MachineFinding("compiler", "no C++ compiler: torch.compile cannot work", "look", fix)
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.is_file():
         fix = f"apt install python3-dev, or {EAGER}"
-        return Finding("compiler", f"{found}; no Python.h: no torch.compile", "look", fix)
-    return Finding("compiler", f"{found}, Python.h")
+        return MachineFinding("compiler", f"{found}; no Python.h: no torch.compile", "look", fix)
+    return MachineFinding("compiler", f"{found}, Python.h")
 
 
-def _disk(folder: Path) -> Finding:
+def _disk(folder: Path) -> MachineFinding:
     """Writes, syncs and renames a file."""
     try:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             artifact.write_file(Path(scratch, "probe"), b"btpipe")
     except OSError as error:
         fix = "go to a folder that you may write to"
-        return Finding("disk", f"{folder.resolve()}: {error.strerror}", "broken", fix)
+        return MachineFinding("disk", f"{folder.resolve()}: {error.strerror}", "broken", fix)
     free = shutil.disk_usage(folder).free
     found = f"{readable_bytes(free)} free in {folder.resolve()}"
     if free < RUN_BYTES:
-        return Finding(
+        return MachineFinding(
             "disk", found, "look", f"a run of ResNet-50 wants {readable_bytes(RUN_BYTES)}"
         )
-    return Finding("disk", found)
+    return MachineFinding("disk", found)
 
 
-def _shared_memory() -> Finding:
+def _shared_memory() -> MachineFinding:
     size = shutil.disk_usage(SHARED).total
     found = f"{SHARED} of {readable_bytes(size)}"
     if size < SHARED_BYTES and runtime.gpu_count() > 1:
-        return Finding("shared memory", found, "look", "start the container with --shm-size=8g")
-    return Finding("shared memory", found)
+        return MachineFinding(
+            "shared memory", found, "look", "start the container with --shm-size=8g"
+        )
+    return MachineFinding("shared memory", found)
 
 
-def _open_files() -> Finding:
+def _open_files() -> MachineFinding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{soft} at a time"
     if soft < OPEN_FILES:
-        return Finding("open files", found, "look", f"ulimit -n {min(hard, 65_536)}")
-    return Finding("open files", found)
+        return MachineFinding("open files", found, "look", f"ulimit -n {min(hard, 65_536)}")
+    return MachineFinding("open files", found)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from btpipe import runtime
 from btpipe.errors import BtpipeError
-from btpipe.tools.finding import Finding, readable_bytes
+from btpipe.tools.finding import MachineFinding, readable_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,26 +45,26 @@ class Wrong(Exception):
         self.to_do = to_do
 
 
-def gpus() -> Finding:
+def gpus() -> MachineFinding:
     """The GPUs, and whether torch can use them."""
     driver = Path("/proc/driver/nvidia/version")
     counted = runtime.gpu_count()
     if not counted:
         if driver.exists():
             fix = "look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
-            return Finding("GPU", "a driver, but no GPU to use", "look", fix)
-        return Finding("GPU", "none: training and embedding run on the CPU")
+            return MachineFinding("GPU", "a driver, but no GPU to use", "look", fix)
+        return MachineFinding("GPU", "none: training and embedding run on the CPU")
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         to_do = f"update the driver to one for CUDA {torch.version.cuda}, or install another torch"
-        return Finding("GPU", f"{counted}, which torch cannot use", "broken", to_do)
+        return MachineFinding("GPU", f"{counted}, which torch cannot use", "broken", to_do)
     names = sorted({torch.cuda.get_device_name(i) for i in range(counted)})
     free, total = torch.cuda.mem_get_info(0)
     memory = f"{readable_bytes(free)} of {readable_bytes(total)} free on the first"
-    return Finding("GPU", f"{counted} x {', '.join(names)}; {memory}")
+    return MachineFinding("GPU", f"{counted} x {', '.join(names)}; {memory}")
 
 
-def computed() -> list[Finding]:
+def computed() -> list[MachineFinding]:
     """What the libraries compute on all GPUs, a row for each library; none without a GPU."""
     steps = (
         ("torch on GPUs", _torch, DRIVER),
@@ -74,20 +74,20 @@ def computed() -> list[Finding]:
     return [_on_all(*step) for step in steps] if runtime.gpu_count() else []
 
 
-def _on_all(name: str, compare: Callable[[int], None], to_do: str) -> Finding:
+def _on_all(name: str, compare: Callable[[int], None], to_do: str) -> MachineFinding:
     """Compares on one GPU after the other; the first that is wrong is told."""
     for number in range(runtime.gpu_count()):
         try:
             compare(number)
         except Wrong as error:
-            return Finding(name, f"GPU {number}: {error}", "broken", error.to_do)
+            return MachineFinding(name, f"GPU {number}: {error}", "broken", error.to_do)
         except BtpipeError as error:
-            return Finding(name, f"GPU {number}: {error.what}", "broken", error.fix or to_do)
+            return MachineFinding(name, f"GPU {number}: {error.what}", "broken", error.fix or to_do)
         except Exception as error:
             text = str(error).strip().splitlines()
             said = f"GPU {number}: {type(error).__name__}: {text[0] if text else ''}"
-            return Finding(name, said, "broken", to_do)
-    return Finding(name, "computes what the CPU computes")
+            return MachineFinding(name, said, "broken", to_do)
+    return MachineFinding(name, "computes what the CPU computes")
 
 
 def _torch(number: int) -> None:

@@ -9,7 +9,7 @@ REINSTALL = "install btpipe anew: pip install --force-reinstall ."
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class MachineFinding:
     """What was found; `to_do` where it is not as it should be."""
 
     name: str
@@ -18,13 +18,15 @@ class Finding:
     to_do: str = ""
 
 
-def tried(name: str, look: Callable[[], Finding], to_do: str) -> Finding:
+def tried(name: str, look: Callable[[], MachineFinding], to_do: str) -> MachineFinding:
     """What a look says; a library that cannot even be loaded says it by raising anything."""
     try:
         return look()
     except Exception as error:
         text = str(error).strip().splitlines()
-        return Finding(name, f"{type(error).__name__}: {text[0] if text else ''}", "broken", to_do)
+        return MachineFinding(
+            name, f"{type(error).__name__}: {text[0] if text else ''}", "broken", to_do
+        )
 
 
 def readable_bytes(count: int) -> str:

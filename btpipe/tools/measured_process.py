@@ -30,7 +30,7 @@ Order = Literal["prepare", "measure", "peak"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Turn:
+class Timing:
     """Seconds of one action: by the clock, and of all CPU cores."""
 
     seconds: float
@@ -42,7 +42,7 @@ class OutOfMemory:
     """What a seat answers when its GPU has too little memory."""
 
 
-Answer = Turn | OutOfMemory | int | None
+Answer = Timing | OutOfMemory | int | None
 
 
 class PeakMemory:
@@ -110,7 +110,7 @@ class Prepared:
     repeats: int = 1
 
 
-class Seat:
+class MeasuredProcess:
     """A process that prepares an action once and then takes its turns.
 
     `prepare` runs in that process and must be picklable: a function of a module, or a partial.
@@ -142,10 +142,10 @@ class Seat:
         """Makes the action and runs it untimed; False where the GPU's memory does not do."""
         return not isinstance(self._ask("prepare"), OutOfMemory)
 
-    def measure(self) -> Turn | None:
+    def measure(self) -> Timing | None:
         """One turn; None where the GPU's memory does not do."""
         answer = self._ask("measure")
-        assert isinstance(answer, Turn | OutOfMemory)
+        assert isinstance(answer, Timing | OutOfMemory)
         return None if isinstance(answer, OutOfMemory) else answer
 
     def peak_bytes(self) -> int:
@@ -180,18 +180,18 @@ def take_turns(
     *,
     threads: int,
     has_children: Callable[[str], bool],
-) -> dict[str, tuple[Turn, ...]]:
+) -> dict[str, tuple[Timing, ...]]:
     """Every row in a process of its own, one after the other, `turns` times: name to its turns."""
     with contextlib.ExitStack() as open_seats:
         seats = []
         for name, prepare in named.items():
             assert prepare is not None
-            seat = Seat(name, prepare, threads, has_children=has_children(name))
+            seat = MeasuredProcess(name, prepare, threads, has_children=has_children(name))
             open_seats.callback(seat.close)
             seats.append(seat)
         for seat in seats:
             seat.prepare()
-        taken: dict[str, list[Turn]] = {seat.name: [] for seat in seats}
+        taken: dict[str, list[Timing]] = {seat.name: [] for seat in seats}
         for _ in range(turns):
             for seat in seats:
                 turn = seat.measure()
@@ -247,7 +247,7 @@ def _warmed_up(prepare: Callable[[], Prepared]) -> Prepared:
     return prepared
 
 
-def _turn(prepared: Prepared) -> Turn:
+def _turn(prepared: Prepared) -> Timing:
     """Repeats the action for about `TURN_SECONDS`; the mean of one."""
     if prepared.memory.device.type == "cuda":
         return _turn_of_gpu(prepared.action)
@@ -256,7 +256,7 @@ def _turn(prepared: Prepared) -> Turn:
         prepared.action()
         calls += 1
     cpu_seconds = _cpu_seconds() - cpu_started
-    return Turn((time.perf_counter() - started) / calls, cpu_seconds / calls)
+    return Timing((time.perf_counter() - started) / calls, cpu_seconds / calls)
 
 
 def _cpu_seconds() -> float:
@@ -265,7 +265,7 @@ def _cpu_seconds() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def _turn_of_gpu(action: Callable[[], object]) -> Turn:
+def _turn_of_gpu(action: Callable[[], object]) -> Timing:
     """As many calls as one call's time allows, all streams of the GPU waited for at both ends."""
     torch.cuda.synchronize()
     started = time.perf_counter()
@@ -280,4 +280,4 @@ def _turn_of_gpu(action: Callable[[], object]) -> Turn:
     done.synchronize()  # sleeps; what comes now would burn CPU time while it waits
     torch.cuda.synchronize()
     cpu_seconds = _cpu_seconds() - cpu_started
-    return Turn((time.perf_counter() - started) / calls, cpu_seconds / calls)
+    return Timing((time.perf_counter() - started) / calls, cpu_seconds / calls)

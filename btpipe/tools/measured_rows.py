@@ -9,7 +9,7 @@ import torch
 
 from btpipe import runtime
 from btpipe.events import Event, Finished, TextTable
-from btpipe.tools.measured_process import Prepared, Turn
+from btpipe.tools.measured_process import Prepared, Timing
 
 Device = Literal["cpu", "cuda"]
 Prepare = Callable[[], Prepared] | None
@@ -17,11 +17,11 @@ Prepare = Callable[[], Prepared] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Measurement:
     """What was measured of one variant; no turns where the memory did not do."""
 
     name: str
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[Timing, ...] = ()
     peak_bytes: int = 0
 
 
@@ -113,18 +113,18 @@ def machine(device: Device) -> str:
     return f"{runtime.cores()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def faster(row: Row, base: Row, device: Device) -> str:
+def faster(row: Measurement, base: Measurement, device: Device) -> str:
     """`times_faster` for people; "-" where the memory did not do."""
     return number(times_faster(row, base, device)) if row.turns and base.turns else "-"
 
 
-def times_faster(row: Row, base: Row, device: Device) -> float:
+def times_faster(row: Measurement, base: Measurement, device: Device) -> float:
     """Median over turns of base's time over this row's, of the same turn."""
     pairs = zip(base.turns, row.turns, strict=True)
     return statistics.median(spent(b, device) / spent(r, device) for b, r in pairs)
 
 
-def spent(turn: Turn, device: Device) -> float:
+def spent(turn: Timing, device: Device) -> float:
     """CPU-seconds on a CPU, where the clock is not the process's own; else seconds."""
     return turn.cpu_seconds if device == "cpu" else turn.seconds
 
@@ -136,14 +136,14 @@ def number(value: float) -> str:
     return f"{value:#.3g}" if value else "0"
 
 
-def part_of(name: str, row: Row, images: int) -> Part:
+def part_of(name: str, row: Measurement, images: int) -> Part:
     """Of a row, by its medians over turns."""
     cpu = statistics.median(turn.cpu_seconds for turn in row.turns)
     seconds = statistics.median(turn.seconds for turn in row.turns)
     return Part(name, 1000 * cpu / images, images / seconds)
 
 
-def limit_seconds(parts: Sequence[Turn], device: Device) -> float:
+def limit_seconds(parts: Sequence[Timing], device: Device) -> float:
     """By the clock, of parts that are done at once: a CPU's share its cores, a GPU's none."""
     if device == "cuda":
         return max(part.seconds for part in parts)

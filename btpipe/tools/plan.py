@@ -22,7 +22,7 @@ from btpipe.events import Finished, Note, Report, TextTable
 from btpipe.pretrain import network
 from btpipe.recipe import Recipe
 from btpipe.tools import plan_cases, plan_probes
-from btpipe.tools.measured_process import Turn
+from btpipe.tools.measured_process import Timing
 
 SAMPLE_IMAGES = 4096
 """Of a folder of more than `MOST_IMAGES`, so many are looked at."""
@@ -54,7 +54,7 @@ class Plan:
     steps: int
     batch_size: int
     world_size: int
-    step: Turn
+    step: Timing
     peak_bytes: int
     disk_bytes: int
     exact: bool
@@ -185,7 +185,7 @@ def _plan(
         steps=steps,
         batch_size=recipe.data.batch_size,
         world_size=devices,
-        step=Turn(seconds, cpu_seconds),
+        step=Timing(seconds, cpu_seconds),
         peak_bytes=int(peak_bytes),
         disk_bytes=disk_bytes,
         exact=taken[-1].images == share,

@@ -12,7 +12,7 @@ from btpipe.errors import UsageError
 from btpipe.events import Note, Report
 from btpipe.recipe import Recipe
 from btpipe.tools import plan_cases
-from btpipe.tools.measured_process import Prepared, Seat, Turn
+from btpipe.tools.measured_process import MeasuredProcess, Prepared, Timing
 
 FIRST_IMAGES = 8
 """Of a process's batch, in the first look."""
@@ -27,7 +27,7 @@ class Look:
     """A step's time and memory for so many images of one process."""
 
     images: int
-    turn: Turn
+    turn: Timing
     peak_bytes: int
 
 
@@ -90,14 +90,14 @@ def rates(
     )
 
 
-def _measured(prepare: Callable[[], Prepared], repeats: int) -> tuple[Turn, int] | None:
+def _measured(prepare: Callable[[], Prepared], repeats: int) -> tuple[Timing, int] | None:
     """Time of one of the action's `repeats`, and the peak of memory; None: a GPU has too little."""
-    seat = Seat("plan", prepare, runtime.cores())
+    seat = MeasuredProcess("plan", prepare, runtime.cores())
     try:
         turn = seat.measure() if seat.prepare() else None
         if turn is None:
             return None
-        return Turn(turn.seconds / repeats, turn.cpu_seconds / repeats), seat.peak_bytes()
+        return Timing(turn.seconds / repeats, turn.cpu_seconds / repeats), seat.peak_bytes()
     finally:
         seat.close()
 

@@ -13,12 +13,12 @@ from btpipe.embed import outputs, table
 from btpipe.errors import BtpipeError
 from btpipe.events import Link
 from btpipe.pretrain import changes
-from btpipe.tools.artifact_kinds import Found
+from btpipe.tools.artifact_kinds import Artifact
 
 SAME, GONE = "here, the same", "not found near by"
 
 
-def of(found: Found) -> Iterator[Link]:
+def of(found: Artifact) -> Iterator[Link]:
     """The links from this artifact on, the nearest first.
 
     Near by is the present folder, the artifact's own and the two around it, and `exports/` and

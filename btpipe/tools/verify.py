@@ -18,7 +18,7 @@ from btpipe.errors import IntegrityError
 from btpipe.events import Report
 from btpipe.export import contract
 from btpipe.pretrain import changes
-from btpipe.tools.artifact_kinds import Found, recognise
+from btpipe.tools.artifact_kinds import Artifact, recognise
 from btpipe.tools.verify_report import ANEW, Account, ProblemsFound, Verified
 
 
@@ -43,7 +43,7 @@ def verify(path: Path, report: Report) -> Account:
     return account
 
 
-def _check(found: Found, account: Account) -> None:
+def _check(found: Artifact, account: Account) -> None:
     path = found.path
     match found.kind:
         case "bundle":

@@ -17,7 +17,7 @@ from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
 from btpipe.events import Event, ignore
 from btpipe.reference import augmentations
-from btpipe.tools.measured_process import PeakMemory, Prepared, Seat
+from btpipe.tools.measured_process import MeasuredProcess, PeakMemory, Prepared
 from btpipe.tools.measured_rows import Compared
 
 VIEW_TOLERANCE = 0.15
@@ -99,7 +99,7 @@ def burn() -> None:
 
 
 def test_a_row_is_charged_for_the_processes_that_it_starts() -> None:
-    seat = Seat("burns", burn_in_a_child, threads=1, has_children=True)
+    seat = MeasuredProcess("burns", burn_in_a_child, threads=1, has_children=True)
     try:
         seat.prepare()
         turn = seat.measure()

@@ -125,7 +125,9 @@ def end_unless_it_computes_as_pretrain() -> measured_process.Prepared:
 
 
 def test_what_is_measured_searches_for_algorithms_as_pretrain_does() -> None:
-    mine = measured_process.Seat("searches", end_unless_it_computes_as_pretrain, threads=1)
+    mine = measured_process.MeasuredProcess(
+        "searches", end_unless_it_computes_as_pretrain, threads=1
+    )
     prepared = mine.prepare()
     mine.close()
     assert prepared
@@ -148,7 +150,7 @@ def test_the_step_that_pretrain_runs_is_among_the_rows_of_a_gpu() -> None:
 
 
 def test_a_seat_measures_the_memory_of_its_own_action() -> None:
-    mine = measured_process.Seat("holds 64 MiB", hold_64_mebibytes, threads=1)
+    mine = measured_process.MeasuredProcess("holds 64 MiB", hold_64_mebibytes, threads=1)
     assert mine.prepare()
     peak_bytes = mine.peak_bytes()
     mine.close()
@@ -156,7 +158,7 @@ def test_a_seat_measures_the_memory_of_its_own_action() -> None:
 
 
 def test_cpu_seconds_leave_out_what_the_process_waits() -> None:
-    mine = measured_process.Seat("sleeps", sleep_and_count, threads=1)
+    mine = measured_process.MeasuredProcess("sleeps", sleep_and_count, threads=1)
     assert mine.prepare()
     turn = mine.measure()
     mine.close()
@@ -166,20 +168,22 @@ def test_cpu_seconds_leave_out_what_the_process_waits() -> None:
 
 
 def test_a_seat_that_ends_is_named() -> None:
-    mine = measured_process.Seat("ends at once", end_at_once, threads=1)
+    mine = measured_process.MeasuredProcess("ends at once", end_at_once, threads=1)
     with pytest.raises(MachineError, match="'ends at once' ended \\(exit code 3\\)"):
         mine.prepare()
     mine.close()
 
 
 def test_the_ratio_is_the_median_over_turns_that_were_taken_together() -> None:
-    base = measured_rows.Row(
-        "published", tuple(measured_process.Turn(9.0, s) for s in (2.0, 8.0, 4.0))
+    base = measured_rows.Measurement(
+        "published", tuple(measured_process.Timing(9.0, s) for s in (2.0, 8.0, 4.0))
     )
-    row = measured_rows.Row("core", tuple(measured_process.Turn(1.0, s) for s in (1.0, 2.0, 1.0)))
+    row = measured_rows.Measurement(
+        "core", tuple(measured_process.Timing(1.0, s) for s in (1.0, 2.0, 1.0))
+    )
     assert measured_rows.faster(row, base, "cpu") == "4.00"
     assert measured_rows.faster(row, base, "cuda") == "9.00"
-    assert measured_rows.faster(measured_rows.Row("no memory"), base, "cpu") == "-"
+    assert measured_rows.faster(measured_rows.Measurement("no memory"), base, "cpu") == "-"
 
 
 @pytest.mark.parametrize("grid", ["64", "64xA", "1x64", "x", "64x"])

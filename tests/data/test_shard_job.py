@@ -19,11 +19,11 @@ from btpipe.data import change_detection, index, shard_job
 from btpipe.data.index import Index, open_index
 from btpipe.data.pipeline import decode
 from btpipe.data.pipeline.train_loader import LoaderSettings, TrainingLoader
-from btpipe.data.shard_writer import Options
+from btpipe.data.shard_writer import ShardOptions
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Event, Finished, Note, Rejected, ignore
 
-SMALL = Options(shorter_side=48, quality=90, shard_bytes=20_000)
+SMALL = ShardOptions(shorter_side=48, quality=90, shard_bytes=20_000)
 RESAMPLED_LEVELS = 4.0
 """Mean difference to Pillow's own resize of the decoded original: JPEG at quality 90."""
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def sharded(images: Path, out: Path, options: Options = SMALL) -> tuple[Index, list[Event]]:
+def sharded(images: Path, out: Path, options: ShardOptions = SMALL) -> tuple[Index, list[Event]]:
     events: list[Event] = []
     made, refused = index.build(images)
     shard_job.write(made, refused, out, options, events.append)
@@ -160,7 +160,7 @@ def test_the_same_images_give_the_same_bytes_and_a_second_start_nothing_to_do(
 def test_other_settings_or_another_folder_are_refused(folder: Path, tmp_path: Path) -> None:
     sharded(folder, tmp_path / "out")
     with pytest.raises(RefusedError, match="shorter_side is 48, asked for 32"):
-        sharded(folder, tmp_path / "out", Options(32, 90, 20_000))
+        sharded(folder, tmp_path / "out", ShardOptions(32, 90, 20_000))
     (tmp_path / "mine").mkdir()
     with pytest.raises(RefusedError, match="holds no finished shards"):
         sharded(folder, tmp_path / "mine")

@@ -19,7 +19,7 @@ from btpipe.data.index import open_index
 from btpipe.data.pipeline import view_pairs
 from btpipe.errors import UsageError
 from btpipe.evaluate import checkpoints, label_free
-from btpipe.evaluate.checkpoint_report import By, Row, Selected
+from btpipe.evaluate.checkpoint_report import By, CheckpointRow, Selected
 from btpipe.events import Event, Note, Rejected, RunStarted, Warned
 from btpipe.events import ignore as nobody
 from btpipe.export import source
@@ -175,10 +175,10 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(
 
 
 ROWS = (
-    Row(0, 0.0, 0.10, 90.0, -2.0, 0.1, None),
-    Row(100, 1.0, 0.40, 80.0, -2.5, 0.5, 0.50),
-    Row(200, 2.0, 0.60, 70.0, -2.4, 0.4, 0.70),
-    Row(300, 3.0, 0.60, 75.0, -2.3, 0.6, 0.65),
+    CheckpointRow(0, 0.0, 0.10, 90.0, -2.0, 0.1, None),
+    CheckpointRow(100, 1.0, 0.40, 80.0, -2.5, 0.5, 0.50),
+    CheckpointRow(200, 2.0, 0.60, 70.0, -2.4, 0.4, 0.70),
+    CheckpointRow(300, 3.0, 0.60, 75.0, -2.3, 0.6, 0.65),
 )
 
 

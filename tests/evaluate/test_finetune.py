@@ -80,7 +80,7 @@ def test_a_linear_classifier_learns_and_leaves_the_bundle_alone(
         finetune_job.judge(other, devices="1", mode="json")
 
 
-def train_on_rank(job: finetune.Job) -> None:
+def train_on_rank(job: finetune.FinetuneJob) -> None:
     with runtime.start() as here:
         finetune.fit(job, here, ignore)
 

@@ -171,7 +171,7 @@ def test_a_weight_that_changes_before_the_trace_fails_in_every_precision(
 
 
 def refused(
-    source: sources.Source, home: Path, place: Path, wanted: Wanted, model: str
+    source: sources.EncoderSource, home: Path, place: Path, wanted: Wanted, model: str
 ) -> TextTable:
     """Publishing fails with 6 for this model and leaves nothing; returns the table."""
     index, _ = build(home / "images")

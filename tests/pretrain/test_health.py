@@ -15,7 +15,7 @@ from btpipe.data.index import open_index
 from btpipe.errors import NumericsError, UsageError
 from btpipe.pretrain import checkpoint, folder, health, launch, loss, network, nonfinite, step
 from btpipe.pretrain.alarms import Alarms
-from btpipe.pretrain.run import Run
+from btpipe.pretrain.run import TrainingRun
 from btpipe.recipe import Recipe
 from btpipe.runtime import Runtime
 
@@ -140,7 +140,7 @@ def test_two_processes_measure_the_ranks_of_one(tmp_path: Path, images: Path) ->
 def test_the_ranks_are_those_of_the_first_view_evenly_chosen() -> None:
     random = torch.Generator().manual_seed(0)
     z1, z2, features = (torch.randn(n, 40, generator=random) for n in (1536, 1536, 3072))
-    found = health.effective_ranks(network.Embedded((z1, z2), features), 7)
+    found = health.effective_ranks(network.ViewEmbeddings((z1, z2), features), 7)
     assert found is not None
     chosen = np.arange(1024) * 1536 // 1024
     assert found.step == 7
@@ -152,7 +152,7 @@ def test_the_ranks_are_those_of_the_first_view_evenly_chosen() -> None:
 def test_vectors_that_are_not_finite_are_not_measured() -> None:
     z = torch.ones(8, 4)
     z[3, 1] = float("nan")
-    assert health.effective_ranks(network.Embedded((z, z), torch.ones(16, 4)), 1) is None
+    assert health.effective_ranks(network.ViewEmbeddings((z, z), torch.ones(16, 4)), 1) is None
 
 
 def test_a_step_at_which_nothing_is_due_reads_no_number(tmp_path: Path, images: Path) -> None:
@@ -163,12 +163,12 @@ def test_a_step_at_which_nothing_is_due_reads_no_number(tmp_path: Path, images: 
     device = torch.device("cpu")
     core = step.build(wanted, device)
     state = checkpoint.State(5, wanted.digest, index.fingerprint)
-    run = Run(wanted, tmp_path / "run", Runtime(device), told.ignore, core, state, index)
+    run = TrainingRun(wanted, tmp_path / "run", Runtime(device), told.ignore, core, state, index)
     nothing = torch.empty(8, 32, device="meta")
     flags = nonfinite.Flags(nothing, nothing)
     terms = loss.Terms(nothing, nothing, nothing, nothing)
-    outcome = step.Outcome(terms, network.Embedded((nothing, nothing), nothing), flags)
-    watched = health.Health(run, lambda: False)
+    outcome = step.Outcome(terms, network.ViewEmbeddings((nothing, nothing), nothing), flags)
+    watched = health.HealthMonitor(run, lambda: False)
     watched.stepped(outcome, None)
     run.state = checkpoint.State(8, wanted.digest, index.fingerprint)
     with pytest.raises(RuntimeError, match="meta"):

@@ -299,7 +299,7 @@ def test_a_slurm_job_saves_is_requeued_and_goes_on(
 
 
 def test_a_job_file_is_checked_before_it_is_written_and_never_overwritten(tmp_path: Path) -> None:
-    file, job = tmp_path / "job.sh", sbatch.Job(2, "4", time="1-00:00:00", partition="gpu")
+    file, job = tmp_path / "job.sh", sbatch.SlurmJob(2, "4", time="1-00:00:00", partition="gpu")
     batch = recipe.Recipe(data=recipe.Data(batch_size=64))
     sbatch.write(file, "shoes", batch, ["pretrain", "my recipe.toml"], job)
     text = file.read_text()
@@ -311,9 +311,9 @@ def test_a_job_file_is_checked_before_it_is_written_and_never_overwritten(tmp_pa
     with pytest.raises(RefusedError, match="says something else"):
         sbatch.write(file, "shoes", batch, ["pretrain", "other.toml"], job)
     assert file.read_text() == text
-    for wrong in (sbatch.Job(2, "auto"), sbatch.Job(3, "5")):
+    for wrong in (sbatch.SlurmJob(2, "auto"), sbatch.SlurmJob(3, "5")):
         with pytest.raises(UsageError, match=r"GPUs of each machine|64 on 15 processes"):
             sbatch.write(tmp_path / "other.sh", "shoes", batch, [], wrong)
     with pytest.raises(UsageError, match="--sbatch FILE"):
-        sbatch.Job(2, "4").require_default()
+        sbatch.SlurmJob(2, "4").require_default()
     assert not (tmp_path / "other.sh").exists()

@@ -40,7 +40,7 @@ def described(images: Path) -> recipe.Recipe:
     )
 
 
-def by_hand(image: Image.Image, view: seen.View) -> Image.Image:
+def by_hand(image: Image.Image, view: seen.SampleView) -> Image.Image:
     """The view from its numbers, by Pillow."""
     made = resized_crop(view.top, view.left, view.height, view.width, SIZE)(image)
     made = ImageOps.mirror(made) if view.flip else made

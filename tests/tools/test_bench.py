@@ -13,7 +13,7 @@ from btpipe import runtime
 from btpipe.cli import app
 from btpipe.errors import UsageError
 from btpipe.tools import bench, measured_rows
-from btpipe.tools.measured_process import Turn
+from btpipe.tools.measured_process import Timing
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_the_quick_benchmark_shows_each_precision_and_each_part() -> None:
 
 
 def test_the_limit_is_the_slower_part_on_a_gpu_and_the_sum_over_all_cores_on_a_cpu() -> None:
-    decode, network = Turn(seconds=3.0, cpu_seconds=8.0), Turn(seconds=2.0, cpu_seconds=4.0)
+    decode, network = Timing(seconds=3.0, cpu_seconds=8.0), Timing(seconds=2.0, cpu_seconds=4.0)
     assert measured_rows.limit_seconds([decode, network], "cuda") == 3.0
     assert measured_rows.limit_seconds([decode, network], "cpu") == 12.0 / runtime.cores()
 

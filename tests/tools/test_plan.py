@@ -12,7 +12,7 @@ from btpipe import recipe
 from btpipe.cli import app
 from btpipe.pretrain import launch
 from btpipe.tools import plan, plan_cases, plan_probes
-from btpipe.tools.measured_process import Turn
+from btpipe.tools.measured_process import Timing
 
 NEAR = 1.5
 """Most between the CPU time foretold and the one spent. Of the demo's recipe 4 min 59 s were
@@ -70,7 +70,7 @@ def planned_for(device: plan_cases.Device) -> plan.Plan:
         steps=12,
         batch_size=16,
         world_size=1,
-        step=Turn(1.0, 2.0),
+        step=Timing(1.0, 2.0),
         peak_bytes=3 * 2**30,
         disk_bytes=0,
         exact=True,

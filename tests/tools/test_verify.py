@@ -328,7 +328,7 @@ def test_the_finished_parts_of_a_killed_job_are_checked(copied: Path) -> None:
 def test_the_finished_shards_of_a_killed_job_are_checked(copied: Path) -> None:
     work = copied / "more.work"
     work.mkdir()
-    options = shard_job.Options(shorter_side=24, quality=90, shard_bytes=5_000)
+    options = shard_job.ShardOptions(shorter_side=24, quality=90, shard_bytes=5_000)
     artifact.write_json(work / "plan.json", {"shard_bytes": 5_000})
     listed, _ = index.build(copied / "images")
     with shard_writer.Maker(listed, 0, options, 1) as maker:

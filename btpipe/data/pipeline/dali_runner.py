@@ -23,7 +23,7 @@ Output = TensorListCPU | TensorListGPU
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class DaliBatch:
     """The images of one run of the graph: index rows, pixels, and what the graph takes beside them.
 
     `number` tells the loads of one job apart.
@@ -51,8 +51,8 @@ def sizes_of(images: list[Pixels]) -> NDArray[np.int64]:
 
 
 def run(
-    loads: Iterator[Load], build: Callable[[], Pipeline], stream: int | None = None
-) -> Iterator[tuple[Load, list[Output]]]:
+    loads: Iterator[DaliBatch], build: Callable[[], Pipeline], stream: int | None = None
+) -> Iterator[tuple[DaliBatch, list[Output]]]:
     """The outputs of every load but for the serials, in order; an empty load has none.
 
     `stream`: of the images, where they lie in the memory of a GPU. Outputs are valid until the next
@@ -62,7 +62,7 @@ def run(
         MachineError: the graph fails again and again.
     """
     pipeline, fed, tries = build(), 0, 0
-    flying: collections.deque[Load] = collections.deque()
+    flying: collections.deque[DaliBatch] = collections.deque()
     while True:
         flying.extend(itertools.islice(loads, RUNS_AHEAD - len(flying)))
         if not flying:
@@ -95,7 +95,7 @@ def last_words(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _feed(pipeline: Pipeline, load: Load, stream: int | None) -> None:
+def _feed(pipeline: Pipeline, load: DaliBatch, stream: int | None) -> None:
     """Starts a run; an empty load starts none."""
     if len(load.rows):
         pipeline.feed_input("image", load.images, cuda_stream=stream)

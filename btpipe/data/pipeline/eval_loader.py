@@ -171,7 +171,7 @@ class _Packed:
         self._known: dict[int, str] = {}
         self.batches: dict[int, EvaluationBatch] = {}
 
-    def loads(self, tasks: Iterator[Sequence[_File]]) -> Iterator[dali_runner.Load]:
+    def loads(self, tasks: Iterator[Sequence[_File]]) -> Iterator[dali_runner.DaliBatch]:
         """The loads of tasks whose files are decoded."""
         for files in tasks:
             for file in files:
@@ -189,7 +189,7 @@ class _Packed:
         if self._good or self._rejected or self._known:
             yield self._load(len(self._good))
 
-    def _load(self, count: int) -> dali_runner.Load:
+    def _load(self, count: int) -> dali_runner.DaliBatch:
         """The first `count` good rows, and all that is rejected or known."""
         number, good = self._number, self._good[:count]
         images = [image for _, _, image in good]
@@ -205,4 +205,4 @@ class _Packed:
         self._good = self._good[count:]
         self._rejected, self._known, self._number = {}, {}, number + 1
         inputs = dali_graphs.evaluation_inputs(self._geometry, sizes) if count else {}
-        return dali_runner.Load(number, rows, images, inputs)
+        return dali_runner.DaliBatch(number, rows, images, inputs)

@@ -178,7 +178,7 @@ class TrainingLoader:
         feed_ndarray(dense, tensor, cuda_stream=torch.cuda.current_stream(self.device))
         return tensor
 
-    def _loads(self) -> Iterator[dali_runner.Load]:
+    def _loads(self) -> Iterator[dali_runner.DaliBatch]:
         """The loads from `start_step` on, read ahead; what cannot be read is replaced here."""
         steps = range(self.start_step, self.settings.steps)
         tasks = ((step, self._rows(step)) for step in steps)
@@ -239,7 +239,7 @@ class TrainingLoader:
 
     def _load(
         self, step: int, rows: NDArray[np.int64], contents: list[Pixels | Rejected]
-    ) -> dali_runner.Load:
+    ) -> dali_runner.DaliBatch:
         """The batch with its draws: readable images in the places of those that are rejected."""
         epoch, planned = self._epoch(step), self.planned(step)
         images: list[Pixels] = []
@@ -254,7 +254,7 @@ class TrainingLoader:
         draws = augment_params.draw_views(
             self.settings.views, seed=seed, epoch=epoch, images=rows, sizes=sizes
         )
-        return dali_runner.Load(step, rows, images, dali_graphs.training_inputs(draws, sizes))
+        return dali_runner.DaliBatch(step, rows, images, dali_graphs.training_inputs(draws, sizes))
 
     def _reject(self, row: int, rejected: Rejected) -> None:
         if row in self.rejected:

@@ -16,7 +16,7 @@ from btpipe.data.header import Header
 from btpipe.data.rejects import BadInputError, unreadable
 from btpipe.data.sources import storage
 from btpipe.data.sources.listing_cache import Recall, Stamp
-from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject
+from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, ImageRow, SourceRows, batch, reject
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
 from btpipe.events import Rejected
@@ -87,7 +87,9 @@ def _refuse_link(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
     return None if entry.is_file() else "not a regular file (pipe, socket or device)"
 
 
-def look(source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool = False) -> Found:
+def look(
+    source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool = False
+) -> SourceRows:
     """The images below a folder or the prefix of a URL; each has its class folder as its label.
 
     `list_only`: by their names, no file is opened; sizes are then unknown. `known`: files that are
@@ -102,7 +104,7 @@ def look(source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool
     else:
         names, rejected = walk(source)
     found = look_at(source, names, tell, known, list_only=list_only)
-    return Found(_with_class_folders(source, found.batches), rejected + found.rejected)
+    return SourceRows(_with_class_folders(source, found.batches), rejected + found.rejected)
 
 
 def remote_names(url: str) -> list[bytes]:
@@ -123,12 +125,12 @@ def look_at(
     known: Recall = NOTHING,
     *,
     list_only: bool = False,
-) -> Found:
+) -> SourceRows:
     """Those of the named files that are images, in their order.
 
     In a list every file that is no image is refused; in a folder, one that looks like an image.
     """
-    found, done = Found([], []), 0
+    found, done = SourceRows([], []), 0
     work = functools.partial(_look_at_all, source, known, list_only)
     rows = known.rows(source, names)
     starts = range(0, len(names), CHUNK_ROWS)
@@ -150,14 +152,14 @@ def _look_at_all(
     names, rows = part
     seen = known.seen(rows)
     looked = [_look_at(source, list_only, name, seen.get(i)) for i, name in enumerate(names)]
-    images = [result for result in looked if isinstance(result, Row)]
+    images = [result for result in looked if isinstance(result, ImageRow)]
     rejected = [result for result in looked if isinstance(result, Rejected)]
     return (batch(source, images) if images else None), rejected
 
 
 def _look_at(
     source: Source, list_only: bool, name: bytes, before: tuple[Stamp, Header] | None
-) -> Row | Rejected | None:
+) -> ImageRow | Rejected | None:
     """The row of a file, why it is refused, or None where nothing says that it is an image."""
     is_asked_for = source.kind != "folder"
     if list_only and not is_asked_for and not header.has_image_name(name):
@@ -166,10 +168,10 @@ def _look_at(
     try:
         size, mtime_ns = storage.measure(place)
         if list_only:
-            return Row(name, size, mtime_ns, UNREAD)
+            return ImageRow(name, size, mtime_ns, UNREAD)
         if before and before[0] == (size, mtime_ns):
-            return Row(name, size, mtime_ns, before[1])
-        return Row(name, size, mtime_ns, _header(place, name))
+            return ImageRow(name, size, mtime_ns, before[1])
+        return ImageRow(name, size, mtime_ns, _header(place, name))
     except OSError as error:
         bad = unreadable(error)
         is_told = is_asked_for or header.has_image_name(name)
@@ -198,7 +200,7 @@ def _with_class_folders(source: Source, batches: list[pa.RecordBatch]) -> list[p
         return batches
     table = pa.Table.from_batches(batches, SCHEMA)
     # Counted in characters of the readable prefix: the path's own.
-    start = len(batch(source, [Row(b"", 0, 0, UNREAD)])["path"][0].as_py())
+    start = len(batch(source, [ImageRow(b"", 0, 0, UNREAD)])["path"][0].as_py())
     names = pc.utf8_slice_codeunits(table["path"], start)
     if not pc.all(pc.match_substring(names, "/")).as_py():
         return batches

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from btpipe.data import retry
 from btpipe.data.sources import folder, storage
 from btpipe.data.sources.listing_cache import Recall
-from btpipe.data.sources.rows import SCHEMA, Found
+from btpipe.data.sources.rows import SCHEMA, SourceRows
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
 
@@ -24,7 +24,7 @@ Entries = tuple[list[bytes], list[str | None]]
 
 def look(
     source: Source, tell: folder.Tell, known: Recall = folder.NOTHING, *, list_only: bool = False
-) -> Found:
+) -> SourceRows:
     """The images that a list names, in its order; each other entry is a reject with a reason.
 
     Raises:
@@ -102,7 +102,7 @@ def _no_paths(place: str, columns: list[str]) -> UsageError:
     return UsageError(f"no column `path` (there is: {found})", where=place, expected="a file list")
 
 
-def _labelled(source: Source, found: Found, labels: dict[bytes, str | None]) -> Found:
+def _labelled(source: Source, found: SourceRows, labels: dict[bytes, str | None]) -> SourceRows:
     prefix = os.fsencode(source.prefix)
     table = pa.Table.from_batches(found.batches, SCHEMA)
     paths = zip(table["path"].to_pylist(), table["path_bytes"].to_pylist(), strict=True)
@@ -111,4 +111,4 @@ def _labelled(source: Source, found: Found, labels: dict[bytes, str | None]) -> 
     column = [labels.get(path, labels.get(path.removeprefix(prefix))) for path in exact]
     place = SCHEMA.get_field_index("label")
     made = table.set_column(place, SCHEMA.field("label"), pa.array(column, pa.string()))
-    return Found(made.to_batches(), found.rejected)
+    return SourceRows(made.to_batches(), found.rejected)

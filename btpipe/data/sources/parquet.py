@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from btpipe.data import header
 from btpipe.data.rejects import BadInputError, unreadable
 from btpipe.data.sources import storage
-from btpipe.data.sources.rows import CHUNK_ROWS, Found, Row, batch, reject, reject_whole
+from btpipe.data.sources.rows import CHUNK_ROWS, ImageRow, SourceRows, batch, reject, reject_whole
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
 from btpipe.events import Rejected
@@ -52,9 +52,9 @@ def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def look(source: Source) -> Found:
+def look(source: Source) -> SourceRows:
     """The images of a parquet file, and the rows that cannot be used."""
-    found, rows = Found([], []), list[Row]()
+    found, rows = SourceRows([], []), list[ImageRow]()
     try:
         for looked in _rows(source):
             if isinstance(looked, Rejected):
@@ -73,7 +73,7 @@ def look(source: Source) -> Found:
     return found
 
 
-def _rows(source: Source) -> Iterator[Row | Rejected]:
+def _rows(source: Source) -> Iterator[ImageRow | Rejected]:
     with storage.open_binary(source.place) as opened, pq.ParquetFile(opened) as file:
         names = _class_names(file.schema_arrow)
         number = 0
@@ -93,7 +93,7 @@ def _rows(source: Source) -> Iterator[Row | Rejected]:
                 number += 1
 
 
-def _row(source: Source, number: int, image: pa.Scalar, label: str | None) -> Row | Rejected:
+def _row(source: Source, number: int, image: pa.Scalar, label: str | None) -> ImageRow | Rejected:
     name = str(number).encode()
     buffer = image.as_buffer()
     if buffer is None:
@@ -102,7 +102,7 @@ def _row(source: Source, number: int, image: pa.Scalar, label: str | None) -> Ro
         found = header.look(io.BytesIO(buffer), name)
     except BadInputError as error:
         return reject(source, name, error.reason, error.kind)
-    return Row(name, buffer.size, source.mtime_ns, found, number, label)
+    return ImageRow(name, buffer.size, source.mtime_ns, found, number, label)
 
 
 def _images(file: pq.ParquetFile, group: int, column: str) -> pa.ChunkedArray:

@@ -36,7 +36,7 @@ CHUNK_ROWS = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ImageRow:
     """An image: its name in the source, its size in bytes and what its header says."""
 
     name: bytes
@@ -48,7 +48,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SourceRows:
     """Images of one source in their order, and what of it cannot be used."""
 
     batches: list[pa.RecordBatch]
@@ -85,7 +85,7 @@ def reject_whole(source: Source, reason: str, kind: Kind = "content") -> Rejecte
     return Rejected(readable(path), "index", kind, reason)
 
 
-def batch(source: Source, rows: Sequence[Row]) -> pa.RecordBatch:
+def batch(source: Source, rows: Sequence[ImageRow]) -> pa.RecordBatch:
     """Rows as columns; their source's number is 0 until it is known."""
     exact = [path_of(source, row.name) for row in rows]
     paths = [readable(path) for path in exact]

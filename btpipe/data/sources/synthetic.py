@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from btpipe.data.pipeline.augment_params import key_of, philox
-from btpipe.data.sources.rows import SCHEMA, Found
+from btpipe.data.sources.rows import SCHEMA, SourceRows
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
 
@@ -38,7 +38,7 @@ def describe(place: str) -> Source:
     return Source("synthetic", place, f"{place}::")
 
 
-def look(source: Source) -> Found:
+def look(source: Source) -> SourceRows:
     """All images of the source."""
     count, shorter_side = _numbers(source)
     numbers = np.arange(count)
@@ -61,7 +61,7 @@ def look(source: Source) -> Found:
         "label": pa.nulls(count, pa.string()),
     }
     arrays = [pa.array(columns[field.name]).cast(field.type) for field in SCHEMA]
-    return Found([pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)], [])
+    return SourceRows([pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)], [])
 
 
 def read(source: Source, number: int) -> bytes:

@@ -17,7 +17,15 @@ import pyarrow as pa
 from btpipe.data import header
 from btpipe.data.rejects import BadInputError, unreadable
 from btpipe.data.sources import storage
-from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, Found, Row, batch, reject, reject_whole
+from btpipe.data.sources.rows import (
+    CHUNK_ROWS,
+    SCHEMA,
+    ImageRow,
+    SourceRows,
+    batch,
+    reject,
+    reject_whole,
+)
 from btpipe.data.sources.source import Source
 from btpipe.events import Rejected
 
@@ -83,19 +91,19 @@ class _Window(io.RawIOBase):
         return len(content)
 
 
-def look(source: Source) -> Found:
+def look(source: Source) -> SourceRows:
     """The images of a tar file, and what in it cannot be used."""
     try:
         with storage.open_binary(source.place) as file:
             return _look(source, file)
     except OSError as error:
         bad = unreadable(error)
-        return Found([], [reject_whole(source, bad.reason, bad.kind)])
+        return SourceRows([], [reject_whole(source, bad.reason, bad.kind)])
 
 
-def _look(source: Source, file: BinaryIO) -> Found:
-    rows: list[Row] = []
-    found = Found([], [])
+def _look(source: Source, file: BinaryIO) -> SourceRows:
+    rows: list[ImageRow] = []
+    found = SourceRows([], [])
     labels: dict[bytes, str] = {}
     names: list[bytes] = []
     seen: set[bytes] = set()
@@ -113,7 +121,7 @@ def _look(source: Source, file: BinaryIO) -> Found:
                 labels[key] = label
             continue
         looked = _look_at(source, file, member, name)
-        if isinstance(looked, Row) and name in seen:
+        if isinstance(looked, ImageRow) and name in seen:
             # Named apart: a reject's path must not be that of an image.
             second = f" (again at byte {member.offset})".encode()
             looked = reject(source, name + second, "a second member of this name")
@@ -131,13 +139,13 @@ def _look(source: Source, file: BinaryIO) -> Found:
     return _labelled(found, names, labels) if labels else found
 
 
-def _labelled(found: Found, names: list[bytes], labels: dict[bytes, str]) -> Found:
+def _labelled(found: SourceRows, names: list[bytes], labels: dict[bytes, str]) -> SourceRows:
     """The same rows with the label of each one's key."""
     table = pa.Table.from_batches(found.batches, SCHEMA)
     column = pa.array([labels.get(_split(name)[0]) for name in names], pa.string())
     place = SCHEMA.get_field_index("label")
     labelled = table.combine_chunks().set_column(place, SCHEMA.field("label"), column)
-    return Found(labelled.to_batches(), found.rejected)
+    return SourceRows(labelled.to_batches(), found.rejected)
 
 
 def _members(source: Source, file: BinaryIO) -> Iterator[tarfile.TarInfo | Rejected]:
@@ -188,7 +196,7 @@ def _next(
 
 def _look_at(
     source: Source, file: BinaryIO, member: tarfile.TarInfo, name: bytes
-) -> Row | Rejected | None:
+) -> ImageRow | Rejected | None:
     """The row of a member, why it is refused, or None where nothing says that it is an image."""
     if not member.isreg() or member.issparse():
         return reject(source, name, _KINDS.get(member.type, "not a regular file"))
@@ -198,7 +206,7 @@ def _look_at(
     except BadInputError as error:
         is_told = header.is_image_or_named(error, name)
         return reject(source, name, error.reason, error.kind) if is_told else None
-    return Row(name, member.size, source.mtime_ns, found, member.offset_data)
+    return ImageRow(name, member.size, source.mtime_ns, found, member.offset_data)
 
 
 def _is_hidden(name: bytes) -> bool:
