@@ -295,9 +295,8 @@ class _Actor:
             self._shared.require()
             self._index = open_index(self._started.folder / work_folder.INDEX)
             config = dataclasses.replace(self._config, cores=runtime.core_groups(1)[0])
-            self._pool = WorkerPool(
-                [config], self._limit_seconds, self._events.append, runtime.StopSignals()
-            )
+            report, signals = self._events.append, runtime.StopSignals()
+            self._pool = WorkerPool([config], self._limit_seconds, report, signals)
             self._pool.start()
         messages = list(self._pool.work(self._started, self._index, [task]))
         return next(message for message in messages if isinstance(message, PartWritten))

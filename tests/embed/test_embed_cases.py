@@ -41,7 +41,8 @@ JOB = """
 import ctypes, os, signal, sys
 from pathlib import Path
 from btpipe import progress
-from btpipe.embed.job import embed
+from btpipe.embed.job import JobOptions, embed
+from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 
 source, out, bundle, marks = map(Path, sys.argv[1:])
@@ -51,7 +52,7 @@ def mark(text):
         file.write(text + "\\n")
 
 def decode(content):
-    from btpipe.data import decoding
+    from btpipe.data.pipeline import decode as decoding
     mark("decoded")
     return decoding.decode(content)
 
