@@ -128,7 +128,7 @@ class MeasuredProcess:
         self.name = name
         # Forked from a server that has done the imports once, and nothing else.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.step_cases"])
+        context.set_forkserver_preload(["btpipe.tools.plan_cases"])
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
