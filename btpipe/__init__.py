@@ -8,7 +8,7 @@ import importlib
 
 from btpipe.runtime.nvjpeg import prefer_nvidias
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "load"]
 
 prefer_nvidias()  # here: in every process before anything of ours imports torchvision

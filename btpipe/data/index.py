@@ -178,22 +178,11 @@ def open_index(path: Path) -> Index:
         fix = "install a newer btpipe, or make the index again"
         raise IntegrityError(f"format_version {version}", where=path, expected=expected, fix=fix)
     table = table.replace_schema_metadata(None)
-    table = _of_format_1(table) if version == 1 else table
     if table.schema != SCHEMA:
         raise IntegrityError(
             f"columns {table.column_names}", where=path, expected=f"{SCHEMA.names}"
         )
     return Index(root, table.combine_chunks(), origins)
-
-
-def _of_format_1(table: pa.Table) -> pa.Table:
-    """An older index with the columns that came since: one source, and null."""
-    for i, field in enumerate(SCHEMA):
-        if field.name not in table.column_names:
-            zeros = pa.array(np.zeros(table.num_rows, np.int32))
-            nulls = pa.nulls(table.num_rows, field.type)
-            table = table.add_column(i, field, zeros if field.name == "source" else nulls)
-    return table
 
 
 def build(

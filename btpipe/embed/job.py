@@ -188,7 +188,7 @@ class _EmbedJob:
 
     def _is_of(self, metadata: Mapping[str, str] | None) -> bool:
         """Whether a table's footer names this very input and these settings."""
-        return metadata is not None and self._footer.metadata().items() <= metadata.items()
+        return metadata is not None and self._footer.identity().items() <= metadata.items()
 
     def is_due(self) -> bool:
         """Whether there is anything to make; a finished table's leftovers are removed."""

@@ -27,15 +27,15 @@ def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool 
     started = time.monotonic()
     outputs.check(out)
     tables, footer = _in_order(shards)
-    metadata = footer.metadata()
+    identity = footer.identity()
     if not overwrite:
         earlier = outputs.footer_of(out)
         if earlier is not None:
-            if metadata.items() <= earlier.items() and not earlier.get(table.SHARD):
+            if identity.items() <= earlier.items() and not earlier.get(table.SHARD):
                 report(Note(f"{out} is finished: nothing to do"))
                 return
             fix = "choose another --out, or replace the table with --overwrite"
-            work_folder.refuse_other(earlier, metadata, "vectors", out, fix)
+            work_folder.refuse_other(earlier, identity, "vectors", out, fix)
     folder = work_folder.folder_of(out)
     with work_folder.locked(folder), artifact.disk_errors(out):
         work_folder.sweep(folder, set())
@@ -89,7 +89,8 @@ def _refuse_differing(
     path: Path, footer: Mapping[str, str], other: Path, first: Mapping[str, str], count: int
 ) -> None:
     """Raises RefusedError where two tables are not shards of one."""
-    keys = sorted(key for key in {*footer, *first} if key.startswith("btpipe."))
+    versions = (table.FORMAT, table.VERSION)
+    keys = sorted(k for k in {*footer, *first} if k.startswith("btpipe.") and k not in versions)
     differing = [k for k in keys if k != table.SHARD and footer.get(k) != first.get(k)]
     if Share.parse(footer[table.SHARD]).count != count:
         differing.append(table.SHARD)

@@ -22,14 +22,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import __version__, artifact
+from btpipe.data import PIXELS_VERSION
 from btpipe.errors import IntegrityError
 from btpipe.events import Rejected
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROW_GROUP_ROWS = 4096
 """2 MB of vectors at D 128, 32 MB at D 2048: small enough to stream, large enough to scan."""
 
 FORMAT = "btpipe.format_version"
+VERSION = "btpipe.version"
+PIXELS = "btpipe.pixels"
 BUNDLE = "btpipe.bundle"
 INPUT = "btpipe.input"
 ROOT = "btpipe.root"
@@ -64,7 +67,8 @@ class Footer:
         """Key-value metadata of the parquet file."""
         return {
             FORMAT: str(FORMAT_VERSION),
-            "btpipe.version": __version__,
+            VERSION: __version__,
+            PIXELS: str(PIXELS_VERSION),
             BUNDLE: self.bundle,
             INPUT: self.input,
             "btpipe.preprocessing": self.preprocessing,
@@ -105,19 +109,13 @@ class Footer:
         except ValueError as error:
             raise IntegrityError(f"says nothing usable about its vectors ({metadata})") from error
 
+    def identity(self) -> dict[str, str]:
+        """`metadata` without the versions that wrote it: equal where the rows are the same."""
+        return {key: t for key, t in self.metadata().items() if key not in (FORMAT, VERSION)}
+
     def settings(self) -> dict[str, str]:
-        """`metadata` without what is the input's: equal where rows may stand in one table."""
-        whole = self.metadata()
-        return {key: text for key, text in whole.items() if key not in (INPUT, ROOT)}
-
-
-UNSAID = {
-    "btpipe.dtype": "float32",
-    "btpipe.normalize": "false",
-    "btpipe.layer": "pooled",
-    "btpipe.engine": "onnx",
-}
-"""What tables of the first format do not say about themselves, and what holds for them."""
+        """`identity` without what is the input's: equal where rows may stand in one table."""
+        return {key: t for key, t in self.identity().items() if key not in (INPUT, ROOT)}
 
 
 def schema(footer: Footer) -> pa.Schema:
@@ -231,12 +229,12 @@ def parse_footer(metadata: Mapping[bytes, bytes] | None, path: Path) -> Mapping[
         raise _foreign(path, error) from error
     if version > FORMAT_VERSION:
         raise IntegrityError(
-            f"format_version {version}, written by btpipe {texts.get('btpipe.version')}",
+            f"format_version {version}, written by btpipe {texts.get(VERSION)}",
             where=path,
             expected=f"format_version {FORMAT_VERSION} or older",
-            fix=f"install btpipe {texts.get('btpipe.version')} or newer",
+            fix=f"install btpipe {texts.get(VERSION)} or newer",
         )
-    return {**UNSAID, **texts}
+    return texts
 
 
 def _foreign(path: Path, error: Exception) -> IntegrityError:

@@ -1,6 +1,8 @@
 """The tables of a recipe: typed, frozen, closed. Every default of btpipe stands here."""
 
+import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,6 +28,17 @@ Backbone = Literal[
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """Marks a key that older recipes do not have, by the version that brought it.
+
+    `Annotated[int, Added("0.3")] = 0`: such a key enters a digest only where it differs from its
+    default, so that runs, bundles and tables made before it keep theirs.
+    """
+
+    version: str
 
 
 class Table(BaseModel):
@@ -277,13 +290,35 @@ class Recipe(Table):
         return json_digest(self.decisive())
 
     def decisive(self) -> dict[str, object]:
-        """Key path to value for every key that changes what is computed."""
+        """Key path to value for every key that changes what is computed.
+
+        Without keys that were `Added` later and have their default.
+        """
         flat = dict(flatten(self.model_dump(mode="json")))
-        return {key: value for key, value in flat.items() if key not in BOOKKEEPING}
+        unchanged = tuple(_unchanged_additions(self))
+        return {
+            key: value
+            for key, value in flat.items()
+            if key not in BOOKKEEPING and not f"{key}.".startswith(unchanged)
+        }
 
     def to_toml(self) -> str:
         """The resolved recipe as TOML that `load` reads back to an equal value."""
         return "\n".join(toml_lines(self.model_dump(mode="json")))
+
+
+def _unchanged_additions(table: Table, path: str = "") -> Iterator[str]:
+    """Key paths, each with a dot behind it, of the `Added` keys that have their default."""
+    for name, field in type(table).model_fields.items():
+        value, key = getattr(table, name), f"{path}{name}."
+        if value == field.default and any(isinstance(mark, Added) for mark in field.metadata):
+            yield key
+        elif isinstance(value, Table):
+            yield from _unchanged_additions(value, key)
+        elif isinstance(value, tuple):
+            for i, entry in enumerate(value):
+                if isinstance(entry, Table):
+                    yield from _unchanged_additions(entry, f"{key}{i}.")
 
 
 BOOKKEEPING = frozenset(

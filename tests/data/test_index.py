@@ -3,7 +3,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -163,20 +162,6 @@ def test_an_index_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert again.fingerprint == made.fingerprint
     np.testing.assert_array_equal(again.widths, made.widths)
     assert again.file(0) == tmp_path / "images/a/1.jpg"
-
-
-def test_an_index_of_format_1_is_read_with_the_new_columns_empty(tmp_path: Path) -> None:
-    write(tmp_path / "images/a/1.jpg")
-    made, _ = index.build(tmp_path / "images")
-    table = made.table.drop_columns(["source", "offset", "mode", "digest"])
-    metadata = {"root": str(made.root), "format_version": "1"}
-    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "index.parquet")
-    again = index.open_index(tmp_path / "index.parquet")
-    assert again.table.schema == made.table.schema
-    assert again.table["source"].to_pylist() == [0]
-    assert [again.table[name].null_count for name in ("offset", "mode", "digest")] == [1, 1, 1]
-    assert again.fingerprint == made.fingerprint
-    assert again.read_bytes(0) == made.read_bytes(0)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16"])

@@ -122,7 +122,7 @@ def test_columns_and_footer_are_those_of_the_contract(
     assert footer["btpipe.bundle"] == manifest["digest"]
     assert footer["btpipe.precision"] == "fp32"
     assert footer["btpipe.root"] == "images"
-    assert footer["btpipe.format_version"] == "1"
+    assert (footer["btpipe.format_version"], footer["btpipe.pixels"]) == ("2", "1")
     assert json.loads(footer["btpipe.preprocessing"])["orientation"] == "exif"
 
 

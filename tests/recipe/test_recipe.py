@@ -4,11 +4,13 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 
 from btpipe import recipe
 from btpipe.errors import RecipeError
+from btpipe.recipe.tables import Added
 
 PACKAGE = Path(recipe.__file__).parent
 
@@ -261,6 +263,33 @@ def test_the_digest_ignores_bookkeeping_and_sees_everything_else(tmp_path: Path)
         assert recipe.load(path, [f"{key}={value}"]).digest == digest
     for override in ("seed=1", "optim.lr=0.3", "run.precision=fp64", "data.batch_size=64"):
         assert recipe.load(path, [override]).digest != digest
+
+
+class LaterView(recipe.View):
+    erased: Annotated[float, Added("0.3")] = 0.0
+
+
+class LaterOptim(recipe.Optim):
+    restarts: Annotated[int, Added("0.3")] = 0
+
+
+class LaterRecipe(recipe.Recipe):
+    optim: LaterOptim = LaterOptim()
+    views: tuple[LaterView, ...] = (LaterView(), LaterView())
+    ema: Annotated[recipe.Solarize, Added("0.3")] = recipe.Solarize()
+
+
+def test_a_key_that_came_later_enters_the_digest_where_it_differs_from_its_default() -> None:
+    views = (recipe.View(), recipe.View())
+    digest = recipe.Recipe(views=views).digest
+    assert LaterRecipe().digest == digest
+    changed = (
+        LaterRecipe(optim=LaterOptim(restarts=1)),
+        LaterRecipe(views=(LaterView(), LaterView(erased=0.5))),
+        LaterRecipe(ema=recipe.Solarize(probability=0.3)),
+        LaterRecipe(optim=LaterOptim(epochs=70)),
+    )
+    assert len({digest, *(one.digest for one in changed)}) == 5
 
 
 def test_every_bookkeeping_key_exists() -> None:
