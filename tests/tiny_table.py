@@ -33,6 +33,8 @@ def part(
         {
             "path": [f"{'ab'[i % 2]}/{i:06d}.jpg" for i in numbers],
             "path_bytes": pa.array([None] * count, pa.binary()),
+            "bytes": pa.array(numbers, pa.int64()),
+            "mtime_ns": pa.array([10**18 + i for i in numbers], pa.int64()),
             "width": pa.array([40] * count, pa.int32()),
             "height": pa.array([30] * count, pa.int32()),
             "label": pa.array(["ab"[i % 2] for i in numbers]),

@@ -33,6 +33,8 @@ def write(
         {
             "path": pa.array(names, pa.string()),
             "path_bytes": pa.nulls(count, pa.binary()),
+            "bytes": pa.array([1000] * count, pa.int64()),
+            "mtime_ns": pa.array([10**18] * count, pa.int64()),
             "width": pa.array([width for width, _ in shapes], pa.int32()),
             "height": pa.array([height for _, height in shapes], pa.int32()),
             "label": pa.array(list(labels) or [None] * count, pa.string()),

@@ -3,6 +3,8 @@
 path       string         relative to the root; bytes that are not UTF-8 as %XX
 path_bytes binary         the exact name where it is not UTF-8, else null
 digest     string         sha256 of the file's bytes
+bytes      int64          size of the file when it was read
+mtime_ns   int64          its time of change then; a container's for what lies within one
 width      int32          pixels, turned as EXIF says
 height     int32
 label      string         class folder, null where the input names none
@@ -125,6 +127,8 @@ def schema(footer: Footer) -> pa.Schema:
             pa.field("path", pa.string(), nullable=False),
             pa.field("path_bytes", pa.binary()),
             pa.field("digest", pa.string(), nullable=False),
+            pa.field("bytes", pa.int64(), nullable=False),
+            pa.field("mtime_ns", pa.int64(), nullable=False),
             pa.field("width", pa.int32(), nullable=False),
             pa.field("height", pa.int32(), nullable=False),
             pa.field("label", pa.string()),
@@ -151,7 +155,7 @@ def rows(
     columns = {
         **{name: listed[name] for name in ("path", "path_bytes")},
         "digest": pa.array(list(digests), pa.string()),
-        **{name: listed[name] for name in ("width", "height")},
+        **{name: listed[name] for name in ("bytes", "mtime_ns", "width", "height")},
         "label": listed["label"].cast(pa.string()),
         "embedding": pa.FixedSizeListArray.from_arrays(flat, footer.dimension),
     }

@@ -20,7 +20,7 @@ from btpipe.embed import table, vector_cache
 from btpipe.errors import RefusedError
 from btpipe.events import Rejected, Report, Warned
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LOCK = "lock"
 PLAN = "plan.json"
 INDEX = "index.parquet"

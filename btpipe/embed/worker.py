@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from btpipe import artifact, runtime
 from btpipe.data.index import open_index
 from btpipe.data.pipeline import decode
-from btpipe.data.pipeline.eval_loader import EvaluationBatch, evaluation_stream
+from btpipe.data.pipeline.eval_loader import EvaluationBatch, FileRead, evaluation_stream
 from btpipe.embed import table, work_folder
 from btpipe.embed.encoder import Encoder
 from btpipe.embed.messages import (
@@ -55,7 +55,7 @@ class _PartProgress:
     task: PartTask
     rows: list[NDArray[np.int64]] = dataclasses.field(default_factory=list)
     sizes: list[NDArray[np.int64]] = dataclasses.field(default_factory=list)
-    digests: list[str] = dataclasses.field(default_factory=list)
+    files: list[FileRead] = dataclasses.field(default_factory=list)
     vectors: list[NDArray[np.float32]] = dataclasses.field(default_factory=list)
     rejects: dict[int, Rejected] = dataclasses.field(default_factory=dict)
     reused: int = 0
@@ -168,13 +168,13 @@ class _Worker:
         for part in self._parts:
             inside = range(part.task.first, part.task.end)
             good = np.flatnonzero((batch.rows >= inside.start) & (batch.rows < inside.stop))
-            known = {row: digest for row, digest in batch.known.items() if row in inside}
+            known = {row: file for row, file in batch.known.items() if row in inside}
             rows = np.fromiter(known, np.int64)
             part.rows += [batch.rows[good], rows]
             listed = np.stack([self._index.heights[rows], self._index.widths[rows]], axis=1)
             part.sizes += [batch.sizes[good], listed.astype(np.int64)]
-            part.digests += [batch.digests[i] for i in good]
-            part.digests += known.values()
+            part.files += [batch.files[i] for i in good]
+            part.files += known.values()
             part.vectors += [vectors[good], *(self._reused.pop(row)[None] for row in known)]
             part.rejects |= {row: why for row, why in batch.rejected.items() if row in inside}
             part.reused += len(known)
@@ -190,8 +190,9 @@ class _Worker:
         changed = np.flatnonzero(
             (sizes[:, 0] != np.array(listed["height"])) | (sizes[:, 1] != np.array(listed["width"]))
         )
-        columns = table.rows(self._footer, listed, [part.digests[i] for i in order], vectors)
-        columns = _with_sizes(columns, sizes)
+        files = [part.files[i] for i in order]
+        listed = _as_read(listed, sizes, files)
+        columns = table.rows(self._footer, listed, [file.digest for file in files], vectors)
         temporary = folder / f"part-{number:06d}.tmp"
         with artifact.disk_errors(folder):
             table.write(temporary, table.schema(self._footer), [columns])
@@ -262,11 +263,16 @@ def _count(batch: EvaluationBatch) -> int:
     return len(batch.rows) + len(batch.known) + len(batch.rejected)
 
 
-def _with_sizes(columns: pa.Table, sizes: NDArray[np.int64]) -> pa.Table:
-    """The table with the sizes (n, 2) that were decoded."""
-    for name, values in (("width", sizes[:, 1]), ("height", sizes[:, 0])):
-        at = columns.schema.get_field_index(name)
-        columns = columns.set_column(
-            at, columns.schema.field(name), pa.array(values.astype(np.int32))
-        )
-    return columns
+def _as_read(listed: pa.Table, sizes: NDArray[np.int64], files: Sequence[FileRead]) -> pa.Table:
+    """Rows of an index with the [height, width] (n, 2) that were decoded, and the files' stamps."""
+    columns = {
+        "width": sizes[:, 1],
+        "height": sizes[:, 0],
+        "bytes": np.array([file.bytes for file in files], np.int64),
+        "mtime_ns": np.array([file.mtime_ns for file in files], np.int64),
+    }
+    for name, values in columns.items():
+        at = listed.schema.get_field_index(name)
+        field = listed.schema.field(name)
+        listed = listed.set_column(at, field, pa.array(values).cast(field.type))
+    return listed

@@ -20,6 +20,7 @@ import tiny_run
 from PIL import Image
 from tiny_run import draw_images
 
+from btpipe.data.index import build
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BudgetError, IntegrityError, RefusedError, Stopped, UsageError
@@ -98,6 +99,29 @@ def test_a_bad_file_changes_no_other_row(images: Path, bundle: Path, tmp_path: P
     assert np.array_equal(vectors, wanted)
 
 
+def test_a_row_says_which_bytes_of_what_time_it_is_of(
+    images: Path, bundle: Path, tmp_path: Path
+) -> None:
+    spoil(images)
+    changed = images / "a" / "000.jpg"
+    listed, _ = build(images)
+    changed.write_bytes((images / "b" / "001.jpg").read_bytes())
+    os.utime(changed, ns=(5, 1_234_567_890_123_456_789))
+    shown = listed.table["mtime_ns"].to_pylist()
+    listed.save(tmp_path / "i.parquet")
+    run(tmp_path / "i.parquet", tmp_path / "v.parquet", bundle)
+    rows = pq.read_table(tmp_path / "v.parquet").to_pylist()
+    for row in rows:
+        status = (images / row["path"]).stat()
+        assert (row["bytes"], row["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
+    assert rows[0]["path"] == "a/000.jpg"
+    assert rows[0]["mtime_ns"] not in shown
+    (rejected,) = pq.read_table(tmp_path / "v.rejects.parquet").to_pylist()
+    status = (images / "a" / "004.jpg").stat()
+    assert rejected["kind"] == "content"
+    assert (rejected["bytes"], rejected["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
+
+
 def test_columns_and_footer_are_those_of_the_contract(
     images: Path, bundle: Path, tmp_path: Path
 ) -> None:
@@ -107,6 +131,8 @@ def test_columns_and_footer_are_those_of_the_contract(
         "path",
         "path_bytes",
         "digest",
+        "bytes",
+        "mtime_ns",
         "width",
         "height",
         "label",

@@ -80,7 +80,8 @@ def test_numpy_and_safetensors_open_the_matrices(tmp_path: Path, dtype: table.Dt
         assert file.metadata() == footer(dtype).metadata()
     ids = pd.read_parquet(tmp_path / "v.npy.ids.parquet")
     assert ids["path"].tolist() == rows["path"].to_pylist()
-    assert list(ids) == ["path", "path_bytes", "digest", "width", "height", "label"]
+    own = ["path", "path_bytes", "digest", "bytes", "mtime_ns", "width", "height", "label"]
+    assert list(ids) == own
 
 
 def test_a_matrix_and_rows_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

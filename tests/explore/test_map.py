@@ -45,6 +45,8 @@ def write_table(home: Path, vectors: NDArray[np.float32]) -> Path:
         {
             "path": paths,
             "path_bytes": pa.nulls(count, pa.binary()),
+            "bytes": pa.array([1000] * count, pa.int64()),
+            "mtime_ns": pa.array([10**18] * count, pa.int64()),
             "width": pa.array([40] * count, pa.int32()),
             "height": pa.array([30] * count, pa.int32()),
             "label": [path.split("/")[0] for path in paths],

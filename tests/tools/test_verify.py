@@ -155,7 +155,7 @@ def test_a_table_whose_rows_do_not_add_up_is_an_error(copied: Path) -> None:
     zeros = pa.array([float("nan")] * content.schema.field("embedding").type.list_size)
     lists = pa.FixedSizeListArray.from_arrays(zeros.cast(pa.float32()), len(zeros))
     broken = pa.concat_arrays([lists, *content["embedding"].slice(1).chunks])
-    rewritten(path, content.set_column(6, content.schema.field("embedding"), broken))
+    rewritten(path, content.set_column(8, content.schema.field("embedding"), broken))
     with pytest.raises(IntegrityError, match="1 rows have a vector that is not finite"):
         verify(path, ignore)
     rewritten(path, content)

@@ -20,8 +20,17 @@ from btpipe.events import Rejected
 
 
 @dataclasses.dataclass(frozen=True)
+class FileRead:
+    """A file as it was when it was read: the sha256 of its content, its bytes and mtime_ns."""
+
+    digest: str
+    bytes: int
+    mtime_ns: int
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationBatch:
-    """Good rows, their pixels (n, S, S, 3) and their files' sha256.
+    """Good rows, their pixels (n, S, S, 3) and their files.
 
     `sizes` (n, 2) are the upright [height, width] of the decoded images. Beside the good rows are
     the `rejected` ones, and the `known` ones, of which the file's sha256 was enough.
@@ -29,10 +38,15 @@ class EvaluationBatch:
 
     rows: NDArray[np.int64]
     pixels: NDArray[np.uint8]
-    digests: list[str]
+    files: list[FileRead]
     rejected: dict[int, Rejected]
     sizes: NDArray[np.int64]
-    known: dict[int, str] = dataclasses.field(default_factory=dict)
+    known: dict[int, FileRead] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digests(self) -> list[str]:
+        """The sha256 of the good rows' files."""
+        return [file.digest for file in self.files]
 
 
 Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
@@ -42,12 +56,12 @@ Mark = Callable[[Sequence[int], bool], AbstractContextManager[None]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
+class _Row:
     """What became of a row's file; without content its sha256 was enough."""
 
     row: int
     content: Encoded | Pixels | Rejected | None
-    digest: str = ""
+    file: FileRead = FileRead("", -1, -1)
 
 
 def _no_mark(_rows: Sequence[int], _alone: bool) -> AbstractContextManager[None]:
@@ -129,23 +143,23 @@ class _Reader:
     is_apart: Callable[[int], bool]
     mark: Mark
 
-    def read(self, row: int) -> _File:
+    def read(self, row: int) -> _Row:
         """A row's file, decoded where that is not done in a batch."""
         try:
-            content = self.index.read_bytes(row)
-            digest = hashlib.sha256(content).hexdigest()
-            if self.is_known(row, digest, len(content)):
-                return _File(row, None, digest)
-            file = np.frombuffer(content, np.uint8)
-            encoded = decoding.parse(file) if self.decoder and not self.is_apart(row) else None
+            content, mtime_ns = self.index.read(row)
+            file = FileRead(hashlib.sha256(content).hexdigest(), len(content), mtime_ns)
+            if self.is_known(row, file.digest, file.bytes):
+                return _Row(row, None, file)
+            array = np.frombuffer(content, np.uint8)
+            encoded = decoding.parse(array) if self.decoder and not self.is_apart(row) else None
             if encoded is not None:
-                return _File(row, encoded, digest)
+                return _Row(row, encoded, file)
             with self.mark((row,), True):
-                return _File(row, self.decode(file), digest)
+                return _Row(row, self.decode(array), file)
         except BadInputError as error:
-            return _File(row, self.index.reject(row, "decode", error))
+            return _Row(row, self.index.reject(row, "decode", error))
 
-    def finish(self, _rows: NDArray[np.int64], files: Sequence[_File]) -> Sequence[_File]:
+    def finish(self, _rows: NDArray[np.int64], files: Sequence[_Row]) -> Sequence[_Row]:
         """Those of a task's rows together: what is left is decoded in a batch."""
         if self.decoder is None:
             return files
@@ -166,22 +180,22 @@ class _Packed:
     def __init__(self, geometry: dali_graphs.Geometry, batch_size: int) -> None:
         self._geometry, self._batch_size = geometry, batch_size
         self._number = 0
-        self._good: list[tuple[int, str, Pixels]] = []
+        self._good: list[tuple[int, FileRead, Pixels]] = []
         self._rejected: dict[int, Rejected] = {}
-        self._known: dict[int, str] = {}
+        self._known: dict[int, FileRead] = {}
         self.batches: dict[int, EvaluationBatch] = {}
 
-    def loads(self, tasks: Iterator[Sequence[_File]]) -> Iterator[dali_runner.DaliBatch]:
+    def loads(self, tasks: Iterator[Sequence[_Row]]) -> Iterator[dali_runner.DaliBatch]:
         """The loads of tasks whose files are decoded."""
         for files in tasks:
-            for file in files:
-                assert not isinstance(file.content, Encoded)
-                if isinstance(file.content, Rejected):
-                    self._rejected[file.row] = file.content
-                elif file.content is None:
-                    self._known[file.row] = file.digest
+            for row in files:
+                assert not isinstance(row.content, Encoded)
+                if isinstance(row.content, Rejected):
+                    self._rejected[row.row] = row.content
+                elif row.content is None:
+                    self._known[row.row] = row.file
                 else:
-                    self._good.append((file.row, file.digest, file.content))
+                    self._good.append((row.row, row.file, row.content))
                 if len(self._good) == self._batch_size:
                     yield self._load(self._batch_size)
             if len(self._rejected) + len(self._known) >= self._batch_size:
@@ -197,7 +211,7 @@ class _Packed:
         self.batches[number] = EvaluationBatch(
             rows=rows,
             pixels=np.zeros((0, self._geometry.size, self._geometry.size, 3), np.uint8),
-            digests=[digest for _, digest, _ in good],
+            files=[file for _, file, _ in good],
             rejected=self._rejected,
             sizes=sizes,
             known=self._known,
