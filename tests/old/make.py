@@ -6,11 +6,11 @@ seconds: archives keep no more.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,8 @@ checkpoint_steps = 2
 log_steps = 1
 """
 IMAGES = 32
+PLACE = Path("/tmp/btpipe-old")
+"""Where it is made and unpacked again: a run's index has the absolute place of its images."""
 PART_ROWS = 4
 HALF_DONE = 3
 """Parts of the half-done job."""
@@ -126,12 +128,12 @@ def make() -> None:
 
 def main() -> None:
     archive = Path(__file__).parent.resolve() / f"{__version__}.tar.xz"
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        make()
-        with tarfile.open(archive, "w:xz", preset=9, format=tarfile.PAX_FORMAT) as packed:
-            packed.add(".", arcname=".")
-        os.chdir(archive.parent)
+    PLACE.mkdir()
+    os.chdir(PLACE)
+    make()
+    with tarfile.open(archive, "w:xz", preset=9, format=tarfile.PAX_FORMAT) as packed:
+        packed.add(".", arcname=".")
+    shutil.rmtree(PLACE)
     print(f"{archive}: {archive.stat().st_size:,} bytes, {runtime.environment()}")
 
 

@@ -3,9 +3,11 @@
 The archive is never made again for 0.2: where a test here fails, what is to be mended is the code.
 """
 
+import fcntl
 import json
 import shutil
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from btpipe import recipe
 from btpipe.cli import app
 from btpipe.data import rejects
 
+PLACE = Path("/tmp/btpipe-old")
 ARCHIVE = Path(__file__).parent / "0.2.0.tar.xz"
 COLUMNS = {
     "path": "string",
@@ -36,12 +39,16 @@ SAME_VECTOR = 1e-3
 
 
 @pytest.fixture
-def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The archive, unpacked, as the working folder."""
-    with tarfile.open(ARCHIVE) as packed:
-        packed.extractall(tmp_path, filter="data")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def old(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The archive, unpacked where it was made, as the working folder of one test at a time."""
+    with PLACE.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(PLACE, ignore_errors=True)
+        with tarfile.open(ARCHIVE) as packed:
+            packed.extractall(PLACE, filter="data")
+        monkeypatch.chdir(PLACE)
+        yield PLACE
+        shutil.rmtree(PLACE)
 
 
 def btpipe(*words: str) -> list[dict[str, object]]:
