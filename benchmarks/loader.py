@@ -19,7 +19,7 @@ import typer
 from benchmarks import loader_cases as worker
 from benchmarks.loader_cases import Load
 from btpipe import progress
-from btpipe.data import index as data_index
+from btpipe.data.index import build
 from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
 from btpipe.events import Note, Report, TextTable
@@ -83,7 +83,7 @@ def _images(options: Options, data: Path | None, report: Report) -> Iterator[tup
             source = f"drawn images, shorter side {shorter_side}"
         else:
             source = str(data)
-        index, _ = data_index.build(data or folder / "images", report)
+        index, _ = build(data or folder / "images", report)
         if len(index) < options.batch:
             found = f"{len(index)} images do not fill one batch of {options.batch}"
             raise UsageError(found, where=data or "", fix="add images, or set --batch")

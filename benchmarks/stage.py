@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.place import MARK, PROJECT, Failed, Place
 from btpipe import recipe, runtime
-from btpipe.data import index as indexes
-from btpipe.data.index import Index
+from btpipe.data.index import Index, build
 from btpipe.data.pipeline.train_loader import LoaderSettings, TrainingLoader
 from btpipe.events import Event, Rejected
 from btpipe.recipe import Recipe
@@ -108,7 +107,7 @@ def files_of(folder: Path, count: int = 1_000_000) -> list[NDArray[np.uint8]]:
 
 
 def index_of(folder: Path) -> Index:
-    return indexes.build(folder)[0]
+    return build(folder)[0]
 
 
 def loader_of(index: Index, settings: LoaderSettings, on: torch.device) -> TrainingLoader:

@@ -38,11 +38,11 @@ def plot(
     """Draw where runs went: loss and floor, rates, ranks, correlations, kNN, speed."""
     from btpipe import progress
     from btpipe.export import contract
-    from btpipe.plot import plot as plots
+    from btpipe.plot import plot
 
     with progress.show("json" if as_json else "auto") as report:
         found = runs or [contract.newest_run()]
-        plots.make(
+        plot.make(
             found,
             out or (None if tensorboard else Path("run.html")),
             report,
@@ -73,7 +73,7 @@ def draw_map(
 ) -> None:
     """Draw vectors as a map to look around in: one page, pictures and neighbours in it."""
     from btpipe import progress
-    from btpipe.explore import map as mapping
+    from btpipe.explore.map import make
 
     with progress.show("json" if as_json else "auto") as report:
-        mapping.make(vectors, out, report, by=by, most=most, clusters=clusters, images=images)
+        make(vectors, out, report, by=by, most=most, clusters=clusters, images=images)

@@ -212,10 +212,10 @@ def compare(
 ) -> None:
     """Judge a run's encoder against its untrained twin, pixels and colours, on labelled images."""
     from btpipe import progress
-    from btpipe.evaluate import baselines as comparing
+    from btpipe.evaluate import baselines
     from btpipe.export import contract
 
     run = run or contract.newest_run()
     with progress.show("json" if as_json else "auto") as report:
-        judged = comparing.compare(run, test, out or run / "compare", report, k=k)
+        judged = baselines.compare(run, test, out or run / "compare", report, k=k)
         report(judged)

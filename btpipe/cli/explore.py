@@ -28,10 +28,10 @@ def search(
 ) -> None:
     """Find what is most like an image, or like a row, by cosine: exact."""
     from btpipe import progress
-    from btpipe.explore import search as searching
+    from btpipe.explore import search
 
     with progress.show("json" if as_json else "auto") as report:
-        searching.run(vectors, query, report, k=k, model=model, html=html, images=images)
+        search.run(vectors, query, report, k=k, model=model, html=html, images=images)
 
 
 @app.command(rich_help_panel=EXPLORE)
@@ -48,10 +48,10 @@ def dupes(
 ) -> None:
     """Find groups of one picture: copied, encoded again, resized, cropped a little."""
     from btpipe import progress
-    from btpipe.explore import dupes as duplicates
+    from btpipe.explore import dupes
 
     with progress.show("json" if as_json else "auto") as report:
-        duplicates.run(vectors, report, threshold=threshold, out=out, html=html, images=images)
+        dupes.run(vectors, report, threshold=threshold, out=out, html=html, images=images)
 
 
 @app.command(rich_help_panel=EXPLORE)
@@ -66,7 +66,7 @@ def outliers(
 ) -> None:
     """Find what is far from everything else: the mean distance to the nearest others."""
     from btpipe import progress
-    from btpipe.explore import outliers as strange
+    from btpipe.explore import outliers
 
     with progress.show("json" if as_json else "auto") as report:
-        strange.run(vectors, report, k=k, top=top, out=out, html=html, images=images)
+        outliers.run(vectors, report, k=k, top=top, out=out, html=html, images=images)

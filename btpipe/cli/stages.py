@@ -48,11 +48,11 @@ def scan(
 ) -> None:
     """Look at every image before training does; run again, it reads only what changed."""
     from btpipe import progress
-    from btpipe.data import scan as scanning
+    from btpipe.data import scan
 
     allowed = budget(max_bad, strict=strict)
     with progress.show("json" if as_json else "auto") as report:
-        scanning.scan(
+        scan.scan(
             source,
             out,
             report,
@@ -112,25 +112,25 @@ def pretrain(
 ) -> None:
     """Train an encoder on unlabelled images. Run again, it goes on from its last checkpoint."""
     from btpipe import events, progress
-    from btpipe import recipe as recipes
+    from btpipe.recipe import load
 
     start = [f"network.init_from={json.dumps(init_from)}"] if init_from else []
     settings = [*(overrides or ()), *start]
-    wanted = recipes.load(recipe, settings)
+    wanted = load(recipe, settings)
     from btpipe.pretrain import changes, launch
-    from btpipe.pretrain import sbatch as slurm
+    from btpipe.pretrain.sbatch import SlurmJob, write
 
     run = runs / (name or recipe.stem)
     mode: progress.Mode = "json" if as_json else "auto"
     accepted = tuple(accept_change or ())
-    job = slurm.SlurmJob(nodes, devices, time, partition)
+    job = SlurmJob(nodes, devices, time, partition)
     changes.require_acceptable(accepted)
     if sbatch is not None:
         pairs = [word for setting in settings for word in ("--set", setting)]
         pairs += [word for key in accepted for word in ("--accept-change", key)]
         place = ["--name", run.name, "--runs", str(runs)]
         words = ["pretrain", str(recipe), *pairs, *place, *(["--json"] if as_json else [])]
-        slurm.write(sbatch, run.name, wanted, words, job)
+        write(sbatch, run.name, wanted, words, job)
         with progress.show(mode) as report:
             report(events.Note(f"{sbatch} is written: sbatch {sbatch}"))
         return

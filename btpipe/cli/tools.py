@@ -24,9 +24,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Walk the whole road on drawn sample images: about four minutes on two cores, offline."""
-    from btpipe.tools import demo as road
+    from btpipe.tools import demo
 
-    road.run(out, seed=seed, mode="json" if as_json else "auto")
+    demo.run(out, seed=seed, mode="json" if as_json else "auto")
 
 
 @app.command(rich_help_panel=LOOK_AFTER)
@@ -49,21 +49,21 @@ def bench(
 ) -> None:
     """Measure how fast this machine embeds, and whether decoding or the network is the limit."""
     from btpipe import progress
-    from btpipe.tools import bench as benchmark
+    from btpipe.tools import bench
 
-    options = benchmark.options(images, turns, backbone, size, device=device, quick=quick)
+    options = bench.options(images, turns, backbone, size, device=device, quick=quick)
     with progress.show("json" if as_json else "auto") as report:
-        benchmark.run(options, data, model, report)
+        bench.run(options, data, model, report)
 
 
 @app.command(rich_help_panel=LOOK_AFTER)
 def selftest(as_json: Json = False) -> None:
     """Check on this machine that loss, LARS, schedule, precisions and ranks are right."""
     from btpipe import progress
-    from btpipe.tools import selftest as testing
+    from btpipe.tools import selftest
 
     with progress.show("json" if as_json else "auto") as report:
-        testing.run(report)
+        selftest.run(report)
 
 
 @app.command("inspect", rich_help_panel=LOOK_AFTER)
@@ -86,10 +86,10 @@ def verify(
 ) -> None:
     """Check every sha256, page and account of a thing; exit code 4 names what changed."""
     from btpipe import progress
-    from btpipe.tools import verify as verifying
+    from btpipe.tools import verify
 
     with progress.show("json" if as_json else "auto") as report:
-        verifying.verify(path, report)
+        verify.verify(path, report)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -107,11 +107,11 @@ def views(
 ) -> None:
     """Draw what training sees: images, their views and the numbers behind them."""
     from btpipe import progress
-    from btpipe import recipe as recipes
     from btpipe.preview import sheet
+    from btpipe.recipe import load
 
     source = [f"data.train={json.dumps(data)}"] if data else []
-    wanted = recipes.load(recipe, [*(overrides or ()), *source])
+    wanted = load(recipe, [*(overrides or ()), *source])
     with progress.show("json" if as_json else "auto") as report:
         sheet.make(wanted, recipe.stem, out, report, count=count, epoch=epoch, page=page)
 
@@ -119,17 +119,17 @@ def views(
 @recipe_app.command("show")
 def recipe_show(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print a recipe with everything it extends, every default and every --set resolved."""
-    from btpipe import recipe as recipes
+    from btpipe.recipe import load
 
-    typer.echo(recipes.load(recipe, overrides or ()).to_toml())
+    typer.echo(load(recipe, overrides or ()).to_toml())
 
 
 @recipe_app.command("list")
 def recipe_list() -> None:
     """Print the recipes that ship with btpipe."""
-    from btpipe import recipe as recipes
+    from btpipe.recipe import shipped
 
-    for path in recipes.shipped():
+    for path in shipped():
         typer.echo(path.name)
 
 
@@ -137,10 +137,10 @@ def recipe_list() -> None:
 def doctor(as_json: Json = False) -> None:
     """Look at this machine: what btpipe needs is there, or what to type."""
     from btpipe import progress
-    from btpipe.tools import doctor as examining
+    from btpipe.tools import doctor
 
     with progress.show("json" if as_json else "auto") as report:
-        examining.run(report, Path())
+        doctor.run(report, Path())
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -158,10 +158,10 @@ def plan(
 ) -> None:
     """Look for a minute what a run of a recipe will cost here: hours, memory, disk, what binds."""
     from btpipe import progress, runtime
-    from btpipe import recipe as recipes
-    from btpipe.tools import plan as planning
+    from btpipe.recipe import load
+    from btpipe.tools import plan
 
     source = [f"data.train={json.dumps(data)}"] if data else []
-    wanted = recipes.load(recipe, [*(overrides or ()), *source])
+    wanted = load(recipe, [*(overrides or ()), *source])
     with progress.show("json" if as_json else "auto") as report:
-        planning.run(wanted, recipe.stem, report, devices=runtime.devices(devices), write=write)
+        plan.run(wanted, recipe.stem, report, devices=runtime.devices(devices), write=write)

@@ -205,7 +205,7 @@ def build(
     found = inputs.expand(wanted)
     indexes = {place: _opened(Path(place)) for place in found if inputs.is_index(place)}
     root = inputs.root_of(found, {place: known.root for place, known in indexes.items()})
-    meter = collecting.Meter(report)
+    meter = collecting.ListingMeter(report)
     parts = []
     for place in found:
         if place in indexes:

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from btpipe import runtime
-from btpipe.data import index as images
-from btpipe.data.index import Index
+from btpipe.data.index import Index, build, open_index
 from btpipe.data.pipeline.dali_graphs import Geometry
 from btpipe.data.pipeline.train_loader import evaluation_batches
 from btpipe.embed import job
@@ -107,12 +106,12 @@ def compare(
         UsageError: no such run, or images without classes.
         RefusedError: `out` holds the comparison of other weights.
     """
-    index = images.open_index(run / folder.INDEX)
+    index = open_index(run / folder.INDEX)
     if any(label is None for label in index.labels):
         fix = "compare on a data set with a folder of images for each class"
         raise UsageError("training images without classes", where=index.root, fix=fix)
     quiet = _without_ends(report)
-    colours, pixels = _baselines(index, images.build(test, quiet)[0], quiet, k)
+    colours, pixels = _baselines(index, build(test, quiet)[0], quiet, k)
     untrained = bundle.export_run(run, out / "untrained", quiet, untrained=True)
     pretrained = pretrained or bundle.export_run(run, out / "pretrained", quiet)
     judged, options = [], job.JobOptions(batch_size=BATCH)

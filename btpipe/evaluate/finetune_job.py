@@ -13,8 +13,7 @@ from typing import Literal
 import numpy as np
 
 from btpipe import artifact, events, progress, runtime
-from btpipe.data import index as indexes
-from btpipe.data.index import Index
+from btpipe.data.index import Index, build, open_index
 from btpipe.errors import RefusedError, UsageError
 from btpipe.evaluate import finetune, knn
 from btpipe.events import Finished, Report, TextTable
@@ -145,7 +144,7 @@ def _open(asked: Asked, report: Report) -> Iterator[dict[str, object]]:
     with artifact.locked(work, "another process judges here", fix):
         try:
             job = prepare(asked, report)
-            images = len(indexes.open_index(job.train))
+            images = len(open_index(job.train))
             yield {"kind": asked.kind, "train images": images, **job.identity}
             shutil.rmtree(work / finetune.STATE, ignore_errors=True)
         finally:
@@ -161,8 +160,8 @@ def _job(asked: Asked) -> finetune.FinetuneJob:
 
 def prepare(asked: Asked, report: Report) -> finetune.FinetuneJob:
     """The job, with the lists of its images in the work folder; raises as `judge`."""
-    train, _ = indexes.build(asked.train, report)
-    test, _ = indexes.build(asked.test, report)
+    train, _ = build(asked.train, report)
+    test, _ = build(asked.test, report)
     _require_labels(train, "the training images")
     _require_labels(test, "the test images")
     chosen = _chosen(train, asked)

@@ -22,7 +22,7 @@ from onnxruntime.quantization import (
 )
 
 from btpipe import artifact
-from btpipe.export import onnx_model as files
+from btpipe.export import onnx_model
 from btpipe.export.contract import INPUT, Preprocessing
 
 QUANTISED = ("Conv", "Relu", "Add", "MaxPool")
@@ -73,4 +73,4 @@ def write(
             calibrate_method=CalibrationMethod.MinMax,
         )
         quantised = onnx.load(str(made), load_external_data=False)
-    artifact.write_file(path, files.finished(quantised, preprocessing, license_name))
+    artifact.write_file(path, onnx_model.finished(quantised, preprocessing, license_name))

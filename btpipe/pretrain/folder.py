@@ -12,7 +12,7 @@ from pathlib import Path
 
 from btpipe import artifact, runtime
 from btpipe.data import change_detection, rejects
-from btpipe.data import index as data_index
+from btpipe.data.index import Index, build, open_index
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, Rejected, Report
 from btpipe.pretrain import changes, foreign_weights, init_from
@@ -63,10 +63,10 @@ def prepare(
     return {}
 
 
-def _index(wanted: Recipe, report: Report) -> tuple[data_index.Index, list[Rejected]]:
+def _index(wanted: Recipe, report: Report) -> tuple[Index, list[Rejected]]:
     named = wanted.data.inputs
     try:
-        index, rejected = data_index.build(named, report)
+        index, rejected = build(named, report)
     except UsageError as error:
         fix = "put the training images there (any tree of folders), or: --set data.train=DIR"
         found = f"data.train = {' '.join(named)!r}: {error.what}"
@@ -89,7 +89,7 @@ def require_same_images(folder: Path) -> None:
         RefusedError: images came, went or changed since the run began.
         MachineError: the folder cannot be read.
     """
-    index = data_index.open_index(folder / INDEX)
+    index = open_index(folder / INDEX)
     passed_over = {rejected.path for rejected in rejects.read(folder / REJECTS)}
     found = change_detection.changes(index, passed_over)
     if found:
@@ -129,7 +129,7 @@ def log(folder: Path, report: Report) -> Iterator[Report]:
 class RunRejects:
     """rejects.csv: the inputs that the index left out, and its images that cannot be used."""
 
-    def __init__(self, folder: Path, index: data_index.Index) -> None:
+    def __init__(self, folder: Path, index: Index) -> None:
         self._folder, self._index = folder, index
 
     def known(self) -> dict[int, Rejected]:

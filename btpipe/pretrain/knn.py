@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from btpipe import events, neighbours, runtime
-from btpipe.data import index as data_index
+from btpipe.data.index import Index, build, open_index
 from btpipe.data.pipeline.dali_graphs import Geometry
 from btpipe.data.pipeline.train_loader import evaluation_batches
 from btpipe.errors import UsageError
@@ -28,7 +28,7 @@ BATCH = 64
 """Images that pass through the encoder together."""
 
 
-def labelled_images(recipe: Recipe, report: Report) -> data_index.Index | None:
+def labelled_images(recipe: Recipe, report: Report) -> Index | None:
     """What `health.knn` names, as an index; None where it names nothing.
 
     Raises:
@@ -43,7 +43,7 @@ def labelled_images(recipe: Recipe, report: Report) -> data_index.Index | None:
     )
     fix = "or train without judging: --set health.knn="
     try:
-        found, _ = data_index.build(named, report)
+        found, _ = build(named, report)
     except UsageError as error:
         what = f"health.knn = {named!r}: {error.what}"
         raise UsageError(what, where=error.where, expected=expected, fix=fix) from error
@@ -66,7 +66,7 @@ class Judge:
 
     def __init__(self, run: TrainingRun, stopping: Callable[[], bool]) -> None:
         self._run, self._stopping = run, stopping
-        self._images = data_index.open_index(run.folder / INDEX)
+        self._images = open_index(run.folder / INDEX)
         self._rows, self._labels = judged(self._images)
         self._told: set[int] = set()
 
@@ -123,7 +123,7 @@ class Judge:
             self._run.report(dataclasses.replace(rejected[row], stage="knn"))
 
 
-def judged(images: data_index.Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def judged(images: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The rows of an index that are judged (m,), and the class of every row (n,)."""
     count = len(images)
     chosen = min(count, MOST_IMAGES)

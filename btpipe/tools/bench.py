@@ -20,8 +20,7 @@ import numpy as np
 import torch
 
 from btpipe import artifact, recipe, runtime
-from btpipe.data import index as data_index
-from btpipe.data.index import Index
+from btpipe.data.index import Index, build
 from btpipe.data.pipeline.dali_graphs import Geometry
 from btpipe.data.pipeline.eval_loader import evaluation_batches
 from btpipe.data.sources import synthetic
@@ -32,7 +31,7 @@ from btpipe.export import contract, onnx_model, weights
 from btpipe.export.contract import Preprocessing
 from btpipe.pretrain import network
 from btpipe.recipe.tables import Backbone
-from btpipe.tools import bench_cases as cases
+from btpipe.tools import bench_cases
 from btpipe.tools.bench_cases import Work
 from btpipe.tools.measured_process import Timing, take_turns
 from btpipe.tools.measured_rows import (
@@ -108,7 +107,7 @@ class Kind:
     """A way to compute: its name in the table, and how the bundle is opened for it."""
 
     name: str
-    engine: cases.Engine
+    engine: bench_cases.Engine
     precision: Precision
 
 
@@ -202,14 +201,14 @@ def parts(setting: Setting) -> dict[str, Prepare]:
     """Files to vectors and the network by each kind ("whole NAME", "forward NAME"), and `PARTS`."""
     work = setting.work
     named: dict[str, Prepare] = {
-        "read": functools.partial(cases.read_alone, work),
-        "decode": functools.partial(cases.decode_alone, work),
-        "write": functools.partial(cases.write_alone, work),
+        "read": functools.partial(bench_cases.read_alone, work),
+        "decode": functools.partial(bench_cases.decode_alone, work),
+        "write": functools.partial(bench_cases.write_alone, work),
     }
     for kind in setting.kinds:
         arguments = (work, kind.engine, kind.precision)
-        named[f"whole {kind.name}"] = functools.partial(cases.whole, *arguments)
-        named[f"forward {kind.name}"] = functools.partial(cases.forward_alone, *arguments)
+        named[f"whole {kind.name}"] = functools.partial(bench_cases.whole, *arguments)
+        named[f"forward {kind.name}"] = functools.partial(bench_cases.forward_alone, *arguments)
     return named
 
 
@@ -265,7 +264,7 @@ def _images(
         for i in range(max(options.images, CALIBRATION_IMAGES)):
             path = folder / "images" / f"{i:04d}.jpg"
             path.write_bytes(synthetic.jpeg(i, shorter_side))
-    index, _ = data_index.build(data or folder / "images", report)
+    index, _ = build(data or folder / "images", report)
     if len(index) < options.images:
         raise UsageError(
             f"{len(index)} images", where=data or "", expected=f"{options.images}, as --images says"

@@ -12,7 +12,7 @@ from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import NumericsError
 from btpipe.evaluate import baselines
 from btpipe.events import Finished, Note, Report, TextTable
-from btpipe.explore import map as mapping
+from btpipe.explore.map import make
 from btpipe.export import bundle
 from btpipe.plot import plot
 from btpipe.pretrain import launch
@@ -85,7 +85,7 @@ def _draw_pages(
 ) -> tuple[Path, Path]:
     """The map of the vectors, and the plots of the run with its first and last correlations."""
     map_page, run_page = out / "map.html", out / "run.html"
-    mapping.make(vectors, map_page, report, images=images)
+    make(vectors, map_page, report, images=images)
     plot.make([trained], run_page, report, correlation="first,last")
     return map_page, run_page
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from btpipe import artifact, progress
-from btpipe.data import index as indexes
-from btpipe.data.index import Index
+from btpipe.data.index import Index, build
 from btpipe.errors import UsageError
 from btpipe.events import Finished, Note, Report, TextTable
 from btpipe.pretrain import network
@@ -144,7 +143,7 @@ def make(recipe: Recipe, report: Report, *, devices: int) -> Plan:
 
 def _listed(recipe: Recipe, scratch: Path, report: Report) -> tuple[int, Index]:
     """How many images there are, and those to look at."""
-    listed, _ = indexes.build(recipe.data.inputs, report, depth="list")
+    listed, _ = build(recipe.data.inputs, report, depth="list")
     files = all(not source.is_container for source in listed.sources)
     if len(listed) > MOST_IMAGES and files:
         rows = np.linspace(0, len(listed) - 1, SAMPLE_IMAGES).round().astype(np.int64)
@@ -152,8 +151,8 @@ def _listed(recipe: Recipe, scratch: Path, report: Report) -> tuple[int, Index]:
         file = scratch / "sample.txt"
         file.write_text("\n".join(names))
         report(Note(f"{len(listed):,} images; {SAMPLE_IMAGES:,} of them are looked at"))
-        return len(listed), indexes.build(file, report)[0]
-    found, _ = indexes.build(recipe.data.inputs, report)
+        return len(listed), build(file, report)[0]
+    found, _ = build(recipe.data.inputs, report)
     return len(found), found
 
 

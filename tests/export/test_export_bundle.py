@@ -28,8 +28,7 @@ from btpipe.errors import (
     UsageError,
 )
 from btpipe.events import Event, Note, ignore
-from btpipe.export import bundle, contract, verify
-from btpipe.export import onnx_model as onnx_file
+from btpipe.export import bundle, contract, onnx_model, verify
 from btpipe.export import source as sources
 from btpipe.export.samples import Samples
 from btpipe.export.session import Session, refuse_external_data
@@ -216,7 +215,7 @@ def test_one_changed_weight_between_model_and_network_does_not_pass_the_gate(
 ) -> None:
     source = sources.of_run(home / "runs" / "tiny", ignore)
     encoder, prepared = source.encoder, source.preprocessing
-    onnx_file.write(encoder, prepared, tmp_path / "encoder.onnx")
+    onnx_model.write(encoder, prepared, tmp_path / "encoder.onnx")
     session = Session(tmp_path / "encoder.onnx", device="cpu")
 
     def gate() -> verify.Gate:

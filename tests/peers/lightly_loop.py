@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from btpipe import neighbours, recipe
-from btpipe.data import index as data_index
+from btpipe.data.index import Index, build
 from btpipe.data.pipeline.dali_graphs import Geometry
 from btpipe.data.pipeline.train_loader import (
     Batch,
@@ -102,7 +102,7 @@ def compare(core: step.Core, batch: Batch, criterion: BarlowTwinsLoss) -> list[f
     return found
 
 
-def judge(encoder: nn.Module, images: data_index.Index, size: int) -> float:
+def judge(encoder: nn.Module, images: Index, size: int) -> float:
     """kNN accuracy of `JUDGED` images by `NEIGHBOURS` others."""
     encoder.eval()
     train = min(NEIGHBOURS, len(images) * 4 // 5)
@@ -146,7 +146,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--stem", default="small", help='"imagenet" takes a sixteenth of the time')
     arguments = parser.parse_args()
-    images, _ = data_index.build(arguments.images, ignore)
+    images, _ = build(arguments.images, ignore)
     epochs = 1 + arguments.steps * arguments.batch // len(images)
     described = settings(arguments.images, arguments.batch, epochs, arguments.stem)
     core = step.build(described, CPU)

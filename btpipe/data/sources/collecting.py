@@ -80,7 +80,7 @@ def _without_doubles(table: pa.Table) -> pa.Table:
     return table.filter(pa.array(is_first))
 
 
-class Meter:
+class ListingMeter:
     """Counts the files of all inputs together, and tells once a second."""
 
     def __init__(self, report: Report) -> None:
