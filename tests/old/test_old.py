@@ -33,6 +33,7 @@ COLUMNS = {
     "label": "string",
     "embedding": "fixed_size_list<element: float>[512]",
 }
+REJECT_COLUMNS = {"path", "stage", "kind", "reason", "bytes", "mtime_ns"}
 GOOD = 32
 SAME_VECTOR = 1e-3
 """Of its length: an encoder's vectors on another CPU."""
@@ -76,6 +77,14 @@ def assert_same(one: Path, other: Path) -> None:
         assert np.linalg.norm(vector - b[path]) < SAME_VECTOR * np.linalg.norm(vector), path
 
 
+def assert_columns(vectors: Path, rejects: Path) -> None:
+    """Both files have at least the columns of 0.2, and every reject its kind."""
+    schema = pq.read_schema(vectors)
+    assert {name: str(schema.field(name).type) for name in COLUMNS} == COLUMNS
+    assert set(pq.read_schema(rejects).names) >= REJECT_COLUMNS
+    assert {reject["kind"] for reject in pq.read_table(rejects).to_pylist()} == {"content"}
+
+
 @pytest.mark.usefixtures("old")
 def test_everything_is_what_it_was_and_says_what_it_is() -> None:
     kinds = ("runs/old", "exports/old", "index.parquet", "vectors.parquet", "share-1.parquet")
@@ -92,17 +101,12 @@ def test_the_digest_of_a_recipe_is_the_one_that_its_checkpoints_name(old: Path) 
 
 
 def test_a_table_has_the_columns_that_it_had_and_rejects_have_their_kind(old: Path) -> None:
-    schema = pq.read_schema(old / "vectors.parquet")
-    assert {name: str(schema.field(name).type) for name in COLUMNS} == COLUMNS
+    assert_columns(old / "vectors.parquet", old / "vectors.rejects.parquet")
     listed = rejects.read(old / "index.rejects.csv")
     assert {(reject.path, reject.kind) for reject in listed} == {
         ("even/empty.jpg", "content"),
         ("odd/torn.jpg", "content"),
     }
-    names = pq.read_schema(old / "vectors.rejects.parquet").names
-    assert set(names) >= {"path", "stage", "kind", "reason", "bytes", "mtime_ns"}
-    in_table = pq.read_table(old / "vectors.rejects.parquet").to_pylist()
-    assert {reject["kind"] for reject in in_table} == {"content"}
 
 
 def test_a_run_is_exported_to_the_same_vectors(old: Path) -> None:
@@ -119,6 +123,7 @@ def test_a_finished_table_is_finished_and_takes_what_is_new(old: Path) -> None:
     events = btpipe("embed", "images", "--model", "exports/old", "--out", "vectors.parquet")
     assert reused(events) >= GOOD  # the new one has the content of another
     assert len(vectors(old / "vectors.parquet")) == GOOD + 1
+    assert_columns(old / "vectors.parquet", old / "vectors.rejects.parquet")
 
 
 def test_a_half_done_job_goes_on_with_the_parts_that_it_has(old: Path) -> None:
@@ -133,6 +138,7 @@ def test_a_half_done_job_goes_on_with_the_parts_that_it_has(old: Path) -> None:
 def test_shares_are_merged_into_the_whole_table(old: Path) -> None:
     btpipe("merge", "share-0.parquet", "share-1.parquet", "--out", "whole.parquet")
     assert_same(old / "vectors.parquet", old / "whole.parquet")
+    assert_columns(old / "whole.parquet", old / "whole.rejects.parquet")
 
 
 def test_a_stopped_run_goes_on_where_it_was(old: Path) -> None:
