@@ -35,6 +35,7 @@ from btpipe.embed.messages import (
     WorkerConfig,
 )
 from btpipe.embed.worker_pool import WorkerPool
+from btpipe.embed.worker_process import start_with_signals_held
 from btpipe.errors import BtpipeError, MachineError, UsageError
 from btpipe.events import Event, Report
 
@@ -106,11 +107,7 @@ class RayPool:
         """Joins or starts the cluster, if that was not done yet; it takes seconds."""
         if self._process.pid is not None:
             return
-        signal.pthread_sigmask(signal.SIG_BLOCK, runtime.StopSignals.SIGNALS)
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, runtime.StopSignals.SIGNALS)
+        start_with_signals_held(self._process)
         self._theirs.close()
 
     def work(

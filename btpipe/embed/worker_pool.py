@@ -29,7 +29,7 @@ from btpipe.embed.messages import (
     TaskRequest,
     WorkerConfig,
 )
-from btpipe.embed.worker_process import serve
+from btpipe.embed.worker_process import serve, start_with_signals_held
 from btpipe.errors import MachineError
 from btpipe.events import Rejected, Report, Warned
 
@@ -194,9 +194,9 @@ class WorkerPool:
                 files[row] = self._index.read_bytes(row)
         limit, stop = self._limit_seconds, self._is_stopped
         try:
-            guilty = culprits.find(files, config, limit_seconds=limit, should_stop=stop)
+            crashes = culprits.find(files, config, limit_seconds=limit, should_stop=stop)
             self._rejected_rows |= {
-                row: self._index.reject(row, "decode", error) for row, error in guilty.items()
+                row: self._index.reject(row, "decode", error) for row, error in crashes.items()
             }
         except MachineError:
             if not self._is_stopped():  # what asks every process to stop ends one that starts
@@ -223,12 +223,7 @@ class _WorkerProcess:
         self._process = _CONTEXT.Process(
             target=serve, args=(theirs, config, memory, os.getpid()), daemon=True
         )
-        # Held back until the process ignores them: a Ctrl-C reaches every process.
-        signal.pthread_sigmask(signal.SIG_BLOCK, runtime.StopSignals.SIGNALS)
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, runtime.StopSignals.SIGNALS)
+        start_with_signals_held(self._process)
         theirs.close()
         self.tasks: dict[int, PartTask] = {}
         self._is_drained, self._is_gone = True, False

@@ -10,12 +10,22 @@ import sys
 import traceback
 from ctypes import Array
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 from btpipe import runtime
 from btpipe.embed.messages import Failed, InFlight, WorkerConfig
 from btpipe.errors import BtpipeError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def start_with_signals_held(process: SpawnProcess) -> None:
+    """Starts it with the stop signals blocked, until it decides: a Ctrl-C reaches every process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, runtime.StopSignals.SIGNALS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, runtime.StopSignals.SIGNALS)
 
 
 def serve(
