@@ -83,7 +83,7 @@ class Index:
         except OSError as error:
             raise rejects.unreadable(error) from error
         if not content:
-            raise BadInputError("empty file")
+            raise rejects.UnreadableError("empty file")
         return content, mtime_ns
 
     def with_rejects(
@@ -96,9 +96,12 @@ class Index:
         ]
 
     def reject(self, row: int, stage: str, error: BadInputError) -> Rejected:
-        """The row as an input that is not used; damaged content is named by its size and time."""
+        """The row as an input that is not used.
+
+        With size and time where it is this very content that is bad: it is not tried again.
+        """
         path, *stamp = (self.table[n][row].as_py() for n in ("path", "bytes", "mtime_ns"))
-        if error.kind != "content":  # the file may be as it was when it is there again
+        if isinstance(error, rejects.UnreadableError):
             stamp = []
         return Rejected(path, stage, error.kind, error.reason, *stamp)
 

@@ -30,14 +30,18 @@ class BadInputError(Exception):
         return self.reason
 
 
-def unreadable(error: OSError) -> BadInputError:
+class UnreadableError(BadInputError):
+    """The content could not be had as it was listed: it may be there another time."""
+
+
+def unreadable(error: OSError) -> UnreadableError:
     """Why a file cannot be read: it is gone, it is no file, or the machine failed."""
     kind: Kind = "machine"
     if isinstance(error, FileNotFoundError) or error.errno in _GONE:
         kind = "gone"
     elif error.errno in _CONTENT and not isinstance(error, TimeoutError | ConnectionError):
         kind = "content"
-    return BadInputError(f"cannot be read: {error.strerror or error}", kind)
+    return UnreadableError(f"cannot be read: {error.strerror or error}", kind)
 
 
 def below(rejected: Rejected, prefix: str) -> Rejected:

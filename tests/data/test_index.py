@@ -210,3 +210,21 @@ def test_a_pipe_that_takes_a_files_place_is_an_error_and_no_wait(tmp_path: Path)
     os.mkfifo(image)
     with pytest.raises(BadInputError, match="not a regular file"):
         made.read_bytes(0)
+
+
+def test_a_reject_names_its_content_only_where_that_was_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "1.jpg")
+    images, _ = index.build(tmp_path)
+    status = path.stat()
+    damaged = images.reject(0, "decode", BadInputError("damaged"))
+    assert (damaged.bytes, damaged.mtime_ns) == (status.st_size, status.st_mtime_ns)
+    path.write_bytes(b"")
+    with pytest.raises(BadInputError, match="empty file") as emptied:
+        images.read_bytes(0)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(BadInputError, match="cannot be read") as replaced:
+        images.read_bytes(0)
+    for caught in (emptied, replaced):
+        reject = images.reject(0, "decode", caught.value)
+        assert (reject.kind, reject.bytes, reject.mtime_ns) == ("content", -1, -1)

@@ -173,7 +173,7 @@ def _look_at(
             return ImageRow(name, size, mtime_ns, before[1])
         return ImageRow(name, size, mtime_ns, _header(place, name))
     except OSError as error:
-        bad = unreadable(error)
+        bad: BadInputError = unreadable(error)
         is_told = is_asked_for or header.has_image_name(name)
     except BadInputError as error:
         bad = error
