@@ -94,8 +94,10 @@ def test_files_that_kill_or_hang_a_decoder_are_rejected_by_name_and_no_other(
     }
     good = pq.read_table(whole / "v.parquet").to_pylist()
     assert pq.read_table(out).to_pylist() == [row for row in good if row["path"] not in deeds]
-    # Two of them that are in a worker's hands together are found together.
-    assert 0 < sum(isinstance(event, Warned) for event in events) <= len(deeds)
+    # Two of them that are in a worker's hands together are found together; another worker may
+    # be lost only for the time limit, where the machine stands still for as long.
+    lost = [str(event) for event in events if isinstance(event, Warned)]
+    assert 0 < len([text for text in lost if "SIG" in text]) <= 2
     assert time.monotonic() - started < 60
 
 
