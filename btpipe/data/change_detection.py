@@ -164,7 +164,7 @@ def _chunks(names: Sequence[bytes]) -> list[Sequence[bytes]]:
 
 def _sizes(source: Source, names: Sequence[bytes]) -> list[int]:
     """Sizes in bytes; -1 for a file that cannot be looked at any more."""
-    return [_size(folder.file_place(source, os.fsdecode(name))) for name in names]
+    return [_size(folder.file_location(source, os.fsdecode(name))) for name in names]
 
 
 def _size(place: str) -> int:

@@ -63,7 +63,7 @@ class Index:
             return Path(origin.place)
         exact = self.table["path_bytes"][row].as_py()
         path = os.fsdecode(exact) if exact else self.table["path"][row].as_py()
-        return Path(folder.file_place(origin, path.removeprefix(origin.prefix)))
+        return Path(folder.file_location(origin, path.removeprefix(origin.prefix)))
 
     def read_bytes(self, row: int) -> bytes:
         """The image file's content; raises as `read`."""
@@ -215,7 +215,7 @@ def build(
             parts.append(_moved(indexes[place], rejects.path_beside(Path(place)), root))
         else:
             origin, name = inputs.describe(place, root), place.rpartition("/")[2]
-            part = collecting.collect(origin, name, meter.tell, known, list_only=depth == "list")
+            part = collecting.collect(origin, name, meter.update, known, list_only=depth == "list")
             parts.append(part)
         meter.close(len(parts[-1][0]) + len(parts[-1][2]))
     table, sources, refused = collecting.merge(parts)

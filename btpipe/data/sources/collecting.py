@@ -22,51 +22,51 @@ Part = tuple[pa.Table, tuple[Source, ...], list[Rejected]]
 def collect(
     source: Source,
     name: str,
-    tell: Callable[[int, int], None],
-    known: Recall = folder.NOTHING,
+    on_progress: Callable[[int, int], None],
+    previous: Recall = folder.NOTHING,
     *,
     list_only: bool = False,
 ) -> Part:
     """The images of a source; `name` is the file's own among named files.
 
-    `known`: files and containers that are as they were stay closed.
+    `previous`: files and containers that are as they were stay closed.
     """
-    rows = known.container(source) if source.is_container else None
+    rows = previous.container(source) if source.is_container else None
     if rows is not None:
         return rows, (source,), []
     if source.kind == "folder":
-        found = folder.look(source, tell, known, list_only=list_only)
+        source_rows = folder.look(source, on_progress, previous, list_only=list_only)
     elif source.kind == "list":
-        found = lists.look(source, tell, known, list_only=list_only)
+        source_rows = lists.look(source, on_progress, previous, list_only=list_only)
     elif source.kind == "files":
-        found = folder.look_at(source, [os.fsencode(name)], tell, list_only=list_only)
+        source_rows = folder.look_at(source, [os.fsencode(name)], on_progress, list_only=list_only)
     elif source.kind == "synthetic":
-        found = synthetic.look(source)
+        source_rows = synthetic.look(source)
     else:
-        found = tar.look(source) if source.kind == "tar" else parquet.look(source)
-    return pa.Table.from_batches(found.batches, SCHEMA), (source,), found.rejected
+        source_rows = tar.look(source) if source.kind == "tar" else parquet.look(source)
+    return pa.Table.from_batches(source_rows.batches, SCHEMA), (source,), source_rows.rejected
 
 
 def merge(parts: list[Part]) -> Part:
     """All parts as one, in their order; a file that comes twice is one image."""
     tables, sources = [], list[Source]()
     rejected = [event for part in parts for event in part[2]]
-    for table, own, _ in parts:
+    for table, part_sources, _ in parts:
         numbers = np.array(table["source"], dtype=np.int32)
-        to = np.array([_number(source, sources) for source in own] or [0], dtype=np.int32)
-        place = SCHEMA.get_field_index("source")
-        tables.append(table.set_column(place, SCHEMA.field("source"), pa.array(to[numbers])))
+        to = np.array([_number(source, sources) for source in part_sources] or [0], dtype=np.int32)
+        position = SCHEMA.get_field_index("source")
+        tables.append(table.set_column(position, SCHEMA.field("source"), pa.array(to[numbers])))
     whole = pa.concat_tables(tables)
     if len(parts) > 1:
         whole = _without_doubles(whole)
     return whole.combine_chunks(), tuple(sources), rejected
 
 
-def _number(source: Source, known: list[Source]) -> int:
-    """The place of a source among the known ones, where it is added."""
-    if source not in known[-1:]:  # files of one folder follow each other
-        known.append(source)
-    return len(known) - 1
+def _number(source: Source, sources: list[Source]) -> int:
+    """The position of a source in `sources`, where it is added."""
+    if source not in sources[-1:]:  # files of one folder follow each other
+        sources.append(source)
+    return len(sources) - 1
 
 
 def _without_doubles(table: pa.Table) -> pa.Table:
@@ -81,20 +81,20 @@ def _without_doubles(table: pa.Table) -> pa.Table:
 
 
 class ListingMeter:
-    """Counts the files of all inputs together, and tells once a second."""
+    """Counts the files of all inputs together, with an event once a second."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._started = self._told = time.monotonic()
-        self._before = self.files = 0
+    def __init__(self, on_event: Report) -> None:
+        self._on_event = on_event
+        self._started = self._last_event = time.monotonic()
+        self._finished_files = self.files = 0
 
-    def tell(self, done: int, total: int) -> None:
-        """Hears how far the present input is."""
-        self.files = self._before + done
-        if (now := time.monotonic()) - self._told > _PROGRESS_SECONDS:
-            self._told, rate = now, per_second(self.files, now - self._started)
-            self._report(Progressed("index", self.files, self._before + total, rate, 0.0))
+    def update(self, done: int, total: int) -> None:
+        """The present input is so far."""
+        self.files = self._finished_files + done
+        if (now := time.monotonic()) - self._last_event > _PROGRESS_SECONDS:
+            self._last_event, rate = now, per_second(self.files, now - self._started)
+            self._on_event(Progressed("index", self.files, self._finished_files + total, rate, 0.0))
 
     def close(self, files: int) -> None:
         """An input is done; it had at least so many files."""
-        self._before = self.files = max(self.files, self._before + files)
+        self._finished_files = self.files = max(self.files, self._finished_files + files)

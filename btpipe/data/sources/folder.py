@@ -27,8 +27,8 @@ _LIST_THREADS = 2
 UNREAD = Header(format="", width=0, height=0, orientation=1, mode="")
 """The header of a file that was only listed."""
 NOTHING = Recall()
-Tell = Callable[[int, int], None]
-"""Hears of files done and in all."""
+OnProgress = Callable[[int, int], None]
+"""Called with the files done and the files in all."""
 
 
 def walk(source: Source) -> tuple[list[bytes], list[Rejected]]:
@@ -88,12 +88,12 @@ def _refuse_link(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
 
 
 def look(
-    source: Source, tell: Tell, known: Recall = NOTHING, *, list_only: bool = False
+    source: Source, on_progress: OnProgress, previous: Recall = NOTHING, *, list_only: bool = False
 ) -> SourceRows:
     """The images below a folder or the prefix of a URL; each has its class folder as its label.
 
-    `list_only`: by their names, no file is opened; sizes are then unknown. `known`: files that are
-    as they were stay closed too.
+    `list_only`: by their names, no file is opened; sizes are then unknown. `previous`: files that
+    are as they were stay closed too.
     """
     if storage.is_url(source.place):
         try:
@@ -103,8 +103,10 @@ def look(
             raise UsageError(what, where=source.place) from error
     else:
         names, rejected = walk(source)
-    found = look_at(source, names, tell, known, list_only=list_only)
-    return SourceRows(_with_class_folders(source, found.batches), rejected + found.rejected)
+    source_rows = look_at(source, names, on_progress, previous, list_only=list_only)
+    return SourceRows(
+        _with_class_folders(source, source_rows.batches), rejected + source_rows.rejected
+    )
 
 
 def remote_names(url: str) -> list[bytes]:
@@ -121,8 +123,8 @@ def remote_names(url: str) -> list[bytes]:
 def look_at(
     source: Source,
     names: Sequence[bytes],
-    tell: Tell,
-    known: Recall = NOTHING,
+    on_progress: OnProgress,
+    previous: Recall = NOTHING,
     *,
     list_only: bool = False,
 ) -> SourceRows:
@@ -130,66 +132,69 @@ def look_at(
 
     In a list every file that is no image is refused; in a folder, one that looks like an image.
     """
-    found, done = SourceRows([], []), 0
-    work = functools.partial(_look_at_all, source, known, list_only)
-    rows = known.rows(source, names)
+    source_rows, done = SourceRows([], []), 0
+    work = functools.partial(_look_at_all, source, previous, list_only)
+    rows = previous.rows(source, names)
     starts = range(0, len(names), CHUNK_ROWS)
     chunks = [(names[i : i + CHUNK_ROWS], rows[i : i + CHUNK_ROWS]) for i in starts]
     threads = _LIST_THREADS if list_only else HEADER_THREADS
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for images, rejected in pool.map(work, chunks):
             if images is not None:
-                found.batches.append(images)
-            found.rejected.extend(rejected)
+                source_rows.batches.append(images)
+            source_rows.rejected.extend(rejected)
             done = min(done + CHUNK_ROWS, len(names))
-            tell(done, len(names))
-    return found
+            on_progress(done, len(names))
+    return source_rows
 
 
 def _look_at_all(
-    source: Source, known: Recall, list_only: bool, part: tuple[Sequence[bytes], NDArray[np.int64]]
+    source: Source,
+    previous: Recall,
+    list_only: bool,
+    part: tuple[Sequence[bytes], NDArray[np.int64]],
 ) -> tuple[pa.RecordBatch | None, list[Rejected]]:
     names, rows = part
-    seen = known.seen(rows)
-    looked = [_look_at(source, list_only, name, seen.get(i)) for i, name in enumerate(names)]
-    images = [result for result in looked if isinstance(result, ImageRow)]
-    rejected = [result for result in looked if isinstance(result, Rejected)]
+    headers = previous.headers(rows)
+    results = [_look_at(source, list_only, name, headers.get(i)) for i, name in enumerate(names)]
+    images = [result for result in results if isinstance(result, ImageRow)]
+    rejected = [result for result in results if isinstance(result, Rejected)]
     return (batch(source, images) if images else None), rejected
 
 
 def _look_at(
-    source: Source, list_only: bool, name: bytes, before: tuple[Stamp, Header] | None
+    source: Source, list_only: bool, name: bytes, previous: tuple[Stamp, Header] | None
 ) -> ImageRow | Rejected | None:
     """The row of a file, why it is refused, or None where nothing says that it is an image."""
     is_asked_for = source.kind != "folder"
     if list_only and not is_asked_for and not header.has_image_name(name):
         return None
-    place = file_place(source, os.fsdecode(name))
+    location = file_location(source, os.fsdecode(name))
     try:
-        size, mtime_ns = storage.measure(place)
+        size, mtime_ns = storage.measure(location)
         if list_only:
             return ImageRow(name, size, mtime_ns, UNREAD)
-        if before and before[0] == (size, mtime_ns):
-            return ImageRow(name, size, mtime_ns, before[1])
-        return ImageRow(name, size, mtime_ns, _header(place, name))
+        if previous and previous[0] == (size, mtime_ns):
+            return ImageRow(name, size, mtime_ns, previous[1])
+        return ImageRow(name, size, mtime_ns, _header(location, name))
     except OSError as error:
         bad: BadInputError = unreadable(error)
-        is_told = is_asked_for or header.has_image_name(name)
+        is_reported = is_asked_for or header.has_image_name(name)
     except BadInputError as error:
         bad = error
-        is_told = is_asked_for or header.is_image_or_named(error, name)
-    return reject(source, name, bad.reason, bad.kind) if is_told else None
+        is_reported = is_asked_for or header.is_image_or_named(error, name)
+    return reject(source, name, bad.reason, bad.kind) if is_reported else None
 
 
-def _header(place: str, name: bytes) -> Header:
+def _header(location: str, name: bytes) -> Header:
     def look() -> Header:
-        with storage.open_binary(place) as file:
+        with storage.open_binary(location) as file:
             return header.look(file, name)
 
-    return look() if storage.is_url(place) else retry.read_patiently(look)
+    return look() if storage.is_url(location) else retry.read_patiently(look)
 
 
-def file_place(source: Source, name: str) -> str:
+def file_location(source: Source, name: str) -> str:
     """The file of a name in a folder, a list, or among named files."""
     return storage.join(source.base, name)
 
@@ -205,5 +210,5 @@ def _with_class_folders(source: Source, batches: list[pa.RecordBatch]) -> list[p
     if not pc.all(pc.match_substring(names, "/")).as_py():
         return batches
     first = pc.list_element(pc.split_pattern(names, "/", max_splits=1), 0)
-    place = SCHEMA.get_field_index("label")
-    return list(table.set_column(place, SCHEMA.field("label"), first).to_batches())
+    position = SCHEMA.get_field_index("label")
+    return list(table.set_column(position, SCHEMA.field("label"), first).to_batches())

@@ -31,20 +31,20 @@ def expand(inputs: Sequence[Path | str]) -> list[str]:
     Raises:
         UsageError: a file that is missing, or a pattern without one.
     """
-    named = [place for given in inputs for place in _expand(os.fspath(given))]
-    found = [_of_shards(name) for name in named]
-    if not found:
+    names = [name for item in inputs for name in _expand(os.fspath(item))]
+    locations = [_of_shards(name) for name in names]
+    if not locations:
         raise UsageError("no input named", expected=KINDS)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(locations))
 
 
-def _expand(given: str) -> list[str]:
-    if given == "-" or (not storage.is_url(given) and os.path.lexists(given)):
-        return [os.path.abspath(given)]  # noqa: PTH100 - keeps links as they are, and bytes
-    found: list[str] = []
-    for pattern in _braces(given):
+def _expand(text: str) -> list[str]:
+    if text == "-" or (not storage.is_url(text) and os.path.lexists(text)):
+        return [os.path.abspath(text)]  # noqa: PTH100 - keeps links as they are, and bytes
+    locations: list[str] = []
+    for pattern in _braces(text):
         if not _GLOB & set(pattern):
-            found.append(pattern if storage.is_url(pattern) else _existing(pattern))
+            locations.append(pattern if storage.is_url(pattern) else _existing(pattern))
             continue
         if storage.is_url(pattern):
             system, path = storage.remote(pattern)
@@ -53,20 +53,20 @@ def _expand(given: str) -> list[str]:
             matches = [os.path.abspath(name) for name in glob.glob(pattern)]  # noqa: PTH100, PTH207
         if not matches:
             raise UsageError("nothing matches this pattern", where=pattern, expected=KINDS)
-        found += sorted(matches)
-    return found
+        locations += sorted(matches)
+    return locations
 
 
-def _of_shards(place: str) -> str:
-    """The index of a folder that `btpipe shard` made; any other place as it is.
+def _of_shards(location: str) -> str:
+    """The index of a folder that `btpipe shard` made; any other location as it is.
 
     Raises:
         IntegrityError: a shard is missing or cut.
     """
-    if storage.is_url(place) or not holds_shards(Path(place)):
-        return place
-    artifact.read(Path(place), SHARDS)
-    return os.path.join(place, "index.parquet")  # noqa: PTH118 - bytes survive
+    if storage.is_url(location) or not holds_shards(Path(location)):
+        return location
+    artifact.read(Path(location), SHARDS)
+    return os.path.join(location, "index.parquet")  # noqa: PTH118 - bytes survive
 
 
 def holds_shards(folder: Path) -> bool:
@@ -91,72 +91,74 @@ _FIX = "name a folder that holds images (JPEG, PNG, WebP, TIFF, BMP, PPM, JPEG 2
 
 def _braces(pattern: str) -> list[str]:
     """`a-{00..02}.tar` -> a-00.tar a-01.tar a-02.tar; `{a,b}.tar` -> a.tar b.tar."""
-    found = _BRACES.search(pattern)
-    if found is None:
+    match = _BRACES.search(pattern)
+    if match is None:
         return [pattern]
-    if numbers := _RANGE.fullmatch(found[1]):
+    if numbers := _RANGE.fullmatch(match[1]):
         first, last = int(numbers[1]), int(numbers[2])
         step = 1 if last >= first else -1
         words = [str(n).zfill(len(numbers[1])) for n in range(first, last + step, step)]
-    elif "," in found[1]:
-        words = found[1].split(",")
+    elif "," in match[1]:
+        words = match[1].split(",")
     else:
-        words = [found[0]]  # stands for itself
-    before, rests = pattern[: found.start()], _braces(pattern[found.end() :])
+        words = [match[0]]  # stands for itself
+    before, rests = pattern[: match.start()], _braces(pattern[match.end() :])
     return [before + word + rest for word, rest in itertools.product(words, rests)]
 
 
-def is_index(place: str) -> bool:
+def is_index(location: str) -> bool:
     """Whether a file is an index of btpipe's own."""
-    is_file = not storage.is_url(place) and Path(place).is_file()
-    if not is_file or _kind_by_name(place) != "parquet":
+    is_file = not storage.is_url(location) and Path(location).is_file()
+    if not is_file or _kind_by_name(location) != "parquet":
         return False
-    return {b"root", b"format_version"} <= (parquet.schema(place).metadata or {}).keys()
+    return {b"root", b"format_version"} <= (parquet.schema(location).metadata or {}).keys()
 
 
-def root_of(found: Sequence[str], roots: Mapping[str, Path]) -> Path:
+def root_of(locations: Sequence[str], roots: Mapping[str, Path]) -> Path:
     """The folder that holds all inputs; the working folder where all are URLs.
 
     `roots` are those of the indexes among them.
     """
     local = [
-        os.fspath(roots.get(place, _base(place))) for place in found if not storage.is_url(place)
+        os.fspath(roots.get(location, _base(location)))
+        for location in locations
+        if not storage.is_url(location)
     ]
     return Path(os.path.commonpath(local)) if local else Path.cwd()
 
 
-def _base(place: str) -> str:
+def _base(location: str) -> str:
     """The folder of an input that is a file, or the folder itself."""
-    is_folder = _is_folder(place)
-    return place if is_folder else place.rpartition("/")[0] or "/"
+    is_folder = _is_folder(location)
+    return location if is_folder else location.rpartition("/")[0] or "/"
 
 
-def _is_folder(place: str) -> bool:
-    return not storage.is_url(place) and Path(place).is_dir()
+def _is_folder(location: str) -> bool:
+    return not storage.is_url(location) and Path(location).is_dir()
 
 
-def relative(place: str, root: Path) -> str:
-    """A place as people see it: below `root`, or a URL as it is; "" for `root` itself."""
-    if storage.is_url(place):
-        return place
-    path = os.path.relpath(place, root)
+def relative(location: str, root: Path) -> str:
+    """A location as people see it: below `root`, or a URL as it is; "" for `root` itself."""
+    if storage.is_url(location):
+        return location
+    path = os.path.relpath(location, root)
     return "" if path == "." else path
 
 
-def describe(place: str, root: Path) -> Source:
-    """The source that a place is, unless it is an index.
+def describe(location: str, root: Path) -> Source:
+    """The source that a location is, unless it is an index.
 
     Raises:
         UsageError: none of `KINDS`.
     """
-    if storage.is_synthetic(place):
-        return synthetic.describe(place)
-    if storage.is_url(place):
-        return _describe_url(place)
-    if _is_folder(place):
-        name = relative(place, root)
-        return Source("folder", place, prefix=f"{name}/" if name else "")
-    return _describe_file(place, relative(place, root))
+    if storage.is_synthetic(location):
+        return synthetic.describe(location)
+    if storage.is_url(location):
+        return _describe_url(location)
+    if _is_folder(location):
+        name = relative(location, root)
+        return Source("folder", location, prefix=f"{name}/" if name else "")
+    return _describe_file(location, relative(location, root))
 
 
 def _describe_url(url: str) -> Source:
@@ -177,33 +179,33 @@ def _describe_url(url: str) -> Source:
     return _files(url, url)
 
 
-def _describe_file(place: str, name: str) -> Source:
+def _describe_file(location: str, name: str) -> Source:
     """A file's source; its size and time are kept where it is a container or a list."""
-    if storage.is_standard_input(place):
-        return Source("list", place, name.removesuffix("-"))
-    kind = _kind_by_name(place)
+    if storage.is_standard_input(location):
+        return Source("list", location, name.removesuffix("-"))
+    kind = _kind_by_name(location)
     try:
-        size, mtime_ns = storage.measure(place)
+        size, mtime_ns = storage.measure(location)
     except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", where=place) from error
+        raise UsageError(f"cannot be read: {error.strerror}", where=location) from error
     if kind == "tar":
-        return Source("tar", place, f"{name}::", size, mtime_ns)
+        return Source("tar", location, f"{name}::", size, mtime_ns)
     folder = name[: name.rfind("/") + 1]
     if kind == "list":
-        return Source("list", place, folder, size, mtime_ns)
+        return Source("list", location, folder, size, mtime_ns)
     if kind == "parquet":
-        schema = parquet.schema(place)
+        schema = parquet.schema(location)
         if column := parquet.image_column(schema):
-            return Source("parquet", place, f"{name}#", size, mtime_ns, column)
+            return Source("parquet", location, f"{name}#", size, mtime_ns, column)
         if lists.has_paths(schema):
-            return Source("list", place, folder, size, mtime_ns)
+            return Source("list", location, folder, size, mtime_ns)
         what = f"columns {', '.join(schema.names)}: neither images nor a column `path`"
-        raise UsageError(what, where=place, expected=KINDS)
-    return _files(place, name)
+        raise UsageError(what, where=location, expected=KINDS)
+    return _files(location, name)
 
 
-def _kind_by_name(place: str) -> Kind | None:
-    lower = place.lower()
+def _kind_by_name(location: str) -> Kind | None:
+    lower = location.lower()
     if lower.endswith((".tar", *tar.COMPRESSED)):
         return "tar"
     if lower.endswith((".txt", ".csv")):
@@ -211,14 +213,14 @@ def _kind_by_name(place: str) -> Kind | None:
     return "parquet" if lower.endswith(".parquet") else None
 
 
-def _files(place: str, name: str) -> Source:
+def _files(location: str, name: str) -> Source:
     """A file that is named itself: an image, or a mistake."""
     try:
-        with storage.open_binary(place) as file:
-            header.look(file, os.fsencode(place))
+        with storage.open_binary(location) as file:
+            header.look(file, os.fsencode(location))
     except BadInputError as error:
-        if not header.is_image_or_named(error, os.fsencode(place)):
+        if not header.is_image_or_named(error, os.fsencode(location)):
             what = "not an image, and no input that btpipe knows"
-            raise UsageError(what, where=place, expected=KINDS) from error
-    folder, shown = place.rpartition("/")[0] or "/", name[: name.rfind("/") + 1]
+            raise UsageError(what, where=location, expected=KINDS) from error
+    folder, shown = location.rpartition("/")[0] or "/", name[: name.rfind("/") + 1]
     return Source("files", folder, shown)

@@ -17,7 +17,7 @@ from btpipe.data.sources.source import Source
 
 Stamp = tuple[int, int]
 """Bytes and mtime_ns."""
-Seen = dict[int, tuple[Stamp, Header]]
+StampedHeaders = dict[int, tuple[Stamp, Header]]
 """Position among some names to the stamp and the header that the file had."""
 
 
@@ -44,30 +44,30 @@ class Recall:
 
     def rows(self, source: Source, names: Sequence[bytes]) -> NDArray[np.int64]:
         """For each name in a folder or list the row that it had, or -1: (n,)."""
-        place = (source.base, source.prefix)
+        key = (source.base, source.prefix)
         same = [
             number
-            for number, known in enumerate(self.sources)
-            if not known.is_container and (known.base, known.prefix) == place
+            for number, previous in enumerate(self.sources)
+            if not previous.is_container and (previous.base, previous.prefix) == key
         ]
         at = np.flatnonzero(np.isin(self._numbers, same))
         if not len(at) or not names:
             return np.full(len(names), -1, np.int64)
         table = self.table.select(["path", "path_bytes"]).take(pa.array(at))
-        known = pc.coalesce(table["path_bytes"], table["path"].cast(pa.binary()))
-        asked = pa.array([path_of(source, name) for name in names], pa.binary())
-        found = pc.index_in(asked, value_set=known.combine_chunks())
-        return np.append(at, -1)[np.array(pc.fill_null(found, len(at)), dtype=np.int64)]
+        paths = pc.coalesce(table["path_bytes"], table["path"].cast(pa.binary()))
+        requested = pa.array([path_of(source, name) for name in names], pa.binary())
+        matches = pc.index_in(requested, value_set=paths.combine_chunks())
+        return np.append(at, -1)[np.array(pc.fill_null(matches, len(at)), dtype=np.int64)]
 
-    def seen(self, rows: NDArray[np.int64]) -> Seen:
+    def headers(self, rows: NDArray[np.int64]) -> StampedHeaders:
         """Stamp and header of these rows by their position; without those that were only listed."""
         at = np.flatnonzero(rows >= 0)
         names = ("bytes", "mtime_ns", "format", "width", "height", "orientation", "mode")
         table = self.table.select(names).take(pa.array(rows[at]))
         columns = zip(*(table[name].to_pylist() for name in names), strict=True)
         return {
-            place: ((size, mtime_ns), Header(*header))
-            for place, (size, mtime_ns, *header) in zip(at.tolist(), columns, strict=True)
+            position: ((size, mtime_ns), Header(*header))
+            for position, (size, mtime_ns, *header) in zip(at.tolist(), columns, strict=True)
             if header[1] > 0 and header[-1] is not None
         }
 
@@ -88,8 +88,10 @@ class Recall:
         prefix = readable(os.fsencode(source.prefix))
         whole = prefix.removesuffix("::").removesuffix("#")
         for path in (whole, prefix):
-            place = bisect.bisect_left(self._rejected, path)
-            found = self._rejected[place : place + 1]
-            if found and (found[0] == path or (path == prefix and found[0].startswith(prefix))):
+            position = bisect.bisect_left(self._rejected, path)
+            candidates = self._rejected[position : position + 1]
+            if candidates and (
+                candidates[0] == path or (path == prefix and candidates[0].startswith(prefix))
+            ):
                 return True
         return False

@@ -23,7 +23,11 @@ Entries = tuple[list[bytes], list[str | None]]
 
 
 def look(
-    source: Source, tell: folder.Tell, known: Recall = folder.NOTHING, *, list_only: bool = False
+    source: Source,
+    on_progress: folder.OnProgress,
+    previous: Recall = folder.NOTHING,
+    *,
+    list_only: bool = False,
 ) -> SourceRows:
     """The images that a list names, in its order; each other entry is a reject with a reason.
 
@@ -41,17 +45,21 @@ def look(
     first: dict[bytes, str | None] = {}
     for name, label in zip(names, labels, strict=True):
         first.setdefault(name, label)  # a file that is listed twice is one image
-    found = folder.look_at(source, list(first), tell, known, list_only=list_only)
+    source_rows = folder.look_at(source, list(first), on_progress, previous, list_only=list_only)
     is_labelled = any(label is not None for label in first.values())
-    return _labelled(source, found, first) if is_labelled and found.batches else found
+    return (
+        _labelled(source, source_rows, first)
+        if is_labelled and source_rows.batches
+        else source_rows
+    )
 
 
-def _read(place: str, content: bytes) -> Entries:
-    kind = place.lower().rpartition(".")[2]
+def _read(location: str, content: bytes) -> Entries:
+    kind = location.lower().rpartition(".")[2]
     if kind == "csv":
-        return _read_csv(place, content)
+        return _read_csv(location, content)
     if kind == "parquet":
-        return _read_parquet(place, content)
+        return _read_parquet(location, content)
     if b"\0" in content:  # as `find -print0` writes: names may hold newlines
         lines = content.split(b"\0")
     else:
@@ -60,32 +68,32 @@ def _read(place: str, content: bytes) -> Entries:
     return names, [None] * len(names)
 
 
-def _read_csv(place: str, content: bytes) -> Entries:
+def _read_csv(location: str, content: bytes) -> Entries:
     text = content.decode("utf-8-sig", "surrogateescape")
     reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         if "path" not in (reader.fieldnames or ()):
-            raise _no_paths(place, list(reader.fieldnames or ()))
+            raise _no_paths(location, list(reader.fieldnames or ()))
         rows = [row for row in reader if row["path"]]
     except csv.Error as error:
-        raise UsageError(f"not a readable .csv ({error})", where=place) from error
+        raise UsageError(f"not a readable .csv ({error})", where=location) from error
     names = [row["path"].encode("utf-8", "surrogateescape") for row in rows]
     return names, [row.get("label") or None for row in rows]
 
 
-def _read_parquet(place: str, content: bytes) -> Entries:
+def _read_parquet(location: str, content: bytes) -> Entries:
     file = pq.ParquetFile(io.BytesIO(content))
-    columns = file.schema_arrow.names
-    if not has_paths(file.schema_arrow):
-        raise _no_paths(place, columns)
-    wanted = [name for name in ("path", "path_bytes", "label") if name in columns]
-    table = file.read(columns=wanted)
-    exact = table["path_bytes"].to_pylist() if "path_bytes" in wanted else [None] * len(table)
+    schema = file.schema_arrow
+    if not has_paths(schema):
+        raise _no_paths(location, schema.names)
+    columns = [name for name in ("path", "path_bytes", "label") if name in schema.names]
+    table = file.read(columns=columns)
+    exact = table["path_bytes"].to_pylist() if "path_bytes" in columns else [None] * len(table)
     names = [
         raw if isinstance(raw, bytes) else (path or "").encode()
         for path, raw in zip(table["path"].to_pylist(), exact, strict=True)
     ]
-    labels = table["label"].to_pylist() if "label" in wanted else [None] * len(table)
+    labels = table["label"].to_pylist() if "label" in columns else [None] * len(table)
     return names, [None if label is None else str(label) for label in labels]
 
 
@@ -97,18 +105,22 @@ def has_paths(schema: pa.Schema) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _no_paths(place: str, columns: list[str]) -> UsageError:
-    found = ", ".join(columns) or "nothing"
-    return UsageError(f"no column `path` (there is: {found})", where=place, expected="a file list")
+def _no_paths(location: str, columns: list[str]) -> UsageError:
+    names = ", ".join(columns) or "nothing"
+    return UsageError(
+        f"no column `path` (there is: {names})", where=location, expected="a file list"
+    )
 
 
-def _labelled(source: Source, found: SourceRows, labels: dict[bytes, str | None]) -> SourceRows:
+def _labelled(
+    source: Source, source_rows: SourceRows, labels: dict[bytes, str | None]
+) -> SourceRows:
     prefix = os.fsencode(source.prefix)
-    table = pa.Table.from_batches(found.batches, SCHEMA)
+    table = pa.Table.from_batches(source_rows.batches, SCHEMA)
     paths = zip(table["path"].to_pylist(), table["path_bytes"].to_pylist(), strict=True)
     exact = [raw or path.encode() for path, raw in paths]
     # An absolute name carries no prefix.
     column = [labels.get(path, labels.get(path.removeprefix(prefix))) for path in exact]
-    place = SCHEMA.get_field_index("label")
-    made = table.set_column(place, SCHEMA.field("label"), pa.array(column, pa.string()))
-    return SourceRows(made.to_batches(), found.rejected)
+    position = SCHEMA.get_field_index("label")
+    table = table.set_column(position, SCHEMA.field("label"), pa.array(column, pa.string()))
+    return SourceRows(table.to_batches(), source_rows.rejected)

@@ -44,8 +44,8 @@ def image_column(schema: pa.Schema) -> str:
 
 
 def _holds_bytes(struct: pa.StructType) -> bool:
-    place = struct.get_field_index("bytes")
-    return place >= 0 and _is_binary(struct.field(place).type)
+    position = struct.get_field_index("bytes")
+    return position >= 0 and _is_binary(struct.field(position).type)
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -54,23 +54,23 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def look(source: Source) -> SourceRows:
     """The images of a parquet file, and the rows that cannot be used."""
-    found, rows = SourceRows([], []), list[ImageRow]()
+    source_rows, rows = SourceRows([], []), list[ImageRow]()
     try:
-        for looked in _rows(source):
-            if isinstance(looked, Rejected):
-                found.rejected.append(looked)
+        for result in _rows(source):
+            if isinstance(result, Rejected):
+                source_rows.rejected.append(result)
                 continue
-            rows.append(looked)
+            rows.append(result)
             if len(rows) == CHUNK_ROWS:
-                found.batches.append(batch(source, rows))
+                source_rows.batches.append(batch(source, rows))
                 rows = []
     except (OSError, pa.ArrowException) as error:
         kind = unreadable(error).kind if isinstance(error, OSError) else "content"
         reason = f"damaged parquet, or it cannot be read: {str(error).splitlines()[0]}"
-        found.rejected.append(reject_whole(source, reason, kind))
+        source_rows.rejected.append(reject_whole(source, reason, kind))
     if rows:
-        found.batches.append(batch(source, rows))
-    return found
+        source_rows.batches.append(batch(source, rows))
+    return source_rows
 
 
 def _rows(source: Source) -> Iterator[ImageRow | Rejected]:
@@ -99,17 +99,17 @@ def _row(source: Source, number: int, image: pa.Scalar, label: str | None) -> Im
     if buffer is None:
         return reject(source, name, "no image bytes in this row")
     try:
-        found = header.look(io.BytesIO(buffer), name)
+        image_header = header.look(io.BytesIO(buffer), name)
     except BadInputError as error:
         return reject(source, name, error.reason, error.kind)
-    return ImageRow(name, buffer.size, source.mtime_ns, found, number, label)
+    return ImageRow(name, buffer.size, source.mtime_ns, image_header, number, label)
 
 
 def _images(file: pq.ParquetFile, group: int, column: str) -> pa.ChunkedArray:
     """A row group's image files."""
     is_struct = pa.types.is_struct(file.schema_arrow.field(column).type)
-    wanted = f"{column}.bytes" if is_struct else column
-    values = file.read_row_group(group, columns=[wanted], use_threads=False)[column]
+    column_path = f"{column}.bytes" if is_struct else column
+    values = file.read_row_group(group, columns=[column_path], use_threads=False)[column]
     if not is_struct:
         return values
     parts = [chunk.flatten()[0] for chunk in values.chunks]  # a null struct has null bytes
@@ -142,8 +142,8 @@ def _label(value: int | str | None, names: list[str]) -> str | None:
 def _class_names(schema: pa.Schema) -> list[str]:
     """The names behind integer labels, where Hugging Face's metadata tells them."""
     try:
-        told = json.loads((schema.metadata or {})[b"huggingface"])
-        names = told["info"]["features"]["label"]["names"]
+        metadata = json.loads((schema.metadata or {})[b"huggingface"])
+        names = metadata["info"]["features"]["label"]["names"]
     except (KeyError, TypeError, ValueError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
@@ -179,23 +179,23 @@ class RowGroups:
             raise OSError(errno.EINVAL, "no image bytes in this row")
         return bytes(content)
 
-    def _metadata(self, place: str) -> tuple[pq.FileMetaData, NDArray[np.int64]]:
+    def _metadata(self, location: str) -> tuple[pq.FileMetaData, NDArray[np.int64]]:
         """A file's metadata, and the first row of each row group."""
-        found = self._files.get(place)
-        if found is None:
-            with storage.open_binary(place) as file:
+        entry = self._files.get(location)
+        if entry is None:
+            with storage.open_binary(location) as file:
                 metadata = pq.read_metadata(file)
             sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-            found = self._files[place] = metadata, np.cumsum([0, *sizes], dtype=np.int64)
-        return found
+            entry = self._files[location] = metadata, np.cumsum([0, *sizes], dtype=np.int64)
+        return entry
 
     def _group(self, source: Source, group: int, metadata: pq.FileMetaData) -> pa.ChunkedArray:
         key = (source.place, group)
         with self._lock:
-            loaded = self._groups.get(key)
-            is_mine = loaded is None
-            if loaded is None:
-                loaded = self._groups[key] = Future()
+            future = self._groups.get(key)
+            is_mine = future is None
+            if future is None:
+                future = self._groups[key] = Future()
             self._groups.move_to_end(key)
         if is_mine:
             try:
@@ -203,11 +203,11 @@ class RowGroups:
             except BaseException as error:
                 with self._lock:
                     self._groups.pop(key, None)
-                loaded.set_exception(error)
+                future.set_exception(error)
                 raise
-            loaded.set_result(images)
+            future.set_result(images)
             self._make_room(images.nbytes)
-        return loaded.result()
+        return future.result()
 
     def _load(self, source: Source, group: int, metadata: pq.FileMetaData) -> pa.ChunkedArray:
         with (
@@ -229,15 +229,15 @@ class RowGroups:
                     del self._groups[key]
 
 
-def schema(place: str) -> pa.Schema:
+def schema(location: str) -> pa.Schema:
     """The columns of a parquet file.
 
     Raises:
         UsageError: it cannot be read as one.
     """
     try:
-        with storage.open_binary(place) as file:
+        with storage.open_binary(location) as file:
             return pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
         what = f"not a readable parquet file ({str(error).splitlines()[0]})"
-        raise UsageError(what, where=place) from error
+        raise UsageError(what, where=location) from error

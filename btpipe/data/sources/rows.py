@@ -42,7 +42,7 @@ class ImageRow:
     name: bytes
     file_bytes: int
     mtime_ns: int
-    found: Header
+    header: Header
     offset: int | None = None
     label: str | None = None
 
@@ -98,11 +98,11 @@ def batch(source: Source, rows: Sequence[ImageRow]) -> pa.RecordBatch:
         "offset": [row.offset for row in rows],
         "bytes": [row.file_bytes for row in rows],
         "mtime_ns": [row.mtime_ns for row in rows],
-        "width": [row.found.width for row in rows],
-        "height": [row.found.height for row in rows],
-        "orientation": [row.found.orientation for row in rows],
-        "format": [row.found.format for row in rows],
-        "mode": [row.found.mode for row in rows],
+        "width": [row.header.width for row in rows],
+        "height": [row.header.height for row in rows],
+        "orientation": [row.header.orientation for row in rows],
+        "format": [row.header.format for row in rows],
+        "mode": [row.header.mode for row in rows],
         "digest": [None] * len(rows),
         "label": [row.label for row in rows],
     }

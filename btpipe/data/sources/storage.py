@@ -39,9 +39,9 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None or is_synthetic(text)
 
 
-def is_standard_input(place: str) -> bool:
-    """Whether a place is the list on standard input: `-` in the folder that its names are from."""
-    return place.rpartition("/")[2] == "-" and not os.path.lexists(place)
+def is_standard_input(location: str) -> bool:
+    """Whether it is the list on standard input: `-` in the folder that its names are from."""
+    return location.rpartition("/")[2] == "-" and not os.path.lexists(location)
 
 
 def is_synthetic(text: str) -> bool:
@@ -75,7 +75,7 @@ def join(base: str, name: str) -> str:
     return name if name.startswith("/") else f"{base.rstrip('/')}/{name}"
 
 
-def measure(place: str) -> tuple[int, int]:
+def measure(location: str) -> tuple[int, int]:
     """(bytes, mtime_ns) of a regular file.
 
     Of a URL the second is when it was changed, or a number made of its ETag, or 0: whatever its
@@ -84,10 +84,10 @@ def measure(place: str) -> tuple[int, int]:
     Raises:
         OSError: there is none, or it is a pipe, a device or a folder.
     """
-    if is_url(place):
-        info = retry.read_patiently(lambda: _info(place))
+    if is_url(location):
+        info = retry.read_patiently(lambda: _info(location))
         return cast(int, info.get("size") or 0), _changed_ns(info)
-    status = os.stat(place)  # noqa: PTH116 - a million of them: half the time of a Path
+    status = os.stat(location)  # noqa: PTH116 - a million of them: half the time of a Path
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file")
     return status.st_size, status.st_mtime_ns
@@ -131,25 +131,25 @@ def names_below(url: str) -> list[str]:
     system, path = remote(url)
     base = system.unstrip_protocol(path).rstrip("/") + "/"
     try:
-        found = system.find(path, detail=False)
+        paths = system.find(path, detail=False)
     except Exception as error:  # every driver has its own errors
         raise _as_os_error(error) from error
-    files = [system.unstrip_protocol(name) for name in found]
+    files = [system.unstrip_protocol(name) for name in paths]
     return [file.removeprefix(base) for file in files if file.startswith(base)]
 
 
-def open_binary(place: str) -> BinaryIO:
+def open_binary(location: str) -> BinaryIO:
     """The file, open for reading with seeks; never waits on a pipe.
 
     Raises:
         OSError: it cannot be read.
     """
-    if not is_url(place):
-        return open(place, "rb", opener=_open_now)
-    size, _ = measure(place)
+    if not is_url(location):
+        return open(location, "rb", opener=_open_now)
+    size, _ = measure(location)
     if size <= _WHOLE_BYTES:
-        return io.BytesIO(retry.read_patiently(lambda: read_url(place)))
-    return io.BufferedReader(_Parts(place, size), _PART_BYTES)
+        return io.BytesIO(retry.read_patiently(lambda: read_url(location)))
+    return io.BufferedReader(_Parts(location, size), _PART_BYTES)
 
 
 class _Parts(io.RawIOBase):
@@ -183,13 +183,13 @@ def _open_now(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def read(place: str) -> bytes:
+def read(location: str) -> bytes:
     """The whole content of a regular file or a URL.
 
     Raises:
         OSError: vanished, not permitted, no longer a regular file.
     """
-    return read_url(place) if is_url(place) else read_file(place)[0]
+    return read_url(location) if is_url(location) else read_file(location)[0]
 
 
 def read_url(url: str) -> bytes:
@@ -201,9 +201,9 @@ def read_url(url: str) -> bytes:
         raise _as_os_error(error) from error
 
 
-def read_file(place: str) -> tuple[bytes, int]:
+def read_file(location: str) -> tuple[bytes, int]:
     """The content of a regular file, and the mtime_ns that it had before; raises as `read`."""
-    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(location, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -233,9 +233,9 @@ def read_url_range(url: str, offset: int, count: int) -> bytes:
     return _require_whole(content, count)
 
 
-def read_file_range(place: str, offset: int, count: int) -> bytes:
+def read_file_range(location: str, offset: int, count: int) -> bytes:
     """`count` bytes of a regular file from `offset` on; raises as `read_url_range`."""
-    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(location, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")

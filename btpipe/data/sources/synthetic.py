@@ -26,16 +26,16 @@ _FALL = 0.62
 """Amplitude of an octave over that of the next coarser one: 32 kB at 400 x 533, as photographs."""
 
 
-def describe(place: str) -> Source:
+def describe(name: str) -> Source:
     """The source that `synthetic:COUNTxSIZE` names; SIZE is the shorter side in pixels.
 
     Raises:
         UsageError: not two numbers.
     """
-    if not re.fullmatch(r"synthetic:[1-9]\d{0,8}x[1-9]\d{0,3}", place):
+    if not re.fullmatch(r"synthetic:[1-9]\d{0,8}x[1-9]\d{0,3}", name):
         expected = "synthetic:COUNTxSIZE, such as synthetic:10000x400"
-        raise UsageError("names no synthetic images", where=place, expected=expected)
-    return Source("synthetic", place, f"{place}::")
+        raise UsageError("names no synthetic images", where=name, expected=expected)
+    return Source("synthetic", name, f"{name}::")
 
 
 def look(source: Source) -> SourceRows:

@@ -55,9 +55,9 @@ class _Member(tarfile.TarInfo):
         file = tarfile.fileobj
         assert file is not None
         start = file.tell()
-        found = cls.frombuf(file.read(512), tarfile.encoding or "utf-8", "surrogateescape")
-        if found.type in _EXTENDED and not 0 <= found.size <= _MOST_NAME_BYTES:
-            raise ValueError(f"a name of {found.size} bytes")
+        member = cls.frombuf(file.read(512), tarfile.encoding or "utf-8", "surrogateescape")
+        if member.type in _EXTENDED and not 0 <= member.size <= _MOST_NAME_BYTES:
+            raise ValueError(f"a name of {member.size} bytes")
         file.seek(start)
         return super().fromtarfile(tarfile)
 
@@ -103,13 +103,13 @@ def look(source: Source) -> SourceRows:
 
 def _look(source: Source, file: BinaryIO) -> SourceRows:
     rows: list[ImageRow] = []
-    found = SourceRows([], [])
+    source_rows = SourceRows([], [])
     labels: dict[bytes, str] = {}
     names: list[bytes] = []
     seen: set[bytes] = set()
     for member in _members(source, file):
         if isinstance(member, Rejected):
-            found.rejected.append(member)
+            source_rows.rejected.append(member)
             continue
         name = member.name.encode("utf-8", "surrogateescape")
         if _is_hidden(name) or member.isdir():
@@ -120,32 +120,32 @@ def _look(source: Source, file: BinaryIO) -> SourceRows:
             if label is not None and (extension == b"cls" or key not in labels):
                 labels[key] = label
             continue
-        looked = _look_at(source, file, member, name)
-        if isinstance(looked, ImageRow) and name in seen:
+        result = _look_at(source, file, member, name)
+        if isinstance(result, ImageRow) and name in seen:
             # Named apart: a reject's path must not be that of an image.
             second = f" (again at byte {member.offset})".encode()
-            looked = reject(source, name + second, "a second member of this name")
-        if isinstance(looked, Rejected):
-            found.rejected.append(looked)
-        elif looked is not None:
+            result = reject(source, name + second, "a second member of this name")
+        if isinstance(result, Rejected):
+            source_rows.rejected.append(result)
+        elif result is not None:
             seen.add(name)
-            rows.append(looked)
+            rows.append(result)
             names.append(name)
             if len(rows) == CHUNK_ROWS:
-                found.batches.append(batch(source, rows))
+                source_rows.batches.append(batch(source, rows))
                 rows = []
     if rows:
-        found.batches.append(batch(source, rows))
-    return _labelled(found, names, labels) if labels else found
+        source_rows.batches.append(batch(source, rows))
+    return _labelled(source_rows, names, labels) if labels else source_rows
 
 
-def _labelled(found: SourceRows, names: list[bytes], labels: dict[bytes, str]) -> SourceRows:
+def _labelled(source_rows: SourceRows, names: list[bytes], labels: dict[bytes, str]) -> SourceRows:
     """The same rows with the label of each one's key."""
-    table = pa.Table.from_batches(found.batches, SCHEMA)
+    table = pa.Table.from_batches(source_rows.batches, SCHEMA)
     column = pa.array([labels.get(_split(name)[0]) for name in names], pa.string())
-    place = SCHEMA.get_field_index("label")
-    labelled = table.combine_chunks().set_column(place, SCHEMA.field("label"), column)
-    return SourceRows(labelled.to_batches(), found.rejected)
+    position = SCHEMA.get_field_index("label")
+    labelled = table.combine_chunks().set_column(position, SCHEMA.field("label"), column)
+    return SourceRows(labelled.to_batches(), source_rows.rejected)
 
 
 def _members(source: Source, file: BinaryIO) -> Iterator[tarfile.TarInfo | Rejected]:
@@ -163,9 +163,9 @@ def _members(source: Source, file: BinaryIO) -> Iterator[tarfile.TarInfo | Rejec
         yield reject_whole(source, f"not a tar file, or one damaged at its start: {error}")
         return
     tar.offset = 0
-    while (found := _next(source, tar, file, size)) is not None:
-        yield found
-        if isinstance(found, Rejected):
+    while (member := _next(source, tar, file, size)) is not None:
+        yield member
+        if isinstance(member, Rejected):
             return
 
 
@@ -202,11 +202,11 @@ def _look_at(
         return reject(source, name, _KINDS.get(member.type, "not a regular file"))
     window = io.BufferedReader(_Window(file, member.offset_data, member.size))
     try:
-        found = header.look(window, name)
+        image_header = header.look(window, name)
     except BadInputError as error:
-        is_told = header.is_image_or_named(error, name)
-        return reject(source, name, error.reason, error.kind) if is_told else None
-    return ImageRow(name, member.size, source.mtime_ns, found, member.offset_data)
+        is_reported = header.is_image_or_named(error, name)
+        return reject(source, name, error.reason, error.kind) if is_reported else None
+    return ImageRow(name, member.size, source.mtime_ns, image_header, member.offset_data)
 
 
 def _is_hidden(name: bytes) -> bool:
