@@ -48,12 +48,12 @@ def changes(index: Index, passed_over: Set[str]) -> Changes:
         if source.kind == "synthetic":
             continue  # always there
         rows = index.table if len(sources) == 1 else index.table.filter(pa.array(numbers == number))
-        found = (
+        source_changes = (
             _container(source, rows) if source.is_container else _files(source, rows, passed_over)
         )
-        total.added.extend(path for path in found.added if path not in passed_over)
-        total.removed.extend(path for path in found.removed if path not in passed_over)
-        total.resized.extend(path for path in found.resized if path not in passed_over)
+        total.added.extend(path for path in source_changes.added if path not in passed_over)
+        total.removed.extend(path for path in source_changes.removed if path not in passed_over)
+        total.resized.extend(path for path in source_changes.resized if path not in passed_over)
     return total
 
 
@@ -66,11 +66,11 @@ def _container(source: Source, rows: pa.Table) -> Changes:
     if (size, mtime_ns) == (source.bytes, source.mtime_ns):
         return Changes([], [], [])
     table, _, _ = collecting.collect(source, "", _ignore)
-    now, before = _contents(table), _contents(rows)
+    current, previous = _contents(table), _contents(rows)
     return Changes(
-        [path for path in now if path not in before],
-        [path for path in before if path not in now],
-        [path for path, content in now.items() if before.get(path, content) != content],
+        [path for path in current if path not in previous],
+        [path for path in previous if path not in current],
+        [path for path, content in current.items() if previous.get(path, content) != content],
     )
 
 
@@ -90,17 +90,17 @@ def _files(source: Source, rows: pa.Table, passed_over: Set[str]) -> Changes:
         names = _walked(source, passed_over)
         new = [name for name in names if name not in sizes]
         new = [name for name in new if _shown(source, name) not in passed_over]
-        looked = folder.look_at(source, new, _ignore)
-        added = [path for batch in looked.batches for path in batch["path"].to_pylist()]
+        source_rows = folder.look_at(source, new, _ignore)
+        added = [path for batch in source_rows.batches for path in batch["path"].to_pylist()]
     elif source.kind == "list":
         added = _new_in_list(source, sizes.keys())
-    there = set(names)
+    listing = set(names)
     kept = [name for name in names if name in sizes]
     with concurrent.futures.ThreadPoolExecutor(folder.HEADER_THREADS) as pool:
         stats = pool.map(lambda part: _sizes(source, part), _chunks(kept))
-        found = [size for part in stats for size in part]
-    changed = [(n, size) for n, size in zip(kept, found, strict=True) if size != sizes[n]]
-    gone = [name for name in sizes if name not in there]
+        current_sizes = [size for part in stats for size in part]
+    changed = [(n, size) for n, size in zip(kept, current_sizes, strict=True) if size != sizes[n]]
+    gone = [name for name in sizes if name not in listing]
     if source.kind != "folder":
         gone = [name for name, size in changed if size < 0]
         changed = [(name, size) for name, size in changed if size >= 0]
@@ -126,15 +126,15 @@ def _walked(source: Source, passed_over: Set[str]) -> list[bytes]:
     names, rejected = folder.walk(source)
     for bad in rejected:
         if bad.reason.startswith("folder cannot be read") and bad.path not in passed_over:
-            place = Path(source.place) / bad.path.removeprefix(source.prefix)
-            raise MachineError(bad.reason, where=place, fix=_FIX)
+            path = Path(source.place) / bad.path.removeprefix(source.prefix)
+            raise MachineError(bad.reason, where=path, fix=_FIX)
     if not names:
         what = "the folder of the training images is empty"
         raise MachineError(what, where=source.place, fix=_FIX)
     return names
 
 
-def _new_in_list(source: Source, known: Set[bytes]) -> list[str]:
+def _new_in_list(source: Source, previous_names: Set[bytes]) -> list[str]:
     """Images that a list names by now, where it is another list than it was."""
     try:
         size, mtime_ns = storage.measure(source.place)
@@ -144,7 +144,7 @@ def _new_in_list(source: Source, known: Set[bytes]) -> list[str]:
         return []
     table, _, _ = collecting.collect(source, "", _ignore)
     names = _names(source, table)
-    return [_shown(source, name) for name in names if name not in known]
+    return [_shown(source, name) for name in names if name not in previous_names]
 
 
 def _shown(source: Source, name: bytes) -> str:
@@ -167,8 +167,8 @@ def _sizes(source: Source, names: Sequence[bytes]) -> list[int]:
     return [_size(folder.file_location(source, os.fsdecode(name))) for name in names]
 
 
-def _size(place: str) -> int:
+def _size(location: str) -> int:
     try:
-        return storage.measure(place)[0]
+        return storage.measure(location)[0]
     except OSError:
         return -1

@@ -60,8 +60,8 @@ def write(path: Path, findings: Iterable[ImageFinding]) -> None:
 def of(flat: Iterable[str], table: pa.Table) -> list[ImageFinding]:
     """All findings about an index's table; `flat` are the paths of pictures of one colour."""
     plain = [ImageFinding(path, FLAT, "hardly a pixel differs from the others") for path in flat]
-    seen = {finding.path for finding in plain}
-    few = [finding for finding in nearly_empty(table) if finding.path not in seen]
+    flat_paths = {finding.path for finding in plain}
+    few = [finding for finding in nearly_empty(table) if finding.path not in flat_paths]
     return [*duplicates(table), *plain, *few]
 
 

@@ -146,21 +146,21 @@ def parse(file: BinaryIO, start: bytes) -> Header:
     Raises:
         BadInputError: as `look`.
     """
-    known = _sniff(start, _MAGIC)
+    magic_format = _sniff(start, _MAGIC)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of much that is decided here
             with Image.open(file, formats=_OPENED) as image:
                 width, height = image.size
-                found, orientation = SUPPORTED[image.format or ""], _orientation(image)
+                file_format, orientation = SUPPORTED[image.format or ""], _orientation(image)
                 mode = image.mode
     except Image.DecompressionBombError as error:
         raise _bomb("more") from error
     except Exception as error:  # a parser of hostile files raises anything; all of it is a reason
         if retry.is_transient(error):
             raise
-        if known:
-            raise BadInputError(f"damaged {known} header: {_sentence(error)}") from error
+        if magic_format:
+            raise BadInputError(f"damaged {magic_format} header: {_sentence(error)}") from error
         raise NotAnImageError("not an image") from error
     if width * height > MAX_PIXELS:
         raise _bomb(f"{width} x {height}")
@@ -168,7 +168,7 @@ def parse(file: BinaryIO, start: bytes) -> Header:
         raise BadInputError(f"no pixels: {width} x {height}")
     if orientation in _SIDEWAYS:
         width, height = height, width
-    return Header(found, width, height, orientation, mode)
+    return Header(file_format, width, height, orientation, mode)
 
 
 def damage(content: bytes) -> BadInputError:
@@ -176,7 +176,7 @@ def damage(content: bytes) -> BadInputError:
     if not content:
         return NotAnImageError("empty file")
     try:
-        found = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
+        image_header = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
     except BadInputError as error:
         return error
     try:
@@ -185,8 +185,8 @@ def damage(content: bytes) -> BadInputError:
             with Image.open(io.BytesIO(content), formats=_OPENED) as image:
                 mode, _ = image.mode, image.load()
     except Exception as error:
-        return BadInputError(f"truncated or damaged {found.format}: {_sentence(error)}")
-    kind = f"a kind of {found.format} that DALI does not decode (mode {mode})"
+        return BadInputError(f"truncated or damaged {image_header.format}: {_sentence(error)}")
+    kind = f"a kind of {image_header.format} that DALI does not decode (mode {mode})"
     return BadInputError(f"{kind}, or a damaged one")
 
 
@@ -202,11 +202,11 @@ def refuse_scan_bomb(content: bytes) -> None:
     if scans <= MAX_SCANNED_PIXELS // MAX_PIXELS:
         return
     try:
-        found = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
+        image_header = parse(io.BytesIO(content), content[:_SNIFF_BYTES])
     except BadInputError:
         return  # the decoder says more about it
-    if scans * found.width * found.height > MAX_SCANNED_PIXELS:
-        size = f"{found.width} x {found.height}"
+    if scans * image_header.width * image_header.height > MAX_SCANNED_PIXELS:
+        size = f"{image_header.width} x {image_header.height}"
         what = f"scan bomb: {scans} scans of {size} pixels, which take too long to decode"
         raise BadInputError(what)
 
@@ -223,8 +223,8 @@ def has_end(jpeg: NDArray[np.uint8]) -> bool:
     return content.rfind(end) > content.rfind(_START_OF_SCAN)
 
 
-def _bomb(found: str) -> BadInputError:
-    return BadInputError(f"pixel bomb: {found} pixels, at most {MAX_PIXELS} are decoded")
+def _bomb(size: str) -> BadInputError:
+    return BadInputError(f"pixel bomb: {size} pixels, at most {MAX_PIXELS} are decoded")
 
 
 def _sentence(error: Exception) -> str:

@@ -189,41 +189,45 @@ def open_index(path: Path) -> Index:
 
 
 def build(
-    given: Path | str | Sequence[Path | str],
-    report: Report = ignore,
+    names: Path | str | Sequence[Path | str],
+    on_event: Report = ignore,
     depth: Literal["list", "header"] = "header",
-    known: Recall = folder.NOTHING,
+    previous: Recall = folder.NOTHING,
 ) -> tuple[Index, list[Rejected]]:
     """The images of all inputs, in their order, and what of them cannot be used.
 
     An input is whatever `sources.inputs.KINDS` says. Of a folder the paths are relative to it, of
     several inputs to the folder that holds them all. `depth` "list" opens no file of a folder or a
-    list: the names count, and sizes are 0 for unknown. `known`: what an earlier index says; files
-    of the same path, bytes and mtime stay closed.
+    list: the names count, and sizes are 0 for unknown. `previous`: what an earlier index says;
+    files of the same path, bytes and mtime stay closed.
 
     Raises:
         UsageError: an input that is missing or of no known kind, or no image in any of them.
     """
-    wanted = [given] if isinstance(given, Path | str) else list(given)
-    found = inputs.expand(wanted)
-    indexes = {place: _opened(Path(place)) for place in found if inputs.is_index(place)}
-    root = inputs.root_of(found, {place: known.root for place, known in indexes.items()})
-    meter = collecting.ListingMeter(report)
+    requested = [names] if isinstance(names, Path | str) else list(names)
+    locations = inputs.expand(requested)
+    indexes = {
+        location: _opened(Path(location)) for location in locations if inputs.is_index(location)
+    }
+    root = inputs.root_of(locations, {location: index.root for location, index in indexes.items()})
+    meter = collecting.ListingMeter(on_event)
     parts = []
-    for place in found:
-        if place in indexes:
-            parts.append(_moved(indexes[place], rejects.path_beside(Path(place)), root))
+    for location in locations:
+        if location in indexes:
+            parts.append(_moved(indexes[location], rejects.path_beside(Path(location)), root))
         else:
-            origin, name = inputs.describe(place, root), place.rpartition("/")[2]
-            part = collecting.collect(origin, name, meter.update, known, list_only=depth == "list")
+            origin, name = inputs.describe(location, root), location.rpartition("/")[2]
+            part = collecting.collect(
+                origin, name, meter.update, previous, list_only=depth == "list"
+            )
             parts.append(part)
         meter.close(len(parts[-1][0]) + len(parts[-1][2]))
     table, sources, refused = collecting.merge(parts)
     rejected = sorted(set(refused), key=lambda event: (event.path, event.reason))
     for event in rejected:
-        report(event)
+        on_event(event)
     if not len(table):
-        raise _no_image(wanted, meter.files, rejected)
+        raise _no_image(requested, meter.files, rejected)
     return Index(root, table, sources), rejected
 
 
@@ -233,41 +237,45 @@ def _opened(path: Path) -> Index:
     Raises:
         IntegrityError: as `open_index`, or a shard is missing or cut.
     """
-    known, folder = open_index(path), path.parent
-    if known.root == folder or not inputs.holds_shards(folder):
-        return known
+    index, folder = open_index(path), path.parent
+    if index.root == folder or not inputs.holds_shards(folder):
+        return index
     artifact.read(folder, SHARDS)
-    here = [dataclasses.replace(s, place=str(folder / Path(s.place).name)) for s in known.sources]
-    return Index(folder, known.table, tuple(here))
+    sources = [
+        dataclasses.replace(s, place=str(folder / Path(s.place).name)) for s in index.sources
+    ]
+    return Index(folder, index.table, tuple(sources))
 
 
-def _moved(known: Index, beside: Path, root: Path) -> collecting.Part:
+def _moved(index: Index, rejects_path: Path, root: Path) -> collecting.Part:
     """An index as an input: its rows are the very files, with paths below another root.
 
-    What its scan rejected stands `beside` it, and stays rejected.
+    What its scan rejected, the file `rejects_path`, stays rejected.
     """
-    name = inputs.relative(os.fspath(known.root), root)
-    kept = [origin.listed() for origin in known.origins]
-    bad = [rejects.below(one, f"{name}/" if name else "") for one in rejects.read(beside)]
+    name = inputs.relative(os.fspath(index.root), root)
+    sources = [origin.listed() for origin in index.origins]
+    bad = [rejects.below(one, f"{name}/" if name else "") for one in rejects.read(rejects_path)]
     if not name:
-        return known.table, tuple(kept), bad
-    table, prefix = known.table, f"{name}/"
+        return index.table, tuple(sources), bad
+    table, prefix = index.table, f"{name}/"
     paths = table["path"]
-    alone = pc.or_(pc.starts_with(paths, "/"), pc.match_substring(paths, "://"))
+    is_absolute = pc.or_(pc.starts_with(paths, "/"), pc.match_substring(paths, "://"))
     longer = pc.binary_join_element_wise(prefix, paths, "")
-    path = pc.if_else(alone, paths, longer)
+    path = pc.if_else(is_absolute, paths, longer)
     exact = [raw and os.fsencode(prefix) + raw for raw in table["path_bytes"].to_pylist()]
     for column, values in (("path", path), ("path_bytes", pa.array(exact, pa.binary()))):
         at = SCHEMA.get_field_index(column)
         table = table.set_column(at, SCHEMA.field(column), values)
-    return table, tuple(dataclasses.replace(s, prefix=prefix + s.prefix) for s in kept), bad
+    return table, tuple(dataclasses.replace(s, prefix=prefix + s.prefix) for s in sources), bad
 
 
-def _no_image(wanted: Sequence[Path | str], files: int, rejected: Sequence[Rejected]) -> UsageError:
+def _no_image(
+    requested: Sequence[Path | str], files: int, rejected: Sequence[Rejected]
+) -> UsageError:
     first = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
     return UsageError(
         f"no image in {files} files ({len(rejected)} rejected{first})",
-        where=" ".join(map(str, wanted)),
+        where=" ".join(map(str, requested)),
         expected=f"JPEG, PNG, WebP, TIFF, BMP, PPM or JPEG 2000 in {inputs.KINDS}",
         fix="put the images there, or name what holds them",
     )

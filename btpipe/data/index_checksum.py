@@ -14,16 +14,16 @@ from btpipe.data.sources import Source, source
 
 def of(table: pa.Table, root: Path, sources: Sequence[Source]) -> dict[str, str]:
     """sha256 of the table's values (`content`), and of root and sources (`origin`)."""
-    said = os.fsencode(root) + b"\0" + source.to_json(sources).encode()
-    return {"content": index_mmap.digest(table), "origin": hashlib.sha256(said).hexdigest()}
+    origin = os.fsencode(root) + b"\0" + source.to_json(sources).encode()
+    return {"content": index_mmap.digest(table), "origin": hashlib.sha256(origin).hexdigest()}
 
 
 def broken(path: Path, table: pa.Table, root: Path, sources: Sequence[Source]) -> list[str]:
     """What of the index file `path` is not as it was saved; older files do not say, and pass."""
-    told = pq.read_schema(path).metadata or {}
-    here = of(table, root, sources)
+    metadata = pq.read_schema(path).metadata or {}
+    digests = of(table, root, sources)
     return [
         name
-        for name, digest in here.items()
-        if told.get(name.encode()) not in {None, digest.encode()}
+        for name, digest in digests.items()
+        if metadata.get(name.encode()) not in {None, digest.encode()}
     ]

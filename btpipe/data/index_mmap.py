@@ -29,10 +29,10 @@ def write(path: Path, table: pa.Table) -> None:
 
 def digest(table: pa.Table) -> str:
     """sha256 of the table's values."""
-    found = hashlib.sha256()
+    checksum = hashlib.sha256()
     for batch in table.combine_chunks().replace_schema_metadata(None).to_batches():
-        found.update(batch.serialize())
-    return found.hexdigest()
+        checksum.update(batch.serialize())
+    return checksum.hexdigest()
 
 
 def is_whole(path: Path, content: str) -> bool:

@@ -36,9 +36,9 @@ class PreviousScan:
 
     def rows(self, index: Index) -> NDArray[np.int64]:
         """For each row of `index`, the row here of the same unchanged file, or -1: (n,)."""
-        nowhere = np.full(len(index), -1, np.int64)
+        missing = np.full(len(index), -1, np.int64)
         if self.index is None or not len(self.index):
-            return nowhere
+            return missing
         at = pc.index_in(_identity(index), value_set=_identity(self.index))
         return np.array(at.fill_null(-1), dtype=np.int64)
 
@@ -46,11 +46,11 @@ class PreviousScan:
         """The table with what is known of its rows, which are the rows `at` here, -1 for none."""
         if self.index is None or not (at >= 0).any():
             return table
-        taken = self.index.table.take(pa.array(at, mask=at < 0))
-        was_read = pc.fill_null(pc.greater(taken["width"], 0), fill_value=False)
+        previous = self.index.table.take(pa.array(at, mask=at < 0))
+        was_read = pc.fill_null(pc.greater(previous["width"], 0), fill_value=False)
         for name in _KNOWN:
-            is_told = pc.is_valid(taken["digest"]) if name == "digest" else was_read
-            values = pc.if_else(is_told, taken[name], table[name])
+            is_valid = pc.is_valid(previous["digest"]) if name == "digest" else was_read
+            values = pc.if_else(is_valid, previous[name], table[name])
             table = table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), values)
         return table
 
@@ -62,22 +62,26 @@ class PreviousScan:
 
     def bad(self, index: Index) -> dict[int, Rejected]:
         """Rows of `index` that were rejected with this very content."""
-        known = {(r.path, r.bytes, r.mtime_ns): r for r in self.rejects if r.mtime_ns >= 0}
-        paths = pa.array([reject.path for reject in known.values()], pa.string())
+        rejects_by_stamp = {
+            (r.path, r.bytes, r.mtime_ns): r for r in self.rejects if r.mtime_ns >= 0
+        }
+        paths = pa.array([reject.path for reject in rejects_by_stamp.values()], pa.string())
         rows = np.flatnonzero(np.array(pc.is_in(index.table["path"], paths), dtype=bool))
         names = ["path", "bytes", "mtime_ns"]
         stamps = [tuple(row.values()) for row in index.table.select(names).take(rows).to_pylist()]
-        found = zip(rows.tolist(), stamps, strict=True)
-        return {row: known[stamp] for row, stamp in found if stamp in known}
+        stamped_rows = zip(rows.tolist(), stamps, strict=True)
+        return {
+            row: rejects_by_stamp[stamp] for row, stamp in stamped_rows if stamp in rejects_by_stamp
+        }
 
     def gone(self, index: Index, rejected: Sequence[Rejected]) -> int:
         """How many of the inputs that were known are in neither `index` nor `rejected`."""
-        now = [index.table["path"].combine_chunks(), _paths(rejected)]
-        before = [_paths(self.rejects)]
+        current = [index.table["path"].combine_chunks(), _paths(rejected)]
+        previous = [_paths(self.rejects)]
         if self.index is not None:
-            before.append(self.index.table["path"].combine_chunks())
-        still = pc.is_in(pa.concat_arrays(before), pa.concat_arrays(now))
-        return len(still) - int(still.true_count)
+            previous.append(self.index.table["path"].combine_chunks())
+        is_present = pc.is_in(pa.concat_arrays(previous), pa.concat_arrays(current))
+        return len(is_present) - int(is_present.true_count)
 
 
 def read(out: Path) -> PreviousScan:

@@ -46,8 +46,8 @@ def unreadable(error: OSError) -> UnreadableError:
 
 def below(rejected: Rejected, prefix: str) -> Rejected:
     """The same seen from a folder above; absolute paths and URLs stay as they are."""
-    alone = rejected.path.startswith("/") or "://" in rejected.path
-    return rejected if alone else dataclasses.replace(rejected, path=prefix + rejected.path)
+    is_absolute = rejected.path.startswith("/") or "://" in rejected.path
+    return rejected if is_absolute else dataclasses.replace(rejected, path=prefix + rejected.path)
 
 
 def path_beside(index: Path) -> Path:

@@ -58,7 +58,7 @@ class Scan:
 def scan(
     source: Path | str | Sequence[Path | str],
     out: Path,
-    report: Report,
+    on_event: Report,
     *,
     depth: Depth = "header",
     max_bad: float | None = None,
@@ -80,19 +80,19 @@ def scan(
     started = time.monotonic()
     if out.suffix != ".parquet" or out.is_dir():
         raise UsageError("not a name for an index", where=out, expected="a file X.parquet")
-    before = previous_scan.read(out)
+    previous = previous_scan.read(out)
     listing: Literal["list", "header"] = "list" if depth == "list" else "header"
-    listed, refused = index.build(source, report, listing, before.recall)
+    images, listing_rejects = index.build(source, on_event, listing, previous.recall)
     with artifact.disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    work = _Work(listed, refused, before, report)
+    work = _Work(images, listing_rejects, previous, on_event)
     if depth == "decode":
         work.decode(out, limit_seconds, save_seconds)
-    done = work.result(depth)
-    save(done, out)
-    _tell(done, out, report, depth, time.monotonic() - started)
-    _keep_budget(done, out, max_bad)
-    return done
+    result = work.result(depth)
+    save(result, out)
+    _send_results(result, out, on_event, depth, time.monotonic() - started)
+    _keep_budget(result, out, max_bad)
+    return result
 
 
 class _Work:
@@ -100,18 +100,20 @@ class _Work:
 
     def __init__(
         self,
-        listed: index.Index,
-        refused: list[Rejected],
-        before: previous_scan.PreviousScan,
-        report: Report,
+        images: index.Index,
+        listing_rejects: list[Rejected],
+        previous: previous_scan.PreviousScan,
+        on_event: Report,
     ) -> None:
-        self._same = before.rows(listed)
-        self._listed = dataclasses.replace(listed, table=before.complete(listed.table, self._same))
-        self._refused, self._before, self._report = refused, before, report
-        self._widths, self._heights = self._listed.widths.copy(), self._listed.heights.copy()
-        self._is_known = np.array(self._listed.table["digest"].is_valid(), dtype=bool)
-        self._flat = before.flat(listed, self._same)
-        self._bad = before.bad(listed)
+        self._same = previous.rows(images)
+        self._images = dataclasses.replace(
+            images, table=previous.complete(images.table, self._same)
+        )
+        self._listing_rejects, self._previous, self._on_event = listing_rejects, previous, on_event
+        self._widths, self._heights = self._images.widths.copy(), self._images.heights.copy()
+        self._is_known = np.array(self._images.table["digest"].is_valid(), dtype=bool)
+        self._flat = previous.flat(images, self._same)
+        self._bad = previous.bad(images)
         for row, reject in self._bad.items():
             self._reject(row, reject)
         self._recalled = int(self._is_known.sum())
@@ -120,8 +122,8 @@ class _Work:
     def decode(self, out: Path, limit_seconds: float, save_seconds: float) -> None:
         """Decodes what is not known yet; saves every few minutes, and when a signal comes."""
         rows = np.flatnonzero(~self._is_known)
-        started = saved = time.monotonic()
-        reported = 0.0
+        started = last_save = time.monotonic()
+        last_event = 0.0
         with (
             runtime.StopSignals() as signals,
             concurrent.futures.ThreadPoolExecutor(_READ_THREADS, "btpipe-read") as pool,
@@ -136,12 +138,12 @@ class _Work:
             for row, verdict in verdicts:
                 self._note(row, verdict)
                 now, done = time.monotonic(), int(self._is_known.sum()) - self._recalled
-                if now - reported > _PROGRESS_SECONDS or done == len(rows):
-                    reported, rate = now, per_second(done, now - started)
-                    self._report(Progressed("scan", done, len(rows), rate, 0.0))
-                if now - saved > save_seconds:
+                if now - last_event > _PROGRESS_SECONDS or done == len(rows):
+                    last_event, rate = now, per_second(done, now - started)
+                    self._on_event(Progressed("scan", done, len(rows), rate, 0.0))
+                if now - last_save > save_seconds:
                     save(self.result("decode"), out)
-                    saved = time.monotonic()
+                    last_save = time.monotonic()
         if signals.asked:
             save(self.result("decode"), out)
             what = f"stopped by {signals.asked}: {done} of {len(rows)} images are decoded"
@@ -156,21 +158,21 @@ class _Work:
 
         def read(row: int) -> bytes | BadInputError:
             try:
-                return self._listed.read_bytes(row)
+                return self._images.read_bytes(row)
             except BadInputError as error:
                 return error
 
         for _, part, contents in prefetch.read_ahead(tasks, read, lambda _, read: read, pool):
             for row, content in zip(part.tolist(), contents, strict=True):
                 if isinstance(content, BadInputError):
-                    self._reject(row, self._listed.reject(row, "decode", content))
+                    self._reject(row, self._images.reject(row, "decode", content))
                 else:
                     yield row, content
 
     def _note(self, row: int, verdict: Verdict | BadInputError) -> None:
         """Keeps what came of a decode."""
         if isinstance(verdict, BadInputError):
-            self._reject(row, self._listed.reject(row, "decode", verdict))
+            self._reject(row, self._images.reject(row, "decode", verdict))
             return
         self._is_known[row], self._new[row] = True, verdict.digest
         self._widths[row], self._heights[row] = verdict.width, verdict.height
@@ -179,17 +181,17 @@ class _Work:
 
     def _reject(self, row: int, rejected: Rejected) -> None:
         self._is_known[row], self._bad[row] = True, rejected
-        self._report(rejected)
+        self._on_event(rejected)
 
     def _path(self, row: int) -> str:
-        return str(self._listed.table["path"][row].as_py())
+        return str(self._images.table["path"][row].as_py())
 
     def result(self, depth: Depth) -> Scan:
         """The scan as it stands."""
-        digests = self._listed.table["digest"].to_pylist()
+        digests = self._images.table["digest"].to_pylist()
         for row, digest in self._new.items():
             digests[row] = digest
-        table = self._listed.table
+        table = self._images.table
         for name, values in (
             ("digest", digests),
             ("width", self._widths),
@@ -202,12 +204,14 @@ class _Work:
         good[list(self._bad)] = False
         flat = [row for row in sorted(self._flat) if good[row]]
         table = table.filter(pa.array(good)).combine_chunks()
-        made = dataclasses.replace(self._listed, table=table)
-        rejected = sorted([*self._refused, *self._bad.values()], key=lambda r: r.path)
+        usable = dataclasses.replace(self._images, table=table)
+        rejected = sorted([*self._listing_rejects, *self._bad.values()], key=lambda r: r.path)
         kept = self._recalled if depth == "decode" else int((self._same >= 0).sum())
-        now = int(self._is_known.sum()) - kept if depth == "decode" else len(self._same) - kept
-        found = findings.of([self._path(row) for row in flat], table)
-        return Scan(made, rejected, found, kept, now, self._before.gone(made, rejected))
+        read = int(self._is_known.sum()) - kept if depth == "decode" else len(self._same) - kept
+        image_findings = findings.of([self._path(row) for row in flat], table)
+        return Scan(
+            usable, rejected, image_findings, kept, read, self._previous.gone(usable, rejected)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,45 +251,45 @@ class Scanned(Finished):
         return [table for table in (rejected, usable) if table.rows]
 
 
-def save(done: Scan, out: Path) -> None:
+def save(result: Scan, out: Path) -> None:
     """Writes rejects and findings, then the index.
 
     Raises:
         MachineError: no space, or no permission.
     """
-    rejects.write(rejects.path_beside(out), done.rejects)
-    findings.write(findings.path_beside(out), done.findings)
-    done.index.save(out)
+    rejects.write(rejects.path_beside(out), result.rejects)
+    findings.write(findings.path_beside(out), result.findings)
+    result.index.save(out)
 
 
-def _tell(done: Scan, out: Path, report: Report, depth: Depth, seconds: float) -> None:
+def _send_results(result: Scan, out: Path, on_event: Report, depth: Depth, seconds: float) -> None:
     if depth != "decode":
-        report(Note(NOT_DECODED))
-    report(
+        on_event(Note(NOT_DECODED))
+    on_event(
         Scanned(
             seconds=seconds,
             out=out,
             depth=depth,
-            images=len(done.index),
-            rejects=len(done.rejects),
-            kept=done.kept,
-            read=done.read,
-            dropped=done.dropped,
-            reasons=tuple(file_checks.advice(done.rejects)),
-            findings=tuple(findings.summary(done.findings)),
+            images=len(result.index),
+            rejects=len(result.rejects),
+            kept=result.kept,
+            read=result.read,
+            dropped=result.dropped,
+            reasons=tuple(file_checks.advice(result.rejects)),
+            findings=tuple(findings.summary(result.findings)),
         )
     )
 
 
-def _keep_budget(done: Scan, out: Path, max_bad: float | None) -> None:
+def _keep_budget(result: Scan, out: Path, max_bad: float | None) -> None:
     """Raises BudgetError when more inputs were rejected than allowed."""
     if max_bad is None:
         return
-    total = len(done.index) + len(done.rejects)
-    bad = len(done.rejects) if isinstance(max_bad, int) else len(done.rejects) / max(total, 1)
+    total = len(result.index) + len(result.rejects)
+    bad = len(result.rejects) if isinstance(max_bad, int) else len(result.rejects) / max(total, 1)
     if bad > max_bad:
         raise BudgetError(
-            f"{len(done.rejects)} of {total} inputs are bad",
+            f"{len(result.rejects)} of {total} inputs are bad",
             where=rejects.path_beside(out),
             expected=f"max_bad {max_bad}",
             fix="read the reasons there; the index is finished and holds the others",

@@ -42,11 +42,15 @@ Plan = dict[str, object]
 
 
 def write(
-    index: Index, refused: Sequence[Rejected], out: Path, options: ShardOptions, report: Report
+    index: Index,
+    index_rejects: Sequence[Rejected],
+    out: Path,
+    options: ShardOptions,
+    on_event: Report,
 ) -> None:
     """Writes the images of an index as shards into the folder `out`; run again, it goes on.
 
-    `refused`: what the index left out, for the rejects.
+    `index_rejects`: what the index left out, for the rejects.
 
     Raises:
         RefusedError: `out` or its work folder holds something else, or other settings' shards, or
@@ -57,16 +61,16 @@ def write(
     started, out = time.monotonic(), out.absolute()
     plan: Plan = {"data": index.fingerprint, **dataclasses.asdict(options)}
     if _is_done(out, plan):
-        report(Note(f"nothing to do: {out} holds these shards"))
+        on_event(Note(f"nothing to do: {out} holds these shards"))
         shutil.rmtree(_work_of(out), ignore_errors=True)  # what a kill at the very end left
         return
     with _work(out, plan) as work:
-        done = list(_shards(index, work, options, report))
-        if not any(made.members for made in done):
+        shards = list(_shards(index, work, options, on_event))
+        if not any(shard.members for shard in shards):
             raise UsageError("no image can be used", where=index.root)
-        _publish(index, refused, out, work, plan, done)
+        _publish(index, index_rejects, out, work, plan, shards)
         shutil.rmtree(work)
-    report(_account(index, out, done, started))
+    on_event(_account(index, out, shards, started))
 
 
 def _is_done(out: Path, plan: Plan) -> bool:
@@ -82,11 +86,13 @@ def _is_done(out: Path, plan: Plan) -> bool:
     return True
 
 
-def _require_same(there: Plan, plan: Plan, where: Path, fix: str) -> None:
-    differ = [key for key in plan if there.get(key) != plan[key]]
-    if differ:
-        found = "; ".join(f"{key} is {there.get(key)!r}, asked for {plan[key]!r}" for key in differ)
-        raise RefusedError(f"holds other shards: {found}", where=where, fix=fix)
+def _require_same(previous: Plan, plan: Plan, where: Path, fix: str) -> None:
+    keys = [key for key in plan if previous.get(key) != plan[key]]
+    if keys:
+        differences = "; ".join(
+            f"{key} is {previous.get(key)!r}, asked for {plan[key]!r}" for key in keys
+        )
+        raise RefusedError(f"holds other shards: {differences}", where=where, fix=fix)
 
 
 def _work_of(out: Path) -> Path:
@@ -100,8 +106,8 @@ def _work(out: Path, plan: Plan) -> Iterator[Path]:
     fix = "wait for it, or choose another --out"
     with artifact.locked(work, "another process is writing these shards", fix):
         if (work / PLAN).is_file():
-            there = json.loads((work / PLAN).read_text())
-            _require_same(there, plan, work, "remove that folder, or choose another --out")
+            previous = json.loads((work / PLAN).read_text())
+            _require_same(previous, plan, work, "remove that folder, or choose another --out")
         else:
             artifact.write_json(work / PLAN, plan)
         artifact.sweep(work)
@@ -110,55 +116,55 @@ def _work(out: Path, plan: Plan) -> Iterator[Path]:
         yield work
 
 
-def _shards(index: Index, work: Path, options: ShardOptions, report: Report) -> Iterator[Shard]:
+def _shards(index: Index, work: Path, options: ShardOptions, on_event: Report) -> Iterator[Shard]:
     """The finished shards that are there, then new ones until every image is in one."""
     position, number = 0, 0
-    while (found := shard_writer.read(work, number)) is not None:
-        yield found
-        position, number = found.stop, number + 1
+    while (shard := shard_writer.read(work, number)) is not None:
+        yield shard
+        position, number = shard.stop, number + 1
     first = position
-    started = reported = time.monotonic()
+    started = last_event = time.monotonic()
 
     def advance(done: int) -> None:
-        nonlocal reported
+        nonlocal last_event
         now = time.monotonic()
-        if now - reported > _PROGRESS_SECONDS:
-            reported, rate = now, per_second(done - first, now - started)
-            report(Progressed("shard", done, len(index), rate, 0.0))
+        if now - last_event > _PROGRESS_SECONDS:
+            last_event, rate = now, per_second(done - first, now - started)
+            on_event(Progressed("shard", done, len(index), rate, 0.0))
 
     with Maker(index, position, options, runtime.cores()) as maker:
         while position < len(index):
-            made = shard_writer.write(work, number, maker, options, advance)
-            for event in made.rejected:
-                report(event)
-            yield made
-            position, number = made.stop, number + 1
+            shard = shard_writer.write(work, number, maker, options, advance)
+            for event in shard.rejected:
+                on_event(event)
+            yield shard
+            position, number = shard.stop, number + 1
 
 
 def _publish(
     index: Index,
-    refused: Sequence[Rejected],
+    index_rejects: Sequence[Rejected],
     out: Path,
     work: Path,
     plan: Plan,
-    done: Sequence[Shard],
+    shards: Sequence[Shard],
 ) -> None:
     """Puts shards, index and rejects under their final name; the work folder keeps its shards."""
-    with artifact.publish(out, KIND, plan) as beside:
+    with artifact.publish(out, KIND, plan) as temporary:
         sources = []
-        for number in range(len(done)):
+        for number in range(len(shards)):
             name = shard_writer.name_of(number)
-            os.link(work / name, beside / name)
-            size = (beside / name).stat().st_size
+            os.link(work / name, temporary / name)
+            size = (temporary / name).stat().st_size
             sources.append(Source("tar", str(out / name), f"{name}::", size, 0))
-        Index(out, _table(index, done), tuple(sources)).save(beside / INDEX)
-        bad = [*refused, *(reject for made in done for reject in made.rejected)]
-        rejects.write(beside / REJECTS, bad)
+        Index(out, _table(index, shards), tuple(sources)).save(temporary / INDEX)
+        bad = [*index_rejects, *(reject for shard in shards for reject in shard.rejected)]
+        rejects.write(temporary / REJECTS, bad)
 
 
-def _table(index: Index, done: Sequence[Shard]) -> pa.Table:
+def _table(index: Index, shards: Sequence[Shard]) -> pa.Table:
     """The index of the shards, in the order in which the images lie there."""
-    members = [(number, member) for number, made in enumerate(done) for member in made.members]
+    members = [(number, member) for number, shard in enumerate(shards) for member in shard.members]
     names = [f"{shard_writer.name_of(number)}::{member.key}.jpg" for number, member in members]
     rows = pa.array([member.row for _, member in members], pa.int64())
     ones = np.ones(len(members), np.int64)
@@ -180,30 +186,32 @@ def _table(index: Index, done: Sequence[Shard]) -> pa.Table:
     return pa.table(columns, schema=SCHEMA)
 
 
-def _account(index: Index, out: Path, done: Sequence[Shard], started: float) -> Sharded:
+def _account(index: Index, out: Path, shards: Sequence[Shard], started: float) -> Sharded:
     """How many, how much smaller, how much faster."""
-    members = [member for made in done for member in made.members]
-    before = int(np.array(index.table["bytes"])[[member.row for member in members]].sum())
-    after = sum((out / shard_writer.name_of(number)).stat().st_size for number in range(len(done)))
-    slow, fast = _decode_rates(index, out, done)
+    members = [member for shard in shards for member in shard.members]
+    bytes_before = int(np.array(index.table["bytes"])[[member.row for member in members]].sum())
+    bytes_after = sum(
+        (out / shard_writer.name_of(number)).stat().st_size for number in range(len(shards))
+    )
+    slow, fast = _decode_rates(index, out, shards)
     return Sharded(
         seconds=time.monotonic() - started,
         out=out,
         images=len(members),
-        shards=len(done),
-        rejects=sum(len(made.rejected) for made in done),
-        bytes=after,
-        bytes_before=before,
+        shards=len(shards),
+        rejects=sum(len(shard.rejected) for shard in shards),
+        bytes=bytes_after,
+        bytes_before=bytes_before,
         decoded_per_cpu_second=fast,
         decoded_per_cpu_second_before=slow,
-        share_of_bytes=after / before,
+        share_of_bytes=bytes_after / bytes_before,
         times_faster=fast / slow,
     )
 
 
-def _decode_rates(index: Index, out: Path, done: Sequence[Shard]) -> tuple[float, float]:
+def _decode_rates(index: Index, out: Path, shards: Sequence[Shard]) -> tuple[float, float]:
     """Images decoded per CPU-second before and after, by turns, on a sample of all shards."""
-    members = [(number, member) for number, made in enumerate(done) for member in made.members]
+    members = [(number, member) for number, shard in enumerate(shards) for member in shard.members]
     chosen = members[:: max(1, len(members) // _SAMPLE_IMAGES)]
     seconds, count = np.zeros(2), 0
     decode.decode(np.frombuffer(_content(out, *chosen[0]), dtype=np.uint8))  # builds it

@@ -92,22 +92,26 @@ def shrink(content: bytes, options: ShardOptions) -> Small:
     """
     pixels = decode.decode(np.frombuffer(content, np.uint8))
     height, width = pixels.shape[:2]
-    found = header.parse(io.BytesIO(content), content[:512])
+    image_header = header.parse(io.BytesIO(content), content[:512])
     shorter = min(height, width)
-    upright = found.format == "JPEG" and found.orientation == 1 and found.mode in _COPIED_MODES
+    upright = (
+        image_header.format == "JPEG"
+        and image_header.orientation == 1
+        and image_header.mode in _COPIED_MODES
+    )
     if shorter <= options.shorter_side and upright:
-        return Small(content, width, height, found.mode)
+        return Small(content, width, height, image_header.mode)
     image = Image.fromarray(pixels)
     if shorter > options.shorter_side:
         width, height = (side * options.shorter_side // shorter for side in (width, height))
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    made = io.BytesIO()
+    buffer = io.BytesIO()
     try:
-        image.save(made, format="JPEG", quality=options.quality)
+        image.save(buffer, format="JPEG", quality=options.quality)
     except (OSError, ValueError) as error:  # a JPEG has at most 65,535 pixels on a side
         what = f"cannot be written as a JPEG of {width} x {height}: {error}"
         raise BadInputError(what) from error
-    return Small(made.getvalue(), width, height, "RGB")
+    return Small(buffer.getvalue(), width, height, "RGB")
 
 
 class Maker:
@@ -136,8 +140,8 @@ class Maker:
                 self._ahead.append((position, row, self._pool.submit(self._make, row)))
             if not self._ahead:
                 return
-            position, row, made = self._ahead.popleft()
-            yield position, row, made.result()
+            position, row, future = self._ahead.popleft()
+            yield position, row, future.result()
 
     def _make(self, row: int) -> Small | Rejected:
         try:
@@ -158,9 +162,9 @@ def write(
     members: list[ShardMember] = []
     rejected: list[Rejected] = []
     positions: list[int] = []
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with artifact.disk_errors(path):
-        with beside.open("wb") as file, tarfile.TarFile(fileobj=file, mode="w") as tar:
+        with temporary.open("wb") as file, tarfile.TarFile(fileobj=file, mode="w") as tar:
             for position, row, small in maker:
                 positions.append(position)
                 advance(position + 1)
@@ -170,12 +174,12 @@ def write(
                 members.append(_add(tar, row, f"{position:09d}", small, index))
                 if tar.offset >= options.shard_bytes:
                     break
-        artifact.fsync_path(beside)
-        os.utime(beside, ns=(0, 0))  # the index holds it: the same shards, the same index
-        beside.replace(path)
-    made = Shard(positions[0], positions[-1] + 1, members, rejected)
-    artifact.write_file(_record(path), json.dumps(dataclasses.asdict(made)).encode())
-    return made
+        artifact.fsync_path(temporary)
+        os.utime(temporary, ns=(0, 0))  # the index holds it: the same shards, the same index
+        temporary.replace(path)
+    shard = Shard(positions[0], positions[-1] + 1, members, rejected)
+    artifact.write_file(_record(path), json.dumps(dataclasses.asdict(shard)).encode())
+    return shard
 
 
 def _add(tar: tarfile.TarFile, row: int, key: str, small: Small, index: Index) -> ShardMember:
@@ -209,7 +213,7 @@ def read(work: Path, number: int) -> Shard | None:
     return Shard(content["start"], content["stop"], members, rejected)
 
 
-def changed(work: Path, number: int, found: Shard) -> list[str]:
+def changed(work: Path, number: int, shard: Shard) -> list[str]:
     """Keys of the images in a finished shard whose bytes are not those that were written.
 
     Raises:
@@ -217,7 +221,7 @@ def changed(work: Path, number: int, found: Shard) -> list[str]:
     """
     keys = []
     with (work / name_of(number)).open("rb") as file:
-        for member in found.members:
+        for member in shard.members:
             file.seek(member.offset)
             content = file.read(member.bytes)
             if hashlib.sha256(content).hexdigest() != member.digest:

@@ -70,12 +70,12 @@ def supervise(
                     yield key, answer
             elif not waiting and not at_work:
                 return
-            for worker, given, outcome in _wait([w for w in workers if not w.is_idle]):
+            for worker, assignment, outcome in _wait([w for w in workers if not w.is_idle]):
                 if isinstance(outcome, BadInputError):
                     workers.remove(worker)
-                    suspects.append(given)
+                    suspects.append(assignment)
                 else:
-                    yield given[0], outcome[0]
+                    yield assignment[0], outcome[0]
     finally:
         for worker in workers:
             worker.end()
@@ -167,9 +167,9 @@ def _wait(
         if task is not None:
             decided.append((worker, task, outcome))
         elif isinstance(outcome, BadInputError):
-            found = f"a process for decoding cannot start: it {outcome.reason[len('decoding ') :]}"
+            what = f"a process for decoding cannot start: it {outcome.reason[len('decoding ') :]}"
             fix = "see what it wrote on standard error; free some memory if it was killed"
-            raise MachineError(found, fix=fix)
+            raise MachineError(what, fix=fix)
     return decided
 
 
