@@ -218,7 +218,7 @@ def _open(load: Load, index: Index, device: torch.device) -> TrainingLoader:
         world_size=1,
         start_step=0,
         device=device,
-        report=ignore,
+        on_event=ignore,
         rejected={},
     )
 

@@ -124,7 +124,7 @@ def loader_of(index: Index, settings: LoaderSettings, on: torch.device) -> Train
         world_size=1,
         start_step=0,
         device=on,
-        report=report,
+        on_event=report,
         rejected={},
     )
 

@@ -103,7 +103,7 @@ class _Worker:
             batch_size=min(self._batch_size, first.end - first.first),
             threads=self._threads,
             gpu=self._encoder.gpu,
-            decode=self._decode,
+            decode_file=self._decode,
             is_known=self._is_known,
             is_apart=self._apart.__contains__,
             mark=self._mark,
@@ -168,7 +168,7 @@ class _Worker:
         for part in self._parts:
             inside = range(part.task.first, part.task.end)
             good = np.flatnonzero((batch.rows >= inside.start) & (batch.rows < inside.stop))
-            known = {row: file for row, file in batch.known.items() if row in inside}
+            known = {row: file for row, file in batch.cached_files.items() if row in inside}
             rows = np.fromiter(known, np.int64)
             part.rows += [batch.rows[good], rows]
             listed = np.stack([self._index.heights[rows], self._index.widths[rows]], axis=1)
@@ -260,7 +260,7 @@ class _Clock:
 
 def _count(batch: EvaluationBatch) -> int:
     """Inputs that a batch decides."""
-    return len(batch.rows) + len(batch.known) + len(batch.rejected)
+    return len(batch.rows) + len(batch.cached_files) + len(batch.rejected)
 
 
 def _as_read(listed: pa.Table, sizes: NDArray[np.int64], files: Sequence[FileRead]) -> pa.Table:

@@ -108,7 +108,7 @@ def fit(job: FinetuneJob, here: Runtime, report: Report) -> FinetuneScore:
             world_size=here.world_size,
             start_step=start,
             device=here.device,
-            report=report,
+            on_event=report,
             rejected={},
         ) as loader,
     ):

@@ -50,7 +50,7 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
         world_size=here.world_size,
         start_step=run.state.step,
         device=here.device,
-        report=report,
+        on_event=report,
         rejected=rejects.known(),
     )
     with runtime.StopSignals() as signals, loader:

@@ -80,7 +80,7 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
         world_size=1,
         start_step=step,
         device=torch.device("cpu"),
-        report=report,
+        on_event=report,
         rejected={},
     ) as loader:
         batch = next(iter(loader))

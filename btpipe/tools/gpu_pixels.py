@@ -63,7 +63,7 @@ def training_views(device: "torch.device") -> list[NDArray[np.uint8]]:
         world_size=1,
         start_step=0,
         device=device,
-        report=events.ignore,
+        on_event=events.ignore,
         rejected={},
     )
     with loader:

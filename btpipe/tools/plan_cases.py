@@ -72,7 +72,7 @@ def supply(settings: LoaderSettings, index: Path, device: torch.device) -> "iter
         world_size=1,
         start_step=0,
         device=device,
-        report=ignore,
+        on_event=ignore,
         rejected={},
     )
     return itertools.chain(loader)

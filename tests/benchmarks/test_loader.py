@@ -61,7 +61,7 @@ def test_both_loaders_get_the_same_images_and_hand_out_alike_views(tmp_path: Pat
         world_size=1,
         start_step=0,
         device=torch.device("cpu"),
-        report=ignore,
+        on_event=ignore,
         rejected={},
     ) as loader:
         ours = list(loader)

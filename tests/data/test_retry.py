@@ -79,7 +79,7 @@ def first_batches(images: index.Index, events: list[Event]) -> list[Batch]:
         world_size=1,
         start_step=0,
         device=torch.device("cpu"),
-        report=events.append,
+        on_event=events.append,
         rejected={},
     ) as loader:
         return list(loader)

@@ -181,7 +181,7 @@ def test_training_reads_the_images_of_the_shards(folder: Path, tmp_path: Path) -
         world_size=1,
         start_step=0,
         device=torch.device("cpu"),
-        report=ignore,
+        on_event=ignore,
         rejected=rejected,
     ) as loader:
         batches = list(loader)

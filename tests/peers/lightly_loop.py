@@ -161,7 +161,7 @@ def main() -> int:
         world_size=1,
         start_step=0,
         device=CPU,
-        report=ignore,
+        on_event=ignore,
         rejected={},
     )
     worst, seconds = 0.0, [0.0, 0.0]

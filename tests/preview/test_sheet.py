@@ -66,7 +66,7 @@ def test_it_shows_the_first_images_of_an_epoch_as_the_run_sees_them(tmp_path: Pa
             world_size=1,
             start_step=epoch * (40 // 16),
             device=torch.device("cpu"),
-            report=ignore,
+            on_event=ignore,
             rejected={},
         ) as loader:
             batch = next(iter(loader))

@@ -165,7 +165,7 @@ def draw(
 
 def _crop(
     view: recipe.View,
-    place: NDArray[np.float64],
+    position: NDArray[np.float64],
     widths: NDArray[np.integer],
     heights: NDArray[np.integer],
     draw_of: tuple[int, int, int, NDArray[np.int64]],
@@ -190,8 +190,8 @@ def _crop(
         fits = (w > 0) & (w <= width[open_rows]) & (h > 0) & (h <= height[open_rows])
         rows = open_rows[fits]
         crop_width[rows], crop_height[rows] = w[fits], h[fits]
-        top[rows] = np.floor(place[rows, 0] * (height[rows] - crop_height[rows] + 1))
-        left[rows] = np.floor(place[rows, 1] * (width[rows] - crop_width[rows] + 1))
+        top[rows] = np.floor(position[rows, 0] * (height[rows] - crop_height[rows] + 1))
+        left[rows] = np.floor(position[rows, 1] * (width[rows] - crop_width[rows] + 1))
         open_rows, u = open_rows[~fits], u[~fits][:, [2, 3, 0, 1]]
     start = np.stack([top, left], axis=1)
     return start, start + np.stack([crop_height, crop_width], axis=1)

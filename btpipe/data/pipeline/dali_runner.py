@@ -61,31 +61,31 @@ def run(
     Raises:
         MachineError: the graph fails again and again.
     """
-    pipeline, fed, tries = build(), 0, 0
-    flying: collections.deque[DaliBatch] = collections.deque()
+    pipeline, feed_count, tries = build(), 0, 0
+    in_flight: collections.deque[DaliBatch] = collections.deque()
     while True:
-        flying.extend(itertools.islice(loads, RUNS_AHEAD - len(flying)))
-        if not flying:
+        in_flight.extend(itertools.islice(loads, RUNS_AHEAD - len(in_flight)))
+        if not in_flight:
             return
-        if not len(flying[0].rows):
-            yield flying.popleft(), []
-            fed = max(fed - 1, 0)
+        if not len(in_flight[0].rows):
+            yield in_flight.popleft(), []
+            feed_count = max(feed_count - 1, 0)
             continue
         try:
-            for load in itertools.islice(flying, fed, None):
+            for load in itertools.islice(in_flight, feed_count, None):
                 _feed(pipeline, load, stream)
-                fed += 1
+                feed_count += 1
             *outputs, serials = pipeline.outputs()
         except RuntimeError as error:
             tries += 1
             if tries == _TRIES:
                 fix = "try fewer threads or a smaller batch; the files themselves decode"
                 raise MachineError(f"DALI failed: {last_words(error)}", fix=fix) from error
-            pipeline, fed = build(), 0
+            pipeline, feed_count = build(), 0
             continue
-        assert (serials.as_array() == flying[0].serials).all(), "DALI's outputs came out of step"
-        tries, fed = 0, fed - 1
-        yield flying.popleft(), outputs
+        assert (serials.as_array() == in_flight[0].serials).all(), "DALI's outputs came out of step"
+        tries, feed_count = 0, feed_count - 1
+        yield in_flight.popleft(), outputs
 
 
 def last_words(error: Exception) -> str:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline
 
 from btpipe.data.index import Index
-from btpipe.data.pipeline import dali_graphs, dali_runner, prefetch
-from btpipe.data.pipeline import decode as decoding
+from btpipe.data.pipeline import dali_graphs, dali_runner, decode, prefetch
 from btpipe.data.pipeline.decode import BatchDecoder, Encoded, Pixels
 from btpipe.data.rejects import BadInputError
 from btpipe.events import Rejected
@@ -33,7 +32,7 @@ class EvaluationBatch:
     """Good rows, their pixels (n, S, S, 3) and their files.
 
     `sizes` (n, 2) are the upright [height, width] of the decoded images. Beside the good rows are
-    the `rejected` ones, and the `known` ones, of which the file's sha256 was enough.
+    the `rejected` ones, and the `cached_files`, of which the file's sha256 was enough.
     """
 
     rows: NDArray[np.int64]
@@ -41,7 +40,7 @@ class EvaluationBatch:
     files: list[FileRead]
     rejected: dict[int, Rejected]
     sizes: NDArray[np.int64]
-    known: dict[int, FileRead] = dataclasses.field(default_factory=dict)
+    cached_files: dict[int, FileRead] = dataclasses.field(default_factory=dict)
 
     @property
     def digests(self) -> list[str]:
@@ -50,7 +49,7 @@ class EvaluationBatch:
 
 
 Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""Encoded bytes -> pixels (H, W, 3), or a BadInputError: `decoding.decode`, or a stand-in."""
+"""Encoded bytes -> pixels (H, W, 3), or a BadInputError: `decode.decode`, or a stand-in."""
 Mark = Callable[[Sequence[int], bool], AbstractContextManager[None]]
 """A context in which rows are in a decoder's hands; whether they are one file, decoded alone."""
 
@@ -97,7 +96,7 @@ def evaluation_stream(
     batch_size: int,
     threads: int,
     gpu: int | None = None,
-    decode: Decode = decoding.decode,
+    decode_file: Decode = decode.decode,
     is_known: Callable[[int, str, int], bool] = lambda _row, _digest, _bytes: False,
     is_apart: Callable[[int], bool] = lambda _row: False,
     mark: Mark = _no_mark,
@@ -108,11 +107,12 @@ def evaluation_stream(
     wherever tasks end. What is bad or known comes with the batch that follows, or in one without
     good rows where there are many.
 
-    `decode` stands in for DALI's decoder. `is_known` says of a row, its file's sha256 and length
-    whether its pixels are not needed, `is_apart` that a row must not be decoded in a GPU's batch.
+    `decode_file` stands in for DALI's decoder. `is_known` says of a row, its file's sha256 and
+    length whether its pixels are not needed, `is_apart` that a row must not be decoded in a GPU's
+    batch.
     """
-    decoder = None if gpu is None else decoding.batch_decoder(gpu, threads)
-    reader = _Reader(index, decoder, decode, is_known, is_apart, mark)
+    decoder = None if gpu is None else decode.batch_decoder(gpu, threads)
+    reader = _Reader(index, decoder, decode_file, is_known, is_apart, mark)
     packed = _Packed(geometry, batch_size)
 
     def build() -> Pipeline:
@@ -138,7 +138,7 @@ class _Reader:
 
     index: Index
     decoder: BatchDecoder | None
-    decode: Decode
+    decode_file: Decode
     is_known: Callable[[int, str, int], bool]
     is_apart: Callable[[int], bool]
     mark: Mark
@@ -151,11 +151,11 @@ class _Reader:
             if self.is_known(row, file.digest, file.bytes):
                 return _Row(row, None, file)
             array = np.frombuffer(content, np.uint8)
-            encoded = decoding.parse(array) if self.decoder and not self.is_apart(row) else None
+            encoded = decode.parse(array) if self.decoder and not self.is_apart(row) else None
             if encoded is not None:
                 return _Row(row, encoded, file)
             with self.mark((row,), True):
-                return _Row(row, self.decode(array), file)
+                return _Row(row, self.decode_file(array), file)
         except BadInputError as error:
             return _Row(row, self.index.reject(row, "decode", error))
 
@@ -163,10 +163,10 @@ class _Reader:
         """Those of a task's rows together: what is left is decoded in a batch."""
         if self.decoder is None:
             return files
-        held = [(f.row, f.content) for f in files if isinstance(f.content, Encoded | np.ndarray)]
-        with self.mark([row for row, content in held if isinstance(content, Encoded)], False):
-            decoded = self.decoder.decode([content for _, content in held])
-        rows = np.array([row for row, _ in held], np.int64)
+        pending = [(f.row, f.content) for f in files if isinstance(f.content, Encoded | np.ndarray)]
+        with self.mark([row for row, content in pending if isinstance(content, Encoded)], False):
+            decoded = self.decoder.decode([content for _, content in pending])
+        rows = np.array([row for row, _ in pending], np.int64)
         images = dict(zip(rows.tolist(), self.index.with_rejects(rows, decoded), strict=True))
         return [dataclasses.replace(f, content=images.get(f.row, f.content)) for f in files]
 
@@ -182,7 +182,7 @@ class _Packed:
         self._number = 0
         self._good: list[tuple[int, FileRead, Pixels]] = []
         self._rejected: dict[int, Rejected] = {}
-        self._known: dict[int, FileRead] = {}
+        self._cached_files: dict[int, FileRead] = {}
         self.batches: dict[int, EvaluationBatch] = {}
 
     def loads(self, tasks: Iterator[Sequence[_Row]]) -> Iterator[dali_runner.DaliBatch]:
@@ -193,14 +193,14 @@ class _Packed:
                 if isinstance(row.content, Rejected):
                     self._rejected[row.row] = row.content
                 elif row.content is None:
-                    self._known[row.row] = row.file
+                    self._cached_files[row.row] = row.file
                 else:
                     self._good.append((row.row, row.file, row.content))
                 if len(self._good) == self._batch_size:
                     yield self._load(self._batch_size)
-            if len(self._rejected) + len(self._known) >= self._batch_size:
+            if len(self._rejected) + len(self._cached_files) >= self._batch_size:
                 yield self._load(0)
-        if self._good or self._rejected or self._known:
+        if self._good or self._rejected or self._cached_files:
             yield self._load(len(self._good))
 
     def _load(self, count: int) -> dali_runner.DaliBatch:
@@ -214,9 +214,9 @@ class _Packed:
             files=[file for _, file, _ in good],
             rejected=self._rejected,
             sizes=sizes,
-            known=self._known,
+            cached_files=self._cached_files,
         )
         self._good = self._good[count:]
-        self._rejected, self._known, self._number = {}, {}, number + 1
+        self._rejected, self._cached_files, self._number = {}, {}, number + 1
         inputs = dali_graphs.evaluation_inputs(self._geometry, sizes) if count else {}
         return dali_runner.DaliBatch(number, rows, images, inputs)

@@ -14,15 +14,15 @@ TASKS_AHEAD = 2
 _CHUNK_FILES = 16
 
 Read = TypeVar("Read")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def read_ahead(
     tasks: Iterator[tuple[int, NDArray[np.int64]]],
     read: Callable[[int], Read],
-    finish: Callable[[NDArray[np.int64], Sequence[Read]], Sequence[Made]],
+    finish: Callable[[NDArray[np.int64], Sequence[Read]], Sequence[Result]],
     pool: Executor,
-) -> Iterator[tuple[int, NDArray[np.int64], Sequence[Made]]]:
+) -> Iterator[tuple[int, NDArray[np.int64], Sequence[Result]]]:
     """(number, rows) -> (number, rows, what was made of each row), a few tasks ahead in threads.
 
     `read` is called for each row in the threads of `pool`, `finish` for each task's rows together
@@ -32,10 +32,10 @@ def read_ahead(
     def read_all(rows: NDArray[np.int64]) -> list[Read]:
         return [read(int(row)) for row in rows]
 
-    def whole(rows: NDArray[np.int64], reads: list[Future[list[Read]]]) -> Sequence[Made]:
+    def whole(rows: NDArray[np.int64], reads: list[Future[list[Read]]]) -> Sequence[Result]:
         return finish(rows, [content for chunk in reads for content in chunk.result()])
 
-    ahead: collections.deque[tuple[int, NDArray[np.int64], Future[Sequence[Made]]]] = (
+    ahead: collections.deque[tuple[int, NDArray[np.int64], Future[Sequence[Result]]]] = (
         collections.deque()
     )
     finishing = ThreadPoolExecutor(1, "btpipe-finish")
@@ -47,7 +47,7 @@ def read_ahead(
                 ahead.append((number, rows, finishing.submit(whole, rows, reads)))
             if not ahead:
                 return
-            number, rows, made = ahead.popleft()
-            yield number, rows, made.result()
+            number, rows, future = ahead.popleft()
+            yield number, rows, future.result()
     finally:
         finishing.shutdown(cancel_futures=True)

@@ -105,7 +105,7 @@ class TrainingLoader:
         world_size: int,
         start_step: int,
         device: "torch.device",
-        report: Report,
+        on_event: Report,
         rejected: dict[int, Rejected],
     ) -> None:
         """Batch and micro-batch are multiples of `world_size`.
@@ -115,18 +115,19 @@ class TrainingLoader:
         """
         size, micro = settings.batch_size, settings.micro_batch or settings.batch_size
         if len(index) < size:
-            found = f"{len(index)} images do not fill one batch of {size}"
+            what = f"{len(index)} images do not fill one batch of {size}"
             fix = "add images, or take a smaller batch"
-            raise UsageError(found, where=index.root, expected=f"{size} or more", fix=fix)
+            raise UsageError(what, where=index.root, expected=f"{size} or more", fix=fix)
         assert size % micro == micro % world_size == 0
         self.index, self.settings, self.device = index, settings, device
         self.start_step, self.rejected = start_step, rejected
         self.allowed_bad = int(settings.max_bad * len(index) + 1e-9)  # 0.29 * 100 is below 29
         self.steps_per_epoch = count_steps(len(index), size)
-        self._report = report
+        self._on_event = on_event
         self._share = size // world_size
         # A micro-batch is shared out like a batch: the same images form it on any number of ranks.
-        self._own = (np.arange(size).reshape(-1, world_size, micro // world_size))[:, rank].ravel()
+        positions = np.arange(size).reshape(-1, world_size, micro // world_size)
+        self._positions = positions[:, rank].ravel()
         self._threads = settings.threads or runtime.cores()
         self._gpu = None if device.type == "cpu" else device.index or 0
         self._decoder = (
@@ -192,14 +193,16 @@ class TrainingLoader:
 
     def planned(self, step: int) -> NDArray[np.int64]:
         """The images that the order alone gives this rank for a step: index rows (n,)."""
-        own = self.settings
+        settings = self.settings
         epoch, batch = divmod(step, self.steps_per_epoch)
-        start = batch * own.batch_size
-        place = (own.seed, epoch, len(self.index), start, start + own.batch_size)
-        if own.shuffle == "full":
-            return sampler.permutation(*place)[self._own]
-        mixed = sampler.blocks(*place, block_images=own.block_images, mixed_blocks=own.mixed_blocks)
-        return mixed[self._own]
+        start = batch * settings.batch_size
+        span = (settings.seed, epoch, len(self.index), start, start + settings.batch_size)
+        if settings.shuffle == "full":
+            return sampler.permutation(*span)[self._positions]
+        mixed = sampler.blocks(
+            *span, block_images=settings.block_images, mixed_blocks=settings.mixed_blocks
+        )
+        return mixed[self._positions]
 
     def _rows(self, step: int) -> NDArray[np.int64]:
         """`planned`, with stand-ins for those that are known to be bad."""
@@ -260,7 +263,7 @@ class TrainingLoader:
         if row in self.rejected:
             return
         self.rejected[row] = rejected
-        self._report(rejected)
+        self._on_event(rejected)
         last = f", {rejected.path} the last: {rejected.reason}"
         self.require_budget(len(self.rejected), last)
 

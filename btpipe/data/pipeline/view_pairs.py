@@ -27,10 +27,10 @@ class Pairs:
 
 def read(
     index: Index,
-    described: Recipe,
+    recipe: Recipe,
     most: int,
     device: torch.device,
-    report: Report,
+    on_event: Report,
     *,
     known_bad: Mapping[int, Rejected],
 ) -> Pairs:
@@ -41,36 +41,38 @@ def read(
     Raises:
         BudgetError: none of the images can be read.
     """
-    wanted = min(most, len(index))
-    batches = -(-wanted // BATCH)
+    count = min(most, len(index))
+    steps = -(-count // BATCH)
     with TrainingLoader(
         index,
-        _two_views(described, wanted // batches, batches),
+        _two_views(recipe, count // steps, steps),
         rank=0,
         world_size=1,
         start_step=0,
         device=device,
-        report=report,
+        on_event=on_event,
         rejected=dict(known_bad),
     ) as loader:
-        found = list(loader)
-    drawn = np.concatenate([batch.images for batch in found])
+        batches = list(loader)
+    rows = np.concatenate([batch.images for batch in batches])
     # An image that stands in for an unreadable one may be in the set already.
-    kept = np.sort(np.unique(drawn, return_index=True)[1])
-    first, second = (torch.cat([batch.views[i] for batch in found])[kept] for i in range(2))
-    return Pairs(drawn[kept], first, second)
+    first_positions = np.sort(np.unique(rows, return_index=True)[1])
+    first, second = (
+        torch.cat([batch.views[i] for batch in batches])[first_positions] for i in range(2)
+    )
+    return Pairs(rows[first_positions], first, second)
 
 
-def _two_views(described: Recipe, size: int, batches: int) -> LoaderSettings:
+def _two_views(recipe: Recipe, size: int, steps: int) -> LoaderSettings:
     """So many batches of `size` images in the recipe's first two views of full size."""
-    full = described.data.image_size
-    sized = zip(described.views, described.view_sizes, strict=True)
+    full = recipe.data.image_size
+    sized = zip(recipe.views, recipe.view_sizes, strict=True)
     views, sizes = zip(*sorted(sized, key=lambda one: one[1] != full)[:2], strict=True)
     return LoaderSettings(
-        seed=described.seed,
+        seed=recipe.seed,
         views=views,
         view_sizes=sizes,
         batch_size=size,
-        steps=batches,
-        threads=described.data.threads,
+        steps=steps,
+        threads=recipe.data.threads,
     )

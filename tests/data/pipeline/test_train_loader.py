@@ -82,7 +82,7 @@ def batches(
         world_size=world_size,
         start_step=start_step,
         device=torch.device("cpu"),
-        report=ignore if events is None else events.append,
+        on_event=ignore if events is None else events.append,
         rejected={} if rejected is None else rejected,
     ) as loader:
         return list(itertools.islice(loader, most))
@@ -297,7 +297,7 @@ def test_files_that_vanish_while_a_run_goes_on_are_replaced(folder: Path) -> Non
         world_size=1,
         start_step=0,
         device=torch.device("cpu"),
-        report=events.append,
+        on_event=events.append,
         rejected={},
     ) as loader:
         running = iter(loader)
@@ -484,7 +484,7 @@ def test_batches_are_full_whatever_is_known_or_bad_and_wherever_tasks_end(folder
     assert list(kept) == [row for row in range(IMAGES) if row not in known | bad]
     for row, pixels in kept.items():
         np.testing.assert_array_equal(pixels, clean[row])
-    assert {row for batch in got for row in batch.known} == known
+    assert {row for batch in got for row in batch.cached_files} == known
     assert {row for batch in got for row in batch.rejected} == bad
 
 

@@ -38,7 +38,7 @@ def test_a_training_loader_takes_them_from_memory() -> None:
         world_size=1,
         start_step=0,
         device=torch.device("cpu"),
-        report=ignore,
+        on_event=ignore,
         rejected={},
     ) as loader:
         batches = list(loader)
