@@ -11,7 +11,7 @@ class Sharded(Finished):
     """`images` in so many shards in the folder `out`, and how small and fast they became.
 
     `decoded_per_cpu_second`: images, on a sample; `before`: of the inputs. `share_of_bytes` and
-    `times_faster` are of both.
+    `times_faster` are of both. What stood there is not decoded again: the speeds are not a number.
     """
 
     job = "shard"
@@ -26,9 +26,12 @@ class Sharded(Finished):
     decoded_per_cpu_second_before: float
     share_of_bytes: float
     times_faster: float
+    nothing_to_do: bool = False
 
     @property
     def text(self) -> str:
+        if self.nothing_to_do:
+            return f"nothing to do: {self.out} holds these shards"
         return (
             f"{self.out}: {self.images:,} images in {self.shards:,} shards,"
             f" {self.rejects:,} rejects;"
@@ -48,9 +51,12 @@ class Pretrained(Finished):
     run: str
     step: int
     done: int
+    nothing_to_do: bool = False
 
     @property
     def text(self) -> str:
+        if self.nothing_to_do:
+            return f"nothing to do: {self.run} is trained to its last step"
         return f"{self.done} steps, {self.run}"
 
 
@@ -63,9 +69,12 @@ class Exported(Finished):
     out: Path
     size: int
     models: tuple[str, ...]
+    nothing_to_do: bool = False
 
     @property
     def text(self) -> str:
+        if self.nothing_to_do:
+            return f"{self.out} holds this encoder already: nothing to do"
         return f"{self.out}: {self.size} pixels in, published ({', '.join(self.models)})"
 
 
@@ -117,9 +126,12 @@ class Merged(Finished):
     rows: int
     rejects: int
     shards: int
+    nothing_to_do: bool = False
 
     @property
     def text(self) -> str:
+        if self.nothing_to_do:
+            return f"{self.out} is finished: nothing to do"
         return f"{self.out}: {self.rows} vectors, {self.rejects} rejects of {self.shards} shards"
 
 

@@ -9,6 +9,7 @@ settings give the same bytes. Until all is done the shards lie in DIR.work/, eac
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -21,14 +22,14 @@ import pyarrow as pa
 
 from btpipe import artifact, runtime
 from btpipe.data import rejects, shard_writer
-from btpipe.data.index import SCHEMA, Index
+from btpipe.data.index import SCHEMA, Index, open_index
 from btpipe.data.pipeline import decode
 from btpipe.data.rejects import BadInputError
 from btpipe.data.shard_writer import Maker, Shard, ShardMember, ShardOptions
 from btpipe.data.sources import Source
 from btpipe.data.sources.source import SHARDS
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import Note, Progressed, Rejected, Report, per_second
+from btpipe.events import Progressed, Rejected, Report, per_second
 from btpipe.results import Sharded
 
 __all__ = ["ShardOptions", "parse_bytes", "write"]
@@ -61,7 +62,7 @@ def write(
     started, out = time.monotonic(), out.absolute()
     plan: Plan = {"data": index.fingerprint, **dataclasses.asdict(options)}
     if _is_done(out, plan):
-        on_event(Note(f"nothing to do: {out} holds these shards"))
+        on_event(_standing(index, out, started))
         shutil.rmtree(_work_of(out), ignore_errors=True)  # what a kill at the very end left
         return
     with _work(out, plan) as work:
@@ -206,6 +207,29 @@ def _account(index: Index, out: Path, shards: Sequence[Shard], started: float) -
         decoded_per_cpu_second_before=slow,
         share_of_bytes=bytes_after / bytes_before,
         times_faster=fast / slow,
+    )
+
+
+def _standing(index: Index, out: Path, started: float) -> Sharded:
+    """The account of finished shards, but for the speeds; `index` is what they were made of."""
+    shards = open_index(out / INDEX)
+    rejected = {bad.path for bad in rejects.read(out / REJECTS) if bad.stage == "shard"}
+    sizes = zip(index.table["path"].to_pylist(), index.table["bytes"].to_pylist(), strict=True)
+    before = sum(size for path, size in sizes if path not in rejected)
+    after = sum(path.stat().st_size for path in out.glob("shard-*.tar"))
+    return Sharded(
+        seconds=time.monotonic() - started,
+        out=out,
+        images=len(shards),
+        shards=len(shards.sources),
+        rejects=len(index) - len(shards),
+        bytes=after,
+        bytes_before=before,
+        decoded_per_cpu_second=math.nan,
+        decoded_per_cpu_second_before=math.nan,
+        share_of_bytes=after / before,
+        times_faster=math.nan,
+        nothing_to_do=True,
     )
 
 

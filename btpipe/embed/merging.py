@@ -11,7 +11,7 @@ from btpipe import artifact
 from btpipe.embed import outputs, table, work_folder
 from btpipe.embed.shares import Share
 from btpipe.errors import RefusedError, UsageError
-from btpipe.events import Note, Rejected, Report
+from btpipe.events import Rejected, Report
 from btpipe.results import Merged
 
 
@@ -32,7 +32,7 @@ def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool 
         earlier = outputs.footer_of(out)
         if earlier is not None:
             if identity.items() <= earlier.items() and not earlier.get(table.SHARD):
-                report(Note(f"{out} is finished: nothing to do"))
+                report(_merged(out, len(tables), started, nothing_to_do=True))
                 return
             fix = "choose another --out, or replace the table with --overwrite"
             work_folder.refuse_other(earlier, identity, "vectors", out, fix)
@@ -45,8 +45,12 @@ def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool 
         table.take_place(rejects, table.rejects_path(out))
         outputs.take_place(out, vectors)
         work_folder.remove(folder)
+    report(_merged(out, len(tables), started))
+
+
+def _merged(out: Path, shards: int, started: float, *, nothing_to_do: bool = False) -> Merged:
     rows, bad = outputs.count(out), table.count(table.rejects_path(out))
-    report(Merged(time.monotonic() - started, out, rows, bad, len(tables)))
+    return Merged(time.monotonic() - started, out, rows, bad, shards, nothing_to_do)
 
 
 def _in_order(shards: Sequence[Path]) -> tuple[list[Path], table.Footer]:

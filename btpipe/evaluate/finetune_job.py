@@ -6,9 +6,9 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -60,13 +60,18 @@ class ClassifierJudged(Finished):
     interval1: tuple[float, float]
     top5: float
     epochs: int
+    nothing_to_do: bool = False
 
     @property
     def text(self) -> str:
+        if self.nothing_to_do:
+            return f"{self.out} holds this evaluation already: nothing to do"
         return str(self.out)
 
     def tables(self) -> list[TextTable]:
         """The shares for people, in per cent."""
+        if self.nothing_to_do:
+            return []
         low, high = self.interval1
         name = {"linear": "Linear classifier", "semisup": "Fine-tuned"}[self.kind]
         row = (f"{100 * self.top1:.1f}", f"{100 * low:.1f} to {100 * high:.1f}")
@@ -125,12 +130,14 @@ def judge_on_rank(asked: Asked, mode: progress.Mode) -> None:
             return
         with progress.show(mode) as report, _open(asked, report) as identity:
             if runtime.any_rank(_stands(asked.out, identity)):
-                report(events.Note(f"{asked.out} holds this evaluation already: nothing to do"))
+                record = json.loads(asked.out.read_text())
+                report(_judged(asked, record, time.monotonic() - started, nothing_to_do=True))
                 return
             score = finetune.fit(_job(asked), here, report)
             runtime.barrier()  # the others have read the lists of images
-            artifact.write_json(asked.out, {**identity, **_record(score)})
-            report(_finished(asked, score, time.monotonic() - started))
+            record = {**identity, **_record(score)}
+            artifact.write_json(asked.out, record)
+            report(_judged(asked, record, time.monotonic() - started))
 
 
 @contextlib.contextmanager
@@ -257,16 +264,21 @@ def _record(score: finetune.FinetuneScore) -> dict[str, object]:
     }
 
 
-def _finished(asked: Asked, score: finetune.FinetuneScore, seconds: float) -> ClassifierJudged:
+def _judged(
+    asked: Asked, record: Mapping[str, Any], seconds: float, *, nothing_to_do: bool = False
+) -> ClassifierJudged:
+    """The result, as the record in `asked.out` has it."""
+    low, high = record["top1 95 %"]
     return ClassifierJudged(
         seconds=seconds,
         kind=asked.kind,
         bundle=asked.bundle,
         out=asked.out,
-        images=score.images,
-        rejected=score.rejected,
-        top1=score.top1 / score.images,
-        interval1=knn.wilson(score.top1, score.images),
-        top5=score.top5 / score.images,
+        images=record["test images"],
+        rejected=record["rejected"],
+        top1=record["top1"],
+        interval1=(low, high),
+        top5=record["top5"],
         epochs=asked.protocol.epochs,
+        nothing_to_do=nothing_to_do,
     )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from btpipe import artifact
 from btpipe.data.index import Index, build
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import Note, Report
+from btpipe.events import Report
 from btpipe.export import contract, golden, onnx_model, samples, session, verify, weights
 from btpipe.export import source as sources
 from btpipe.export.card import Card
@@ -147,14 +147,13 @@ def _export(
     calibrate = "int8" in wanted.precisions
     if calibrate:
         origin["calibration"] = index.fingerprint
-    if _stands(out, origin, overwrite=overwrite):
-        report(Note(f"{out} holds this encoder already: nothing to do"))
-        return out
-    artifact.sweep(out.parent, out.name)
-    chosen = samples.choose(index, source.preprocessing, report, calibrate=calibrate)
-    publish(source, chosen, out, origin, report, wanted)
+    is_there = _stands(out, origin, overwrite=overwrite)
+    if not is_there:
+        artifact.sweep(out.parent, out.name)
+        chosen = samples.choose(index, source.preprocessing, report, calibrate=calibrate)
+        publish(source, chosen, out, origin, report, wanted)
     size, models = source.preprocessing.size, tuple(wanted.models)
-    report(Exported(time.monotonic() - started, out, size, models))
+    report(Exported(time.monotonic() - started, out, size, models, is_there))
     return out
 
 

@@ -1,5 +1,6 @@
 """Starting a run: one process, several that btpipe starts, or ranks of torchrun or SLURM."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from btpipe.data.index import open_index
 from btpipe.errors import RecipeError
 from btpipe.pretrain import changes, checkpoint, folder, knn, train
 from btpipe.recipe import Recipe
+from btpipe.results import Pretrained
 
 PREDECESSOR_SECONDS = 30.0
 """How long the first rank waits for a run folder that another process is about to leave."""
@@ -72,7 +74,7 @@ def _open(
 
     Accepted changes are made in its recipe, unless it is finished: nothing is trained under them.
     """
-    labelled = knn.labelled_images(recipe, report)
+    started, labelled = time.monotonic(), knn.labelled_images(recipe, report)
     if not run.exists():
         folder.prepare(run, recipe, report, accepted)
     with folder.lock(run, wait_seconds):
@@ -81,7 +83,8 @@ def _open(
         step = _position(run)
         finished = step == recipe.steps(len(open_index(run / folder.INDEX)))
         if finished:
-            report(events.Note(f"nothing to do: {run} is trained to its last step"))
+            seconds = time.monotonic() - started
+            report(Pretrained(seconds, str(run), step or 0, 0, nothing_to_do=True))
         else:
             folder.require_same_images(run)
             if before:

@@ -21,7 +21,8 @@ from btpipe.data.pipeline import decode
 from btpipe.data.pipeline.train_loader import LoaderSettings, TrainingLoader
 from btpipe.data.shard_writer import ShardOptions
 from btpipe.errors import IntegrityError, RefusedError, UsageError
-from btpipe.events import Event, Finished, Note, Rejected, ignore
+from btpipe.events import Event, Finished, Rejected, ignore
+from btpipe.results import Sharded
 
 SMALL = ShardOptions(shorter_side=48, quality=90, shard_bytes=20_000)
 RESAMPLED_LEVELS = 4.0
@@ -148,10 +149,16 @@ def test_images_are_upright_and_no_larger_and_small_ones_are_the_same_bytes(
 def test_the_same_images_give_the_same_bytes_and_a_second_start_nothing_to_do(
     folder: Path, tmp_path: Path
 ) -> None:
-    sharded(folder, tmp_path / "out")
-    first = hashes(tmp_path / "out")
     _, events = sharded(folder, tmp_path / "out")
-    assert [type(event) for event in events] == [Note]
+    first = hashes(tmp_path / "out")
+    _, again = sharded(folder, tmp_path / "out")
+    (result,) = again
+    assert isinstance(result, Sharded)
+    assert "nothing to do" in result.text
+    speeds = ("decoded_per_cpu_second", "decoded_per_cpu_second_before", "times_faster")
+    unlike = dict.fromkeys(speeds, None) | {"nothing_to_do": True}
+    unlike |= {name: result.record()[name] for name in ("seconds", "time")}
+    assert result.record() == events[-1].record() | unlike
     shutil.rmtree(tmp_path / "out")
     sharded(folder, tmp_path / "out")
     assert hashes(tmp_path / "out") == first

@@ -1,5 +1,6 @@
 """A job run again costs what changed; shards make the table of one job; a list may be piped in."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -17,7 +18,7 @@ from btpipe.embed.merging import merge
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Event, Finished, Progressed, Warned, ignore
-from btpipe.results import Embedded
+from btpipe.results import Embedded, Merged
 
 IMAGES = 24
 TABLES = ("whole.parquet", "whole.rejects.parquet")
@@ -167,12 +168,15 @@ def test_merged_shards_are_the_table_of_one_job(
     tmp_path: Path, sharded: Path, shards: list[Path]
 ) -> None:
     out = tmp_path / "v.parquet"
-    merge([shards[i] for i in (2, 0, 1)], out, ignore)
+    merged: list[Event] = []
+    merge([shards[i] for i in (2, 0, 1)], out, merged.append)
     assert bytes_of(out) == bytes_of(sharded / "whole.parquet")
     assert not list(tmp_path.glob("*.work"))
     stamp = out.stat().st_mtime_ns
-    merge(shards, out, ignore)
+    merge(shards, out, merged.append)
     assert out.stat().st_mtime_ns == stamp
+    first, second = (event for event in merged if isinstance(event, Merged))
+    assert second == dataclasses.replace(first, nothing_to_do=True)
 
 
 def test_shards_that_are_missing_double_or_of_another_job_are_refused(

@@ -27,12 +27,13 @@ from btpipe.errors import (
     RefusedError,
     UsageError,
 )
-from btpipe.events import Event, Note, ignore
+from btpipe.events import Event, ignore
 from btpipe.export import bundle, contract, onnx_model, verify
 from btpipe.export import source as sources
 from btpipe.export.samples import Samples
 from btpipe.export.session import Session, refuse_external_data
 from btpipe.pretrain import network
+from btpipe.results import Exported
 
 RUNTIME_TOLERANCE = 1e-4
 """torch and onnxruntime sum in another order, and batch norm is folded: float32 rounding."""
@@ -142,7 +143,10 @@ def test_the_same_export_again_touches_nothing(home: Path, exported: Path) -> No
     assert {path: path.stat().st_mtime_ns for path in (exported, *exported.iterdir())} == {
         path: stat.st_mtime_ns for path, stat in before.items()
     }
-    assert any(isinstance(event, Note) and "nothing to do" in event.text for event in events)
+    (result,) = [event for event in events if isinstance(event, Exported)]
+    assert result.nothing_to_do
+    assert (result.out, result.size, result.models) == (exported, 32, ("encoder.onnx",))
+    assert "nothing to do" in result.text
 
 
 def test_another_encoder_is_replaced_when_asked_and_by_the_same_bytes_each_time(

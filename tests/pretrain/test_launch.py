@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import event_schema
 import pytest
 from tiny_run import draw_images
 
@@ -241,10 +242,11 @@ def test_a_finished_run_is_left_alone_under_torchrun(tmp_path: Path, images: Pat
     own = arguments(tmp_path, images, 2)
     pretrain(tmp_path, images, 2)
     before = (tmp_path / "runs" / "tiny" / "events.jsonl").read_bytes()
-    with started([*torchrun("--standalone"), *own], tmp_path) as process:
+    with started([*torchrun("--standalone"), *own, "--json"], tmp_path) as process:
         code, out, errors = ended(process, WAIT_SECONDS)
     assert code == 0, errors
-    assert out.count("nothing to do") == 1
+    (result,) = event_schema.read(out)
+    assert (result["event"], result["step"], result["nothing_to_do"]) == ("Pretrained", 4, True)
     assert (tmp_path / "runs" / "tiny" / "events.jsonl").read_bytes() == before
 
 

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import event_schema
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_run import draw_images
 
-from btpipe import artifact
+from btpipe import artifact, progress
 from btpipe import recipe as recipes
 from btpipe.errors import (
     BudgetError,
@@ -69,12 +70,17 @@ def command(recipe: Path, images: Path, *arguments: str) -> list[str]:
 
 
 def pretrain(
-    recipe: Path, images: Path, *settings: str, name: str = "tiny", devices: str = "1"
+    recipe: Path,
+    images: Path,
+    *settings: str,
+    name: str = "tiny",
+    devices: str = "1",
+    mode: progress.Mode = "auto",
 ) -> Path:
     """What the command does, in this process; returns the run's folder."""
     run = recipe.parent / "runs" / name
     wanted = recipes.load(recipe, (f"data.train={images}", *settings))
-    launch.pretrain(run, wanted, devices=devices, mode="auto")
+    launch.pretrain(run, wanted, devices=devices, mode=mode)
     return run
 
 
@@ -184,8 +190,10 @@ def test_a_finished_run_is_left_alone(
     pretrain(recipe, images)
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*")}
     capsys.readouterr()
-    pretrain(recipe, images)
-    assert "nothing to do" in capsys.readouterr().out
+    pretrain(recipe, images, mode="json")
+    (result,) = event_schema.read(capsys.readouterr().out)
+    assert (result["event"], result["done"], result["nothing_to_do"]) == ("Pretrained", 0, True)
+    assert result["step"] == 8
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*")} == before
 
 
