@@ -4,12 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
-from btpipe import artifact
-from btpipe import recipe as recipes
+from btpipe import artifact, recipe
 from btpipe.pretrain import launch
 
 IMAGES = 34  # 4 steps of 8 an epoch, the last two images dropped
-RECIPE = """
+NETWORK = """
 seed = 5
 [data]
 batch_size = 8
@@ -17,7 +16,8 @@ image_size = 16
 [network]
 backbone = "resnet18"
 projector = [32, 32]
-[optim]
+"""
+RECIPE = f"""{NETWORK}[optim]
 epochs = 2
 warmup_epochs = 0
 [run]
@@ -38,8 +38,8 @@ def pretrain(
 ) -> Path:
     """What the command does, in this process; returns the run's folder."""
     (folder / "tiny.toml").write_text(RECIPE)
-    wanted = recipes.load(folder / "tiny.toml", (f"data.train={images}", *settings))
-    launch.pretrain(folder / name, wanted, devices=devices, mode="auto", accepted=accepted)
+    tiny = recipe.load(folder / "tiny.toml", (f"data.train={images}", *settings))
+    launch.pretrain(folder / name, tiny, devices=devices, mode="auto", accepted=accepted)
     return folder / name
 
 

@@ -104,7 +104,7 @@ def measure(
     index = build(images, report)[0] if images else own
     if min(most, len(index)) < 2:
         raise UsageError(f"{len(index)} images", where=index.root, expected="two or more")
-    known_bad = {} if images else RunRejects(folder, index).known()
+    known_bad = {} if images else RunRejects(folder, index).by_row()
     steps_per_epoch = max(1, described.steps_per_epoch(len(own)))
     rows: list[CheckpointRow] = []
     shares: dict[int, PerImage] = {}

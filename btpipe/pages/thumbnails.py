@@ -33,20 +33,20 @@ def make(
     """
     side = next(side for rows, side in SIDES if count <= rows or not rows)
     order = np.random.default_rng(0).permutation(count).tolist()
-    made: dict[int, str] = {}
+    thumbnails: dict[int, str] = {}
     taken, started = 0, time.monotonic()
-    told = started
+    last_report = started
     with concurrent.futures.ThreadPoolExecutor(runtime.cores(), "btpipe-thumbnail") as pool:
         for done, (row, text) in enumerate(_drawn(order, read, side, pool)):
             if taken + len(text) + 1 > most_bytes:
                 break
             if text:
-                made[row], taken = text, taken + len(text) + 1
+                thumbnails[row], taken = text, taken + len(text) + 1
             now = time.monotonic()
-            if now - told > REPORT_SECONDS:
-                told, speed = now, per_second(done, now - started)
+            if now - last_report > REPORT_SECONDS:
+                last_report, speed = now, per_second(done, now - started)
                 report(Progressed("thumbnails", done, count, speed, 0.0))
-    return made
+    return thumbnails
 
 
 def _drawn(

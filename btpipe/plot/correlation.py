@@ -58,8 +58,8 @@ class Matrix:
         )
 
 
-def measure(run: Path, asked: str, report: Report) -> list[Matrix]:
-    """The matrices of the checkpoints that `asked` names: "first,last" or steps, "0,300".
+def measure(run: Path, selection: str, report: Report) -> list[Matrix]:
+    """The matrices of the checkpoints that `selection` names: "first,last" or steps, "0,300".
 
     "first" and 0 are the network that the run started from. Takes the views that training takes,
     and batch norm as in training.
@@ -69,17 +69,17 @@ def measure(run: Path, asked: str, report: Report) -> list[Matrix]:
         IntegrityError: a checkpoint or the index is damaged.
     """
     described, index = recipe.load(run / "recipe.toml"), open_index(run / "index.parquet")
-    steps = _steps(run, asked)
+    steps = _steps(run, selection)
     size = min(described.data.batch_size, MOST_IMAGES, len(index))
-    with runtime.start() as here:
-        seen = view_pairs.read(index, described, size, here.device, report, known_bad={})
-        found = []
+    with runtime.start() as process:
+        pairs = view_pairs.read(index, described, size, process.device, report, known_bad={})
+        matrices = []
         for step in steps:
-            model = _network(run, described, step, report).to(here.device)
+            model = _network(run, described, step, report).to(process.device)
             with torch.no_grad():
-                z = model(seen.first, seen.second).z
-            found.append(_matrix(run.resolve().name, step, z[0], z[1]))
-    return found
+                z = model(pairs.first, pairs.second).z
+            matrices.append(_matrix(run.resolve().name, step, z[0], z[1]))
+    return matrices
 
 
 def blocks(matrix: NDArray[np.float32], most: int = MOST_CELLS) -> tuple[NDArray[np.float32], int]:
@@ -101,7 +101,7 @@ def _matrix(name: str, step: int, z1: torch.Tensor, z2: torch.Tensor) -> Matrix:
     """The correlation of two views' embeddings (N, D)."""
     count, dimension = z1.shape
     whole = slice(0, dimension)
-    first, second = (loss.Standardised(z).block_of_own(whole) for z in (z1, z2))
+    first, second = (loss.Standardised(z).local_block(whole) for z in (z1, z2))
     correlation = (first.T @ second / count).float().cpu().numpy()
     diagonal = np.diagonal(correlation).astype(np.float64)
     others = np.square(correlation, dtype=np.float64).sum() - np.square(diagonal).sum()
@@ -118,18 +118,19 @@ def _matrix(name: str, step: int, z1: torch.Tensor, z2: torch.Tensor) -> Matrix:
     )
 
 
-def _steps(run: Path, asked: str) -> list[int]:
-    there = checkpoint.steps(run)
-    named = {"first": 0, "last": max(there, default=0)}
-    wanted = [part.strip() for part in asked.split(",") if part.strip()]
-    steps = [named[part] if part in named else int(part) for part in wanted if _is_step(part)]
-    strange = [part for part in wanted if not _is_step(part)]
-    missing = [str(step) for step in steps if step not in (0, *there)]
+def _steps(run: Path, selection: str) -> list[int]:
+    saved_steps = checkpoint.steps(run)
+    named = {"first": 0, "last": max(saved_steps, default=0)}
+    parts = [part.strip() for part in selection.split(",") if part.strip()]
+    steps = [named[part] if part in named else int(part) for part in parts if _is_step(part)]
+    strange = [part for part in parts if not _is_step(part)]
+    missing = [str(step) for step in steps if step not in (0, *saved_steps)]
     if strange or missing or not steps:
+        absent = ", ".join(strange or missing) or "nothing"
         raise UsageError(
-            f"--correlation {asked}: no checkpoint of {', '.join(strange or missing) or 'nothing'}",
+            f"--correlation {selection}: no checkpoint of {absent}",
             where=run,
-            expected=f"first, last, or of {', '.join(map(str, [0, *there]))}",
+            expected=f"first, last, or of {', '.join(map(str, [0, *saved_steps]))}",
             fix="keep more of the next run's checkpoints: --set run.keep_every=N",
         )
     return sorted(set(steps))
@@ -140,9 +141,9 @@ def _is_step(part: str) -> bool:
 
 
 def _network(run: Path, described: Recipe, step: int, report: Report) -> network.BarlowTwins:
-    made = network.initialise(described)
+    model = network.initialise(described)
     if step == 0 and 0 not in checkpoint.steps(run):
-        init_from.load(run, described.network, made, report)
-        return made
-    made.load_state_dict(checkpoint.model_state(checkpoint.folder_of(run, step)))
-    return made
+        init_from.load(run, described.network, model, report)
+        return model
+    model.load_state_dict(checkpoint.model_state(checkpoint.folder_of(run, step)))
+    return model

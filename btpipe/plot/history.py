@@ -92,25 +92,25 @@ def read(run: Path) -> History:
             "has not begun: no events.jsonl", where=run, fix="start it: btpipe pretrain"
         )
     records, damaged = _records(log)
-    told = _Told()
+    reader = _Reader()
     for record in records:
-        told.hear(record)
-    if told.begun is None:
+        reader.add(record)
+    if reader.begun is None:
         raise UsageError("has not begun: its events.jsonl tells of no start", where=run)
     try:
         return History(
             name=run.resolve().name,
             path=run,
-            series={name: tuple(sorted(line.items())) for name, line in told.lines.items()},
-            alarms=tuple(told.alarms),
-            starts=tuple(told.starts),
-            times=told.times,
-            floor=float(str(told.begun["loss_floor"])),
+            series={name: tuple(sorted(line.items())) for name, line in reader.lines.items()},
+            alarms=tuple(reader.alarms),
+            starts=tuple(reader.starts),
+            times=reader.times,
+            floor=float(str(reader.begun["loss_floor"])),
             lambd=described.loss.lambd,
-            batch_size=int(str(told.begun["batch_size"])),
-            steps=int(str(told.begun["steps"])),
-            steps_per_epoch=max(1, int(str(told.begun["steps_per_epoch"]))),
-            ended=told.ended,
+            batch_size=int(str(reader.begun["batch_size"])),
+            steps=int(str(reader.begun["steps"])),
+            steps_per_epoch=max(1, int(str(reader.begun["steps_per_epoch"]))),
+            ended=reader.ended,
             damaged_lines=damaged,
         )
     except (KeyError, ValueError) as error:
@@ -134,7 +134,7 @@ def is_held(run: Path) -> bool:
 
 def _records(log: Path) -> tuple[list[dict[str, object]], int]:
     """The events of a log, and how many of its whole lines are none (a crash of the machine)."""
-    found, damaged = [], 0
+    records, damaged = [], 0
     try:
         lines = log.read_bytes().split(b"\n")
     except OSError as error:
@@ -145,14 +145,14 @@ def _records(log: Path) -> tuple[list[dict[str, object]], int]:
         except ValueError:
             record = None
         if isinstance(record, dict):
-            found.append(record)
+            records.append(record)
         elif line.strip():
             damaged += 1
-    return found, damaged
+    return records, damaged
 
 
-class _Told:
-    """What the events say, in the order in which they were told."""
+class _Reader:
+    """Collects what the events of a log say, in their order."""
 
     def __init__(self) -> None:
         self.begun: Mapping[str, object] | None = None
@@ -164,7 +164,7 @@ class _Told:
         self.alarms: list[Mark] = []
         self.starts: list[Mark] = []
 
-    def hear(self, record: Mapping[str, object]) -> None:
+    def add(self, record: Mapping[str, object]) -> None:
         """Takes one event."""
         event, step = record.get("event"), record.get("step")
         at = step if isinstance(step, int) else 0
@@ -216,10 +216,10 @@ def _value(point: tuple[int, float]) -> float:
 
 def names(runs: Iterable[History]) -> list[str]:
     """A name for each run that no other has: its folder's, or as much of its path as differs."""
-    found = list(runs)
-    short = [run.name for run in found]
+    histories = list(runs)
+    short = [run.name for run in histories]
     if len(set(short)) == len(short):
         return short
-    paths = [run.path.resolve() for run in found]
+    paths = [run.path.resolve() for run in histories]
     common = Path(os.path.commonpath(paths))
     return [path.relative_to(common).as_posix() if path != common else path.name for path in paths]

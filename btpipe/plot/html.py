@@ -10,10 +10,9 @@ import numpy as np
 from btpipe.events import TextTable
 from btpipe.pages import frame, plotly_bundle
 from btpipe.plot import history
-from btpipe.plot import panels as curves
 from btpipe.plot.correlation import Matrix
 from btpipe.plot.history import History
-from btpipe.plot.panels import By, Panel, Sign
+from btpipe.plot.panels import By, Panel, Sign, axis_position, diagrams
 
 ALARM, RESTART = "\N{BLACK UP-POINTING TRIANGLE}", "\N{CLOCKWISE OPEN CIRCLE ARROW}"
 SCRIPT = Path(__file__).with_name("plots.js")
@@ -45,7 +44,7 @@ def write(
     Raises:
         MachineError: no space, or no permission.
     """
-    panels, missing = curves.panels(runs, by)
+    panels, missing = diagrams(runs, by)
     names = history.names(runs)
     script = _script(panels, _marks(runs, names, by), matrices, by, reload_seconds)
     title = "Runs: " + ", ".join(names) if len(runs) > 1 else f"Run {names[0]}"
@@ -90,12 +89,12 @@ def _script(
 
 def about(runs: Sequence[History]) -> str:
     """How far the runs are."""
-    said = []
+    states = []
     for name, run in zip(history.names(runs), runs, strict=True):
         epochs = run.step / run.steps_per_epoch
         state = f"step {run.step:,} of {run.steps:,} (epoch {epochs:.1f})"
-        said.append(f"{name}: {state}" if len(runs) > 1 else state)
-    return "; ".join(said)
+        states.append(f"{name}: {state}" if len(runs) > 1 else state)
+    return "; ".join(states)
 
 
 def _body(
@@ -165,7 +164,7 @@ def _happened(runs: Sequence[History]) -> str:
 def _marks(runs: Sequence[History], names: Sequence[str], by: By) -> list[Sign]:
     return [
         Sign(
-            curves.place(run, mark.step, by),
+            axis_position(run, mark.step, by),
             f"{mark.about} ({name}, step {mark.step:,})",
             ALARM if mark in run.alarms else RESTART,
             alarm=mark in run.alarms,

@@ -152,12 +152,12 @@ PLANS = (
 )
 
 
-def panels(runs: Sequence[History], by: By) -> tuple[list[Panel], list[str]]:
+def diagrams(runs: Sequence[History], by: By) -> tuple[list[Panel], list[str]]:
     """The diagrams that there are numbers for, and the titles of those without.
 
     One run has a colour for each number, several have a colour each and a dash for each number.
     """
-    found, missing = [], []
+    panels, missing = [], []
     for plan in PLANS:
         lines = [line for i, run in enumerate(runs) for line in _lines(plan, run, runs, i, by)]
         drawn = [line for line in lines if not line.bound]
@@ -167,11 +167,11 @@ def panels(runs: Sequence[History], by: By) -> tuple[list[Panel], list[str]]:
             missing.append(plan.title)
             continue
         log = plan.log and _spans_decades([y for line in lines for y in line.y])
-        found.append(Panel(plan.title, plan.unit, plan.about, tuple(lines), log))
-    return found, missing
+        panels.append(Panel(plan.title, plan.unit, plan.about, tuple(lines), log))
+    return panels, missing
 
 
-def place(run: History, step: int, by: By) -> float:
+def axis_position(run: History, step: int, by: By) -> float:
     """Where a step stands on the axis."""
     return step / run.steps_per_epoch if by == "epoch" else float(step)
 
@@ -188,14 +188,14 @@ def _lines(plan: _Plan, run: History, runs: Sequence[History], number: int, by: 
         points: Series = history.thin(run.series[part.field], MOST_POINTS)
         if not points:
             continue
-        x = tuple(place(run, step, by) for step, _ in points)
+        x = tuple(axis_position(run, step, by) for step, _ in points)
         y = tuple(value * part.factor(run) for _, value in points)
-        said = [name] if several else []
+        name_parts = [name] if several else []
         if not several or len(plan.parts) > 1:
-            said.append(part.label)
+            name_parts.append(part.label)
         paint = color(number if several else i)
         dash = DASHES[i] if several else "solid"
-        lines.append(Line(", ".join(said), x, y, paint, dash))
+        lines.append(Line(", ".join(name_parts), x, y, paint, dash))
         if part.bound:
             label, bound = part.bound
             value = bound(run)

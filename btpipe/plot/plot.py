@@ -35,9 +35,9 @@ class Plotted(Finished):
 
     @property
     def text(self) -> str:
-        place = ", ".join(str(place) for place in (self.out, self.tensorboard) if place)
+        paths = ", ".join(str(path) for path in (self.out, self.tensorboard) if path)
         runs = f"{self.runs} run{'s' * (self.runs > 1)}"
-        return f"{place}: {runs}, {self.alarms} alarm{'s' * (self.alarms != 1)}"
+        return f"{paths}: {runs}, {self.alarms} alarm{'s' * (self.alarms != 1)}"
 
 
 def make(
@@ -63,27 +63,27 @@ def make(
     """
     started = time.monotonic()
     _require_picture(out, live=live, correlation=correlation)
-    found = [history.read(run) for run in runs]
+    histories = [history.read(run) for run in runs]
     matrices = [] if not correlation else _matrices(runs, correlation, report)
     with contextlib.ExitStack() as ends:
         writers = [_writer(out, matrices, by)] if out else []
         if tensorboard:
             writers.append(_board(tensorboard, ends))
 
-        def write(found: Sequence[History], live: bool) -> None:
+        def write(histories: Sequence[History], live: bool) -> None:
             for one in writers:
-                one(found, live)
+                one(histories, live)
 
         if live:
             if out:
                 text = f"{out}: open it; it shows what is new every {RELOAD_SECONDS} seconds"
                 report(Note(text))
-            found = _follow(found, write, report, patience_seconds)
-        write(found, False)
+            histories = _follow(histories, write, report, patience_seconds)
+        write(histories, False)
     if tensorboard:
         report(Note(f"tensorboard --logdir {tensorboard}"))
-    alarms = sum(len(run.alarms) for run in found)
-    report(Plotted(time.monotonic() - started, out, tensorboard, len(found), alarms))
+    alarms = sum(len(run.alarms) for run in histories)
+    report(Plotted(time.monotonic() - started, out, tensorboard, len(histories), alarms))
 
 
 def _require_picture(out: Path | None, *, live: bool, correlation: str) -> None:
@@ -116,36 +116,38 @@ def _board(folder: Path, ends: contextlib.ExitStack) -> Write:
     """What writes event files; they end with `ends`."""
     from btpipe.plot import tensorboard  # noqa: PLC0415 - an extra
 
-    made = tensorboard.Board(folder)
-    ends.callback(made.close)
-    return lambda runs, _: made.write(runs)
+    board = tensorboard.Board(folder)
+    ends.callback(board.close)
+    return lambda runs, _: board.write(runs)
 
 
 def _follow(
-    found: list[History], write: Write, report: Report, patience_seconds: float
+    histories: list[History], write: Write, report: Report, patience_seconds: float
 ) -> list[History]:
     """Writes pages that read themselves again, until no run goes on or a signal came."""
-    runs, gone = [run.path for run in found], _Gone(patience_seconds)
+    runs, gone = [run.path for run in histories], _Gone(patience_seconds)
     with runtime.StopSignals() as signals:
-        write(found, True)
+        write(histories, True)
         looked = time.monotonic()
-        for run in found:
+        for run in histories:
             if not run.ended and not gone.holds(run.path):
                 text = "no process of this machine trains it now; Ctrl-C ends looking at it"
                 report(Note(f"{run.path}: {text}"))
-        while not signals.asked and not all(run.ended or gone.is_gone(run.path) for run in found):
+        while not signals.asked and not all(
+            run.ended or gone.is_gone(run.path) for run in histories
+        ):
             time.sleep(0.1)
             if time.monotonic() - looked < RELOAD_SECONDS:
                 continue
             looked, now = time.monotonic(), [history.read(run) for run in runs]
-            if now != found:
-                found = now
-                write(found, True)
-    for run in found:
+            if now != histories:
+                histories = now
+                write(histories, True)
+    for run in histories:
         if not run.ended and gone.is_gone(run.path):
             text = f"its process is gone; it stands at step {run.step:,} of {run.steps:,}"
             report(Note(f"{run.path}: {text}"))
-    return found
+    return histories
 
 
 class _Gone:
@@ -170,7 +172,7 @@ class _Gone:
         return time.monotonic() - self._held.get(run, math.inf) > self._patience
 
 
-def _matrices(runs: Sequence[Path], asked: str, report: Report) -> list[Matrix]:
+def _matrices(runs: Sequence[Path], selection: str, report: Report) -> list[Matrix]:
     from btpipe.plot import correlation  # noqa: PLC0415 - torch, for those who ask for it
 
-    return [matrix for run in runs for matrix in correlation.measure(run, asked, report)]
+    return [matrix for run in runs for matrix in correlation.measure(run, selection, report)]

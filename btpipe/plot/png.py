@@ -8,10 +8,9 @@ from pathlib import Path
 from btpipe import artifact
 from btpipe.errors import UsageError
 from btpipe.plot import history
-from btpipe.plot import panels as curves
 from btpipe.plot.correlation import Matrix
 from btpipe.plot.history import History
-from btpipe.plot.panels import By, Panel, Sign
+from btpipe.plot.panels import By, Panel, Sign, axis_position, diagrams
 
 try:
     from matplotlib.axes import Axes
@@ -37,9 +36,9 @@ def write(path: Path, runs: Sequence[History], matrices: Sequence[Matrix], by: B
     Raises:
         MachineError: no space, or no permission.
     """
-    panels, _ = curves.panels(runs, by)
+    panels, _ = diagrams(runs, by)
     marks = [
-        Sign(curves.place(run, mark.step, by), "", "v" if alarm else "|", alarm)
+        Sign(axis_position(run, mark.step, by), "", "v" if alarm else "|", alarm)
         for run in runs
         for mark in (*run.starts, *run.alarms)
         for alarm in (mark in run.alarms,)

@@ -71,15 +71,15 @@ class Alarms:
             early_steps=max(1, recipe.optim.warmup_epochs) * run.steps_per_epoch,
         )
 
-    def hear(self, logged: StepDone | None, ranks: RanksMeasured | None) -> list[Alarm]:
+    def update(self, logged: StepDone | None, ranks: RanksMeasured | None) -> list[Alarm]:
         """The alarms that these numbers raise and that are not known yet."""
-        found: list[tuple[int, _Finding]] = []
+        findings: list[tuple[int, _Finding]] = []
         if logged:
-            found += [(logged.step, finding) for finding in self._of_step(logged)]
+            findings += [(logged.step, finding) for finding in self._of_step(logged)]
         if ranks:
-            found.append((ranks.step, self._of_ranks(ranks)))
+            findings.append((ranks.step, self._of_ranks(ranks)))
         raised = []
-        for step, finding in found:
+        for step, finding in findings:
             if not finding.text:
                 self._active.discard(finding.cause)
             elif finding.cause not in self._active:

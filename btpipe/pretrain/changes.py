@@ -99,14 +99,14 @@ def version_at(folder: Path, step: int, digest: str) -> Version:
 
     The present one where the run never had such a recipe.
     """
-    known = versions(folder)
+    history = versions(folder)
     fitting = [
         version
-        for version in known
+        for version in history
         if version.recipe.digest == digest
         and (not version.changes or version.changes[-1].step <= step)
     ]
-    return (fitting or known)[-1]
+    return (fitting or history)[-1]
 
 
 def _read(log: Path) -> list[RecipeChanged]:

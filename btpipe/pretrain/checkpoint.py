@@ -43,15 +43,17 @@ def save(run: Path, state: State, core: Core, settings: Run) -> Path:
         MachineError: no space, or no permission; the checkpoints before it stay.
     """
     folder = folder_of(run, state.step)
-    with artifact.publish(folder, KIND, dataclasses.asdict(state)) as beside:
-        save_file(_dense(core.network.state_dict()), beside / "model.safetensors")
-        save_file(_dense(_other_tensors(core)), beside / "optim.safetensors")
-        (beside / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=2) + "\n")
+    with artifact.publish(folder, KIND, dataclasses.asdict(state)) as temporary:
+        save_file(_dense(core.network.state_dict()), temporary / "model.safetensors")
+        save_file(_dense(_other_tensors(core)), temporary / "optim.safetensors")
+        (temporary / "state.json").write_text(
+            json.dumps(dataclasses.asdict(state), indent=2) + "\n"
+        )
     folders = _folders(run)
     later = [old for old in folders if _step(old) > state.step]
     beyond = folders[len(later) + settings.keep_last :]
-    every = settings.keep_every
-    for old in [*later, *(old for old in beyond if not every or _step(old) % every)]:
+    interval = settings.keep_every
+    for old in [*later, *(old for old in beyond if not interval or _step(old) % interval)]:
         _remove(old)
     return folder
 
@@ -162,8 +164,10 @@ def encoder_state(folder: Path) -> dict[str, torch.Tensor]:
 
 def _folders(run: Path) -> list[Path]:
     """Checkpoints by their final names, newest first."""
-    found = [p for p in (run / "checkpoints").glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()]
-    return sorted(found, key=_step, reverse=True)
+    folders = [
+        p for p in (run / "checkpoints").glob(f"{PREFIX}*") if p.name[len(PREFIX) :].isdigit()
+    ]
+    return sorted(folders, key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:
@@ -206,12 +210,12 @@ def _load_others(core: Core, tensors: Mapping[str, torch.Tensor]) -> None:
         parameter = parameters[int(owner)]
         # The parameter's own memory layout, so that sums run in the same order as before.
         alike = tensor.shape == parameter.shape
-        place = (
+        buffer = (
             torch.empty_like(parameter)
             if alike
             else torch.empty_like(tensor, device=parameter.device)
         )
-        core.optimizer.state[parameter][name] = place.copy_(tensor)
+        core.optimizer.state[parameter][name] = buffer.copy_(tensor)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:

@@ -28,7 +28,7 @@ REJECTS = "rejects.csv"
 
 
 def prepare(
-    folder: Path, wanted: Recipe, report: Report, accepted: Sequence[str] = ()
+    folder: Path, recipe: Recipe, report: Report, accepted: Sequence[str] = ()
 ) -> Mapping[str, str]:
     """Makes the run folder for this recipe, or makes sure that it is this recipe's.
 
@@ -42,19 +42,19 @@ def prepare(
     """
     before: Mapping[str, str] = {}
     if (folder / RECIPE).is_file():
-        before = changes.differences(folder, wanted, accepted)
+        before = changes.differences(folder, recipe, accepted)
         artifact.sweep(folder / "checkpoints")
         if (folder / INDEX).is_file():
-            init_from.require_same(folder, wanted.network)
+            init_from.require_same(folder, recipe.network)
             return before
     elif folder.exists() and any(folder.iterdir()):
         raise RefusedError("is not a run of btpipe", where=folder, fix="choose another --name")
-    source = wanted.network.init_from
-    adopted = foreign_weights.read_encoder(Path(source), wanted.network) if source else None
-    index, rejected = _index(wanted, report)
+    source = recipe.network.init_from
+    adopted = foreign_weights.read_encoder(Path(source), recipe.network) if source else None
+    index, rejected = _index(recipe, report)
     with artifact.disk_errors(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    artifact.write_file(folder / RECIPE, wanted.to_toml().encode())
+    artifact.write_file(folder / RECIPE, recipe.to_toml().encode())
     artifact.write_json(folder / ENVIRONMENT, runtime.environment())
     rejects.write(folder / REJECTS, rejected)
     if adopted:
@@ -63,17 +63,17 @@ def prepare(
     return {}
 
 
-def _index(wanted: Recipe, report: Report) -> tuple[Index, list[Rejected]]:
-    named = wanted.data.inputs
+def _index(recipe: Recipe, report: Report) -> tuple[Index, list[Rejected]]:
+    named = recipe.data.inputs
     try:
         index, rejected = build(named, report)
     except UsageError as error:
         fix = "put the training images there (any tree of folders), or: --set data.train=DIR"
-        found = f"data.train = {' '.join(named)!r}: {error.what}"
-        raise UsageError(found, where=error.where, expected=error.expected, fix=fix) from error
-    if len(index) < wanted.data.batch_size:
+        what = f"data.train = {' '.join(named)!r}: {error.what}"
+        raise UsageError(what, where=error.where, expected=error.expected, fix=fix) from error
+    if len(index) < recipe.data.batch_size:
         raise UsageError(
-            f"{len(index)} readable images are less than one batch of {wanted.data.batch_size}",
+            f"{len(index)} readable images are less than one batch of {recipe.data.batch_size}",
             where=" ".join(named),
             fix="add images, or lower the batch: --set data.batch_size=N",
         )
@@ -91,12 +91,16 @@ def require_same_images(folder: Path) -> None:
     """
     index = open_index(folder / INDEX)
     passed_over = {rejected.path for rejected in rejects.read(folder / REJECTS)}
-    found = change_detection.changes(index, passed_over)
-    if found:
-        kinds = {"added": found.added, "removed": found.removed, "of another size": found.resized}
-        said = [f"{len(p)} {kind} ({p[0]})" for kind, p in kinds.items() if p]
+    differences = change_detection.changes(index, passed_over)
+    if differences:
+        kinds = {
+            "added": differences.added,
+            "removed": differences.removed,
+            "of another size": differences.resized,
+        }
+        summary = [f"{len(p)} {kind} ({p[0]})" for kind, p in kinds.items() if p]
         raise RefusedError(
-            f"data.train: images changed since the run began: {', '.join(said)}",
+            f"data.train: images changed since the run began: {', '.join(summary)}",
             where=folder,
             expected=f"the {len(index)} images of its index.parquet",
             fix="put the images back as they were, or train on the new ones under another --name",
@@ -132,7 +136,7 @@ class RunRejects:
     def __init__(self, folder: Path, index: Index) -> None:
         self._folder, self._index = folder, index
 
-    def known(self) -> dict[int, Rejected]:
+    def by_row(self) -> dict[int, Rejected]:
         """By their rows, the images of the index that were rejected so far."""
         rejected = {bad.path: bad for bad in rejects.read(self._folder / REJECTS)}
         paths = self._index.table.column("path").to_pylist() if rejected else []

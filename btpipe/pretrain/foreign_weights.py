@@ -71,8 +71,8 @@ class Adopted:
         return f"{text}; left out: {left}" if left else text
 
 
-def read_encoder(source: Path, wanted: Network) -> Adopted:
-    """The encoder that `source` holds, for the network `wanted`; nothing of the file is executed.
+def read_encoder(source: Path, settings: Network) -> Adopted:
+    """The encoder that `source` holds, for this network; nothing of the file is executed.
 
     Raises:
         UsageError: no such file, or a folder that is no bundle, checkpoint or run.
@@ -83,7 +83,7 @@ def read_encoder(source: Path, wanted: Network) -> Adopted:
     file = locate(source)
     content = file.read_bytes()
     tensors = _renamed(_parse(content, file))
-    state, left_out = _match(tensors, wanted, file)
+    state, left_out = _match(tensors, settings, file)
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise IntegrityError(f"{broken[0]} holds numbers that are not finite", where=file)
@@ -161,22 +161,22 @@ def _parse(content: bytes, file: Path) -> State:
 
 def _named(error: pickle.UnpicklingError) -> str:
     """The name at which PyTorch stopped, from its long advice."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    return found.group(1) if found else str(error).strip().splitlines()[-1][:100]
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    return match.group(1) if match else str(error).strip().splitlines()[-1][:100]
 
 
 def _tensors(loaded: object, file: Path) -> State:
     """The state dict in what was loaded: itself, or under one of the usual keys."""
-    found: list[str] = [type(loaded).__name__]
+    content: list[str] = [type(loaded).__name__]
     if isinstance(loaded, Mapping):
         for value in (loaded, *(loaded.get(key) for key in CONTAINERS)):
             if isinstance(value, Mapping):
                 tensors = {str(k): t for k, t in value.items() if isinstance(t, torch.Tensor)}
                 if tensors:
                     return tensors
-        found = [str(key) for key in loaded]
+        content = [str(key) for key in loaded]
     raise RefusedError(
-        f"no state dict in it: {', '.join(found[:10])}",
+        f"no state dict in it: {', '.join(content[:10])}",
         where=file,
         expected=f"names and tensors, or those under {' or '.join(map(repr, CONTAINERS))}",
     )
@@ -184,23 +184,23 @@ def _tensors(loaded: object, file: Path) -> State:
 
 def _renamed(tensors: State) -> State:
     """Torchvision's names for a body that stands in a Sequential; other names as they are."""
-    found = {key: NUMBERED.fullmatch(key) for key in tensors}
+    matches = {key: NUMBERED.fullmatch(key) for key in tensors}
     bodies = {
         match["prefix"]
-        for match in found.values()
+        for match in matches.values()
         if match and (match["part"], match["rest"]) == ("4", "0.conv1.weight")
     }
     return {
         f"{match['prefix']}{PARTS[match['part']]}.{match['rest']}"
-        if (match := found[key]) and match["prefix"] in bodies
+        if (match := matches[key]) and match["prefix"] in bodies
         else key: tensor
         for key, tensor in tensors.items()
     }
 
 
-def _match(tensors: State, wanted: Network, file: Path) -> tuple[State, dict[str, int]]:
+def _match(tensors: State, settings: Network, file: Path) -> tuple[State, dict[str, int]]:
     """The encoder's tensors by torchvision's names, and what else there is."""
-    shapes = _shapes(wanted)
+    shapes = _shapes(settings)
     prefix = _prefix(tensors, file)
     inside = _inside(tensors, prefix)
     state: State = {}
@@ -220,23 +220,23 @@ def _match(tensors: State, wanted: Network, file: Path) -> tuple[State, dict[str
             state[name] = tensor.detach().to(kind, copy=True).contiguous()
     over = [f"{name} is left over" for name in inside if INSIDE.match(name) and name not in shapes]
     if wrong or over:
-        raise _another_network(inside, wrong, over, wanted, file)
+        raise _another_network(inside, wrong, over, settings, file)
     others = [key for key in tensors if key.removeprefix(prefix) not in shapes]
     return state, dict(Counter(_owner(key, prefix) for key in others))
 
 
 def _prefix(tensors: State, file: Path) -> str:
     """What stands before torchvision's names in this state dict; "" also where none is found."""
-    found = [key.removesuffix(FIRST) for key in tensors if key.endswith(FIRST)]
-    found = [prefix for prefix in found if PREFIX.fullmatch(prefix)]
-    if len(found) > 1:
+    prefixes = [key.removesuffix(FIRST) for key in tensors if key.endswith(FIRST)]
+    prefixes = [prefix for prefix in prefixes if PREFIX.fullmatch(prefix)]
+    if len(prefixes) > 1:
         raise RefusedError(
-            f"holds {len(found)} encoders: under {', '.join(repr(prefix) for prefix in found)}",
+            f"holds {len(prefixes)} encoders: under {', '.join(map(repr, prefixes))}",
             where=file,
             expected="one",
             fix="save the state dict of the one to start from",
         )
-    return found[0] if found else ""
+    return prefixes[0] if prefixes else ""
 
 
 def _inside(tensors: State, prefix: str) -> State:
@@ -250,14 +250,14 @@ def _owner(key: str, prefix: str) -> str:
     return (PREFIX.sub("", name, count=1) or name).partition(".")[0]
 
 
-def _shapes(wanted: Network) -> dict[str, tuple[int, ...]]:
+def _shapes(settings: Network) -> dict[str, tuple[int, ...]]:
     """Names and shapes of an encoder's state; nothing is allocated."""
     with torch.device("meta"):
-        return {k: tuple(t.shape) for k, t in network.encoder(wanted).state_dict().items()}
+        return {k: tuple(t.shape) for k, t in network.encoder(settings).state_dict().items()}
 
 
 def _another_network(
-    inside: State, wrong: list[str], over: list[str], wanted: Network, file: Path
+    inside: State, wrong: list[str], over: list[str], settings: Network, file: Path
 ) -> RefusedError:
     """Names what does not fit, and the network that fits best."""
     lines = [*wrong[:EXAMPLES], *over[:EXAMPLES]]
@@ -265,7 +265,7 @@ def _another_network(
     text = "; ".join(lines) + (f"; and {more} more" if more else "")
     keys = ", ".join(list(inside)[:EXAMPLES])
     return RefusedError(
-        f"does not fit {wanted.backbone} with the {wanted.stem} stem: {text}",
+        f"does not fit {settings.backbone} with the {settings.stem} stem: {text}",
         where=file,
         expected="every tensor of the encoder under torchvision's names, and none beside them",
         fix=_nearest(inside) or f"rename its tensors; it begins with {keys}",

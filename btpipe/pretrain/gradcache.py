@@ -43,7 +43,9 @@ def backward(
     del parts
     terms, gradients = judge(z)
     cached = zip(*(torch.split(gradient, micro_batch) for gradient in gradients), strict=True)
-    for micro, own in zip(micros, cached, strict=True):
+    for micro, z_gradients in zip(micros, cached, strict=True):
         again = forward(micro).z
-        torch.autograd.backward(again, [g.to(z.dtype) for g, z in zip(own, again, strict=True)])
+        torch.autograd.backward(
+            again, [g.to(z.dtype) for g, z in zip(z_gradients, again, strict=True)]
+        )
     return ViewEmbeddings(z, features), terms

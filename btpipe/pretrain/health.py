@@ -38,9 +38,9 @@ class HealthMonitor:
         ranks = None
         if done % run.recipe.health.steps == 0 or last:
             ranks = effective_ranks(outcome.embedded, done)
-        for found in (ranks, *self._alarms.hear(logged, ranks)):
-            if found:
-                run.report(found)
+        for event in (ranks, *self._alarms.update(logged, ranks)):
+            if event:
+                run.report(event)
         knn_steps = run.recipe.health.knn_epochs * run.steps_per_epoch
         if run.recipe.health.knn and (done % knn_steps == 0 or last):
             if self._judge:

@@ -34,8 +34,8 @@ def adopt(run: Path, adopted: foreign_weights.Adopted) -> None:
         "left_out": dict(adopted.left_out),
         "text": adopted.text(),
     }
-    with artifact.publish(run / FOLDER, KIND, origin) as beside:
-        save_file(adopted.state, beside / WEIGHTS)
+    with artifact.publish(run / FOLDER, KIND, origin) as temporary:
+        save_file(adopted.state, temporary / WEIGHTS)
 
 
 def require_same(run: Path, network: Network) -> None:
@@ -65,13 +65,13 @@ def require_same(run: Path, network: Network) -> None:
         )
 
 
-def load(run: Path, wanted: Network, network: BarlowTwins, report: Report) -> None:
+def load(run: Path, settings: Network, network: BarlowTwins, report: Report) -> None:
     """Puts the adopted encoder into a fresh network; without `network.init_from` does nothing.
 
     Raises:
         IntegrityError: what the run folder kept is missing or damaged.
     """
-    if not wanted.init_from:
+    if not settings.init_from:
         return
     folder = run / FOLDER
     try:

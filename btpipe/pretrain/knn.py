@@ -43,18 +43,18 @@ def labelled_images(recipe: Recipe, report: Report) -> Index | None:
     )
     fix = "or train without judging: --set health.knn="
     try:
-        found, _ = build(named, report)
+        index, _ = build(named, report)
     except UsageError as error:
         what = f"health.knn = {named!r}: {error.what}"
         raise UsageError(what, where=error.where, expected=expected, fix=fix) from error
-    labels = found.labels
+    labels = index.labels
     if None in labels:
-        what = f"health.knn: {found.table['path'][labels.index(None)].as_py()} has no label"
+        what = f"health.knn: {index.table['path'][labels.index(None)].as_py()} has no label"
         raise UsageError(what, where=named, expected=expected, fix=fix)
     if len(set(labels)) < 2:
         what = f"health.knn: {labels[0]!r} is the only class"
         raise UsageError(what, where=named, expected=expected, fix=fix)
-    return found
+    return index
 
 
 class Judge:
@@ -68,7 +68,7 @@ class Judge:
         self._run, self._stopping = run, stopping
         self._images = open_index(run.folder / INDEX)
         self._rows, self._labels = judged(self._images)
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
 
     def judge(self) -> None:
         """Reports the leave-one-out accuracy of the present weights; nothing when asked to stop."""
@@ -105,21 +105,21 @@ class Judge:
             gpu=device.index if device.type == "cuda" else None,
         )
         for batch in batches:
-            self._tell(batch.rejected)
+            self._report_rejects(batch.rejected)
             if self._stopping():
                 break
             pixels = torch.from_numpy(batch.pixels).to(device)
             with torch.no_grad(), run.core.autocast():
-                found = encoder(network.normalise(pixels, dtype))
+                features = encoder(network.normalise(pixels, dtype))
             rows.append(batch.rows)
-            vectors.append(found.float().cpu().numpy())
+            vectors.append(features.float().cpu().numpy())
         empty = np.zeros((0, network.features(recipe.network)), np.float32)
         return np.concatenate([self._rows[:0], *rows]), np.concatenate([empty, *vectors])
 
-    def _tell(self, rejected: Mapping[int, events.Rejected]) -> None:
+    def _report_rejects(self, rejected: Mapping[int, events.Rejected]) -> None:
         """Names an unreadable image once."""
-        for row in rejected.keys() - self._told:
-            self._told.add(row)
+        for row in rejected.keys() - self._reported:
+            self._reported.add(row)
             self._run.report(dataclasses.replace(rejected[row], stage="knn"))
 
 

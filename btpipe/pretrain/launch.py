@@ -45,21 +45,21 @@ def pretrain(
 
 def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode, accepted: tuple[str, ...]) -> None:
     """One rank's part: the first one holds the folder, shows progress and writes the log."""
-    with runtime.start() as here:
-        require_divisible(recipe, here.world_size)
-        if not here.is_first:
+    with runtime.start() as process:
+        require_divisible(recipe, process.world_size)
+        if not process.is_first:
             if not runtime.any_rank(False):
-                train.fit(run, recipe, here, events.ignore)
+                train.fit(run, recipe, process, events.ignore)
             return
         # Alone, a second start is told at once that the folder is taken.
-        wait_seconds = PREDECESSOR_SECONDS if here.world_size > 1 else 0
+        wait_seconds = PREDECESSOR_SECONDS if process.world_size > 1 else 0
         with (
             progress.show(mode) as report,
             _open(run, recipe, report, wait_seconds, accepted) as finished,
         ):
             if not runtime.any_rank(finished):
                 with folder.log(run, report) as logged:
-                    train.fit(run, recipe, here, logged)
+                    train.fit(run, recipe, process, logged)
 
 
 @contextmanager

@@ -61,13 +61,13 @@ class Standardised:
     """Embeddings of one view, with zero mean and unit variance per dimension over all ranks' rows.
 
     Made a block of columns at a time, in at least float32, so that no second (N, D) is held.
-    `own` (n, D) are this rank's rows, `every` (N, D) those of all ranks in rank order, both as the
-    network gave them; `mean` and `deviation` (D,), the latter sqrt(variance + EPSILON).
+    `local` (n, D) are this rank's rows, `gathered` (N, D) those of all ranks in rank order, both as
+    the network gave them; `mean` and `deviation` (D,), the latter sqrt(variance + EPSILON).
     """
 
     def __init__(self, z: torch.Tensor) -> None:
-        self.own = z.detach()
-        self.mean, variance = _moments(self.own)
+        self.local = z.detach()
+        self.mean, variance = _moments(self.local)
         self.deviation = (variance + EPSILON).sqrt()
         self.dead = (variance <= DEAD_VARIANCE).sum()
         self._scale = 1 / self.deviation
@@ -76,21 +76,21 @@ class Standardised:
 
     def gather(self) -> None:
         """Collects the rows of all ranks."""
-        self.every = runtime.gather_rows(self.own)
+        self.gathered = runtime.gather_rows(self.local)
 
     def block(self, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """(own rows, all ranks' rows) of these columns: (n, c), (N, c)."""
+        """(local rows, all ranks' rows) of these columns: (n, c), (N, c)."""
         if self._whole is not None:
             return self._whole
-        every = self._standard(self.every, columns)
-        both = every[self._first : self._first + len(self.own)], every
-        if columns == slice(0, self.own.shape[1]):
+        gathered = self._standard(self.gathered, columns)
+        both = gathered[self._first : self._first + len(self.local)], gathered
+        if columns == slice(0, self.local.shape[1]):
             self._whole = both
         return both
 
-    def block_of_own(self, columns: slice) -> torch.Tensor:
+    def local_block(self, columns: slice) -> torch.Tensor:
         """This rank's rows of these columns: (n, c)."""
-        return self._whole[0] if self._whole else self._standard(self.own, columns)
+        return self._whole[0] if self._whole else self._standard(self.local, columns)
 
     def _standard(self, rows: torch.Tensor, columns: slice) -> torch.Tensor:
         return (rows[:, columns] - self.mean[columns]).mul_(self._scale[columns])
@@ -110,8 +110,8 @@ def _moments(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean = wide.mean(0)
         means.append(mean)
         variances.append((wide - mean).square_().mean(0))
-    own = torch.stack([torch.cat(means), torch.cat(variances)])
-    mean, variance = runtime.merge_moments(own).unbind()
+    local = torch.stack([torch.cat(means), torch.cat(variances)])
+    mean, variance = runtime.merge_moments(local).unbind()
     return mean, variance
 
 
@@ -159,15 +159,15 @@ def _gram(views: Views, pairs: Sequence[Pair], lambd: float) -> Halves:
     """From (n, N) slices of each view's Gram matrix, a block of columns at a time."""
     for view in views:
         view.gather()
-    rows, dimension = views[0].own.shape
+    rows, dimension = views[0].local.shape
     count = rows * runtime.world_size()
-    blocks = _blocks(count, views[0].own)
+    blocks = _blocks(count, views[0].local)
     grams = [views[0].mean.new_zeros(rows, count) for _ in views]
     diagonals = views[0].mean.new_empty(len(pairs), dimension)
     for columns in blocks:
         blocked = [view.block(columns) for view in views]
-        for gram, (own, every) in zip(grams, blocked, strict=True):
-            gram.addmm_(own, every.T)
+        for gram, (local, gathered) in zip(grams, blocked, strict=True):
+            gram.addmm_(local, gathered.T)
         for diagonal, (i, j) in zip(diagonals, pairs, strict=True):
             diagonal[columns] = _column_sums(blocked[i][1], blocked[j][1]) / count
     squares = torch.stack([(grams[i] * grams[j]).sum() for i, j in pairs])
@@ -179,7 +179,7 @@ def _gram(views: Views, pairs: Sequence[Pair], lambd: float) -> Halves:
     if len(views) == 2:
         grams = [grams[1].mul_(scale), grams[0].mul_(scale)]
     else:
-        grams = [_sum([grams[j] for _, j in own]) * scale for own in partners]
+        grams = [_sum([grams[j] for _, j in others]) * scale for others in partners]
     gradients = torch.empty(len(views), rows, dimension, dtype=on_c.dtype, device=on_c.device)
     for columns in blocks:
         blocked = [view.block(columns) for view in views]
@@ -193,26 +193,26 @@ def _gram(views: Views, pairs: Sequence[Pair], lambd: float) -> Halves:
 
 def _cross(views: Views, pairs: Sequence[Pair], lambd: float) -> Halves:
     """From the (D, D) correlation matrix of each pair."""
-    whole = slice(0, views[0].own.shape[1])
-    own = [view.block_of_own(whole) for view in views]
-    count = len(own[0]) * runtime.world_size()
+    whole = slice(0, views[0].local.shape[1])
+    local = [view.local_block(whole) for view in views]
+    count = len(local[0]) * runtime.world_size()
     scale = 2 * lambd / (count * len(pairs))
     squares, diagonals = [], []
     gradients: list[torch.Tensor | None] = [None] * len(views)
     for i, j in pairs:
-        correlation = runtime.all_reduce_sum(own[i].T @ own[j]).div_(count)
+        correlation = runtime.all_reduce_sum(local[i].T @ local[j]).div_(count)
         diagonals.append(correlation.diagonal().clone())
         squares.append(torch.linalg.vector_norm(correlation).square())
         on_c = _on_diagonal_gradient(diagonals[-1], lambd, count) / len(pairs)
         for this, other, matrix in ((i, j, correlation.T), (j, i, correlation)):
-            part = torch.addmm(own[other] * on_c, own[other], matrix, alpha=scale)
+            part = torch.addmm(local[other] * on_c, local[other], matrix, alpha=scale)
             before = gradients[this]
             gradients[this] = part if before is None else before.add_(part)
-    made = [gradient for gradient in gradients if gradient is not None]
-    assert len(made) == len(views), "every view is in a pair"
-    for view, gradient in zip(views, made, strict=True):
+    view_gradients = [gradient for gradient in gradients if gradient is not None]
+    assert len(view_gradients) == len(views), "every view is in a pair"
+    for view, gradient in zip(views, view_gradients, strict=True):
         _through_standardise(gradient, view, count)
-    return torch.stack(squares), torch.stack(diagonals), made
+    return torch.stack(squares), torch.stack(diagonals), view_gradients
 
 
 def _partners(views: int, pairs: Sequence[Pair]) -> list[list[tuple[int, int]]]:
@@ -248,11 +248,11 @@ def _through_standardise(gradient: torch.Tensor, z: Standardised, count: int) ->
     sums = torch.empty(2, gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
     for columns in blocks:
         torch.sum(gradient[:, columns], 0, out=sums[0, columns])
-        sums[1, columns] = _column_sums(gradient[:, columns], z.block_of_own(columns))
+        sums[1, columns] = _column_sums(gradient[:, columns], z.local_block(columns))
     mean, along = runtime.all_reduce_sum(sums) / count
     for columns in blocks:
         part = gradient[:, columns].sub_(mean[columns])
-        part.addcmul_(z.block_of_own(columns), along[columns], value=-1).div_(z.deviation[columns])
+        part.addcmul_(z.local_block(columns), along[columns], value=-1).div_(z.deviation[columns])
 
 
 def off_diagonal_rms(terms: Terms, dimension: int) -> float:
@@ -263,7 +263,7 @@ def off_diagonal_rms(terms: Terms, dimension: int) -> float:
 
 
 def choose_form(
-    asked: Literal["auto", "gram", "cross"],
+    form: Literal["auto", "gram", "cross"],
     count: int,
     dimension: int,
     *,
@@ -274,8 +274,8 @@ def choose_form(
 
     4 N^2 D flops a view against 6 N D^2 a pair: with two views gram where N < 0.75 D.
     """
-    if asked != "auto":
-        return asked
+    if form != "auto":
+        return form
     return "gram" if count * views < 1.5 * dimension * pairs else "cross"
 
 

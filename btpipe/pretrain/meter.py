@@ -19,8 +19,8 @@ class SaveClock:
     def is_step(self) -> bool:
         """Whether this very step is one to save: no rank needs another's word for it."""
         settings, step = self._run.recipe.run, self._run.state.step
-        every = (settings.checkpoint_steps, settings.keep_every)
-        return step == self._run.steps or any(n and step % n == 0 for n in every)
+        intervals = (settings.checkpoint_steps, settings.keep_every)
+        return step == self._run.steps or any(n and step % n == 0 for n in intervals)
 
     def is_overdue(self) -> bool:
         """Whether this rank wants a checkpoint soon: the first one, by the minutes."""

@@ -93,10 +93,10 @@ class Watch:
     def __init__(self) -> None:
         self._pending: tuple[int, torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def stepped(self, step: int, found: Flags, scale: LossScale | None) -> NonfiniteFlags | None:
+    def stepped(self, step: int, flags: Flags, scale: LossScale | None) -> NonfiniteFlags | None:
         """Hands in a step's flags; returns what the step before it found, if it did."""
         before = self.last()
-        numbers = torch.cat([found.ranks, scale.scale[None] if scale else found.ranks.new_ones(1)])
+        numbers = torch.cat([flags.ranks, scale.scale[None] if scale else flags.ranks.new_ones(1)])
         if numbers.device.type != "cuda":
             self._pending = step, numbers.clone(), None
             return before

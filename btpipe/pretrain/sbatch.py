@@ -57,9 +57,9 @@ class SlurmJob:
     def require_default(self) -> None:
         """Raises UsageError where something is asked for that only a job file can say."""
         if (self.nodes, self.time, self.partition) != (1, "", ""):
-            found = "--nodes, --time and --partition are for a SLURM job file"
+            what = "--nodes, --time and --partition are for a SLURM job file"
             fix = "add --sbatch FILE; under torchrun, nodes are torchrun's to name"
-            raise UsageError(found, fix=fix)
+            raise UsageError(what, fix=fix)
 
 
 def write(file: Path, name: str, recipe: Recipe, arguments: Sequence[str], job: SlurmJob) -> None:
@@ -71,10 +71,10 @@ def write(file: Path, name: str, recipe: Recipe, arguments: Sequence[str], job: 
         RefusedError: the file exists and says something else.
     """
     if not job.devices.isdecimal() or int(job.devices) < 1:
-        found, fix = f"--devices {job.devices}", "--devices 8 for machines with eight"
-        raise UsageError(found, expected="with --sbatch, the GPUs of each machine", fix=fix)
+        what, fix = f"--devices {job.devices}", "--devices 8 for machines with eight"
+        raise UsageError(what, expected="with --sbatch, the GPUs of each machine", fix=fix)
     require_divisible(recipe, job.nodes * int(job.devices))
-    asked = {"time": job.time, "partition": job.partition}
+    options = {"time": job.time, "partition": job.partition}
     text = FILE.format(
         command=shlex.join([sys.executable, "-m", "btpipe", *arguments]),
         name=name,
@@ -83,7 +83,7 @@ def write(file: Path, name: str, recipe: Recipe, arguments: Sequence[str], job: 
         tasks=job.devices,
         cores=CORES,
         seconds=SAVE_SECONDS,
-        more="".join(f"#SBATCH --{key}={value}\n" for key, value in asked.items() if value),
+        more="".join(f"#SBATCH --{key}={value}\n" for key, value in options.items() if value),
         first_port=runtime.FIRST_PORT,
         ports=runtime.PORTS,
         stopped=Stopped.exit_code,

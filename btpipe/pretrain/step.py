@@ -51,8 +51,8 @@ class Outcome(NamedTuple):
 
 def is_compiled(recipe: Recipe, device: torch.device) -> bool:
     """What `run.compile` means on this device."""
-    asked = recipe.run.compile
-    return asked == "on" or (asked == "auto" and device.type == "cuda")
+    mode = recipe.run.compile
+    return mode == "on" or (mode == "auto" and device.type == "cuda")
 
 
 def build(recipe: Recipe, device: torch.device) -> Core:
@@ -98,15 +98,15 @@ def update(core: Core, views: Sequence[torch.Tensor], lr: float, bias_lr: float)
     embedded, terms = _backward(core, views)
     parameters = [p for p in core.network.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    found = nonfinite.flags(gradients, list(embedded.z))
+    flags = nonfinite.flags(gradients, list(embedded.z))
     runtime.sum_gradients(parameters)
     if core.scale:
         core.scale.unscale(gradients)
-    core.optimizer.found_inf = found.found_inf  # type: ignore[attr-defined]
+    core.optimizer.found_inf = flags.found_inf  # type: ignore[attr-defined]
     core.optimizer.step()
     if core.scale:
-        core.scale.update(found.found_inf)
-    return Outcome(terms, embedded, found)
+        core.scale.update(flags.found_inf)
+    return Outcome(terms, embedded, flags)
 
 
 def _backward(
@@ -129,6 +129,6 @@ def _backward(
         return gradcache.backward(core.network, forward, judge, views, core.micro_batch)
     embedded = forward(views)
     terms, gradients = judge(embedded.z)
-    given = [gradient.to(z.dtype) for gradient, z in zip(gradients, embedded.z, strict=True)]
-    torch.autograd.backward(embedded.z, given)
+    z_gradients = [gradient.to(z.dtype) for gradient, z in zip(gradients, embedded.z, strict=True)]
+    torch.autograd.backward(embedded.z, z_gradients)
     return network.ViewEmbeddings(tuple(z.detach() for z in embedded.z), embedded.features), terms

@@ -28,7 +28,7 @@ NOTABLE_FLOOR = 0.05
 PRECISION_FIX = "go on with --set run.precision=fp32 --accept-change run.precision"
 
 
-def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
+def fit(folder: Path, recipe: Recipe, process: Runtime, report: Report) -> None:
     """Trains a prepared run folder to its end, from its newest checkpoint.
 
     Raises:
@@ -38,20 +38,20 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
         BudgetError: more images were unreadable than `data.max_bad` allows.
         IntegrityError: no checkpoint of the run is whole.
     """
-    runtime.require_float32_products(here.device)
+    runtime.require_float32_products(process.device)
     index = open_index(folder / "index.parquet")
-    run = _open(folder, recipe, here, report, index)
+    run = _open(folder, recipe, process, report, index)
     _announce(run)
     rejects = RunRejects(folder, index)
     loader = TrainingLoader(
         index,
         LoaderSettings.of(recipe, len(index)),
-        rank=here.rank,
-        world_size=here.world_size,
+        rank=process.rank,
+        world_size=process.world_size,
         start_step=run.state.step,
-        device=here.device,
+        device=process.device,
         on_event=report,
-        rejected=rejects.known(),
+        rejected=rejects.by_row(),
     )
     with runtime.StopSignals() as signals, loader:
         try:
@@ -60,9 +60,11 @@ def fit(folder: Path, recipe: Recipe, here: Runtime, report: Report) -> None:
             rejects.update(loader.rejected)
 
 
-def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: Index) -> TrainingRun:
+def _open(
+    folder: Path, recipe: Recipe, process: Runtime, report: Report, index: Index
+) -> TrainingRun:
     """Network, optimiser and position, as the newest checkpoint left them."""
-    core = step.build(recipe, here.device)
+    core = step.build(recipe, process.device)
     state = checkpoint.State(0, recipe.digest, index.fingerprint)
     newest = checkpoint.newest(folder, report)
     if newest is not None:
@@ -73,7 +75,7 @@ def _open(folder: Path, recipe: Recipe, here: Runtime, report: Report, index: In
         init_from.load(folder, recipe.network, core.network, report)
     if core.compiled:
         step.compile(core)
-    return TrainingRun(recipe, folder, here, report, core, state, index)
+    return TrainingRun(recipe, folder, process, report, core, state, index)
 
 
 def _announce(run: TrainingRun) -> None:
@@ -114,14 +116,14 @@ def _loop(run: TrainingRun, supply: Supply, signals: runtime.StopSignals) -> Non
             batch = supply.next(run.state.step)
         outcome = step.update(run.core, batch.views, *run.rates(batch.step))
         run.state = dataclasses.replace(run.state, step=batch.step + 1)
-        stop, save, found = agreement.exchange(
+        stop, save, has_rejects = agreement.exchange(
             [bool(signals.asked), clock.is_overdue(), supply.has_found()]
         )
         save = save or stop or clock.is_step()
-        if found or save:
+        if has_rejects or save:
             supply.require_budget()
-        found_before = watch.stepped(batch.step, outcome.flags, run.core.scale)
-        _require_finite(run, found_before, images_before)
+        flags_before = watch.stepped(batch.step, outcome.flags, run.core.scale)
+        _require_finite(run, flags_before, images_before)
         images_before = batch.images
         logged = meter.stepped(outcome)
         if save:
@@ -163,29 +165,29 @@ def _save(run: TrainingRun) -> None:
 
 
 def _require_finite(
-    run: TrainingRun, found: nonfinite.NonfiniteFlags | None, images: NDArray[np.int64]
+    run: TrainingRun, flags: nonfinite.NonfiniteFlags | None, images: NDArray[np.int64]
 ) -> None:
     """Ends the run when a step's update had to be left out; an fp16 overflow only lowers the scale.
 
     The step, the seed and this rank's `images` (rows of the index) are kept in the run folder.
     """
-    if found is None or (run.core.scale is not None and found.scale >= 1):
+    if flags is None or (run.core.scale is not None and flags.scale >= 1):
         return
     paths = run.index.table["path"].take(images.tolist()).to_pylist()
     cause = {
-        "step": found.step,
-        "epoch": found.step // run.steps_per_epoch,
+        "step": flags.step,
+        "epoch": flags.step // run.steps_per_epoch,
         "seed": run.recipe.seed,
-        "ranks": found.ranks,
+        "ranks": flags.ranks,
         "rows": images.tolist(),
         "images": paths,
     }
     rank = run.runtime.rank
-    file = run.folder / f"nonfinite-step-{found.step:08d}-rank-{rank}.json"
+    file = run.folder / f"nonfinite-step-{flags.step:08d}-rank-{rank}.json"
     artifact.write_json(file, cause)
     raise NumericsError(
-        f"the loss or a gradient is not finite at step {found.step}"
-        f" (rank {', '.join(map(str, found.ranks))}); its update was left out",
+        f"the loss or a gradient is not finite at step {flags.step}"
+        f" (rank {', '.join(map(str, flags.ranks))}); its update was left out",
         where=run.folder,
         fix=f"see {file.name} for its images; the checkpoints are good: {PRECISION_FIX}, or lower"
         " optim.lr under another --name",

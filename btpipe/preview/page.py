@@ -9,8 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from btpipe import artifact
-from btpipe.preview import samples
-from btpipe.preview.samples import Sample, SampleView
+from btpipe.preview.samples import Sample, SampleView, color
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --muted: #666; --paper: #fff; --frame: #ececec;
@@ -43,7 +42,7 @@ details { margin-top: 16px; } pre { background: var(--frame); padding: 12px; ove
 NOTHING = "no"
 
 
-def write(path: Path, samples: Sequence[Sample], title: str, about: str, recipe: str) -> None:
+def write_page(path: Path, samples: Sequence[Sample], title: str, about: str, recipe: str) -> None:
     """Writes the page; `recipe` is the resolved one as TOML.
 
     Raises:
@@ -93,10 +92,10 @@ def _original(sample: Sample) -> str:
     width, height = sample.width, sample.height
     boxes = []
     for number, view in enumerate(sample.views):
-        place = f'x="{view.left}" y="{view.top}" width="{view.width}" height="{view.height}"'
+        box = f'x="{view.left}" y="{view.top}" width="{view.width}" height="{view.height}"'
         boxes += [
-            f'<rect class="halo" {place}/>',
-            f'<rect class="edge" style="--view:{samples.color(number)}" {place}/>',
+            f'<rect class="halo" {box}/>',
+            f'<rect class="edge" style="--view:{color(number)}" {box}/>',
         ]
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="original with crops">'
@@ -109,7 +108,7 @@ def _view(view: SampleView, number: int) -> str:
     small = ' class="small"' if len(view.pixels) < 160 else ""
     source = _embedded(Image.fromarray(view.pixels), "PNG")
     return (
-        f'<figure class="view" style="--view:{samples.color(number - 1)}"><div class="frame">'
+        f'<figure class="view" style="--view:{color(number - 1)}"><div class="frame">'
         f'<img{small} alt="view {number}" src="{source}"></div>'
         f"<figcaption>view {number}</figcaption>{_table(numbers(view))}</figure>"
     )
@@ -118,7 +117,7 @@ def _view(view: SampleView, number: int) -> str:
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     off = {True: ' class="off"', False: ""}
     lines = [
-        f"<tr{off[said == NOTHING]}><th>{name}</th><td>{said}</td></tr>" for name, said in rows
+        f"<tr{off[value == NOTHING]}><th>{name}</th><td>{value}</td></tr>" for name, value in rows
     ]
     return f"<table>{''.join(lines)}</table>"
 

@@ -61,7 +61,7 @@ def color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
-def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Sample]:
+def draw_samples(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Sample]:
     """The first `count` images of an epoch, seen as a run of this recipe sees them on a CPU.
 
     Raises:
@@ -70,11 +70,11 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
     if not recipe.data.train:
         fix = "name the images: --data DIR, or data.train in the recipe"
         raise UsageError("no images are named", where="data.train", fix=fix)
-    found, _ = index.build(recipe.data.train, report)
-    count = min(count, len(found))
-    step = count_steps(len(found), count, epoch)
+    images, _ = index.build(recipe.data.train, report)
+    count = min(count, len(images))
+    step = count_steps(len(images), count, epoch)
     with TrainingLoader(
-        found,
+        images,
         LoaderSettings.sample(recipe, count, steps=step + 1),
         rank=0,
         world_size=1,
@@ -85,14 +85,14 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
     ) as loader:
         batch = next(iter(loader))
     pixels = [view.numpy() for view in batch.views]
-    originals = [_decoded(found, int(row)) for row in batch.images]
+    originals = [_decoded(images, int(row)) for row in batch.images]
     sizes = np.array([pixels.shape[:2] for pixels in originals])
     draws = augment_params.draw_views(
         recipe.views, seed=recipe.seed, epoch=epoch, images=batch.images, sizes=sizes
     )
     return [
         Sample(
-            path=found.table["path"][int(row)].as_py(),
+            path=images.table["path"][int(row)].as_py(),
             width=int(sizes[i, 1]),
             height=int(sizes[i, 0]),
             original=_shown(originals[i]),
@@ -102,12 +102,12 @@ def draw(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Samp
     ]
 
 
-def _decoded(found: index.Index, row: int) -> NDArray[np.uint8]:
+def _decoded(images: index.Index, row: int) -> NDArray[np.uint8]:
     """The pixels of an image that the loader has just decoded."""
     try:
-        return decode.decode(np.frombuffer(found.read_bytes(row), np.uint8))
+        return decode.decode(np.frombuffer(images.read_bytes(row), np.uint8))
     except BadInputError as error:
-        where = found.table["path"][row].as_py()
+        where = images.table["path"][row].as_py()
         raise UsageError(f"changed while it was read: {error.reason}", where=where) from error
 
 

@@ -12,9 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from btpipe import artifact
 from btpipe.errors import UsageError
 from btpipe.events import Finished, Report
-from btpipe.preview import page as views_page
-from btpipe.preview import samples as seen
-from btpipe.preview.samples import Sample, SampleView
+from btpipe.preview.page import write_page
+from btpipe.preview.samples import Sample, SampleView, color, draw_samples
 from btpipe.recipe import Recipe
 
 CELL = 224
@@ -41,8 +40,8 @@ class ViewsDrawn(Finished):
 
     @property
     def text(self) -> str:
-        place = f"{self.out} and {self.page}" if self.page else f"{self.out}"
-        return f"{place}: {self.images} images as epoch {self.epoch} shows them"
+        paths = f"{self.out} and {self.page}" if self.page else f"{self.out}"
+        return f"{paths}: {self.images} images as epoch {self.epoch} shows them"
 
 
 def make(
@@ -57,17 +56,17 @@ def make(
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}", expected="a name that ends in .png")
     started = time.monotonic()
-    samples = seen.draw(recipe, report, count=count, epoch=epoch)
+    samples = draw_samples(recipe, report, count=count, epoch=epoch)
     about = (
         f"seed {recipe.seed}, epoch {epoch}, {recipe.data.image_size} pixels, {recipe.data.train}"
     )
     content = io.BytesIO()
     draw(samples, f"{name}: {about}").save(content, "PNG")
     artifact.write_file(out, content.getvalue())
-    beside = out.with_suffix(".html") if page else None
-    if beside is not None:
-        views_page.write(beside, samples, f"Views of {name}", about, recipe.to_toml())
-    report(ViewsDrawn(time.monotonic() - started, out, beside, len(samples), epoch))
+    page_path = out.with_suffix(".html") if page else None
+    if page_path is not None:
+        write_page(page_path, samples, f"Views of {name}", about, recipe.to_toml())
+    report(ViewsDrawn(time.monotonic() - started, out, page_path, len(samples), epoch))
 
 
 def draw(samples: Sequence[Sample], title: str) -> Image.Image:
@@ -95,7 +94,7 @@ def draw(samples: Sequence[Sample], title: str) -> Image.Image:
 
 def lines(view: SampleView) -> list[str]:
     """The numbers of a view as `TEXT_LINES` short lines or fewer."""
-    place = [
+    orientation = [
         *(["flip"] if view.flip else []),
         *(["vertical flip"] if view.vertical_flip else []),
         *([f"turn {90 * view.turns}\u00b0"] if view.turns else []),
@@ -111,7 +110,7 @@ def lines(view: SampleView) -> list[str]:
     crop = f"{view.width} x {view.height} at {view.left}, {view.top} ({100 * view.share:.3g}%)"
     return [
         crop,
-        ", ".join(place) or "not mirrored",
+        ", ".join(orientation) or "not mirrored",
         *jitter,
         ", ".join(end) or "no gray, blur, solarize",
     ]
@@ -121,7 +120,7 @@ def _head(pen: ImageDraw.ImageDraw, left: int, top: int, views: int) -> None:
     pen.text((left, top), "original", MUTED, _font(TEXT_SIZE))
     for number in range(views):
         x = left + (number + 1) * (CELL + GAP)
-        pen.rectangle((x, top + 3, x + 9, top + 12), seen.color(number))
+        pen.rectangle((x, top + 3, x + 9, top + 12), color(number))
         pen.text((x + 15, top), f"view {number + 1}", MUTED, _font(TEXT_SIZE))
 
 
@@ -130,8 +129,8 @@ def _sample(
 ) -> None:
     left, top = corner
     _paste(sheet, pen, (left, top), with_crops(sample))
-    said = [_fitted(sample.path, CELL, TEXT_SIZE), f"{sample.width} x {sample.height}"]
-    _write(pen, (left, top + CELL), said)
+    caption = [_fitted(sample.path, CELL, TEXT_SIZE), f"{sample.width} x {sample.height}"]
+    _write(pen, (left, top + CELL), caption)
     for number, view in enumerate(sample.views):
         x = left + (number + 1) * (CELL + GAP)
         _paste(sheet, pen, (x, top), enlarged(view))
@@ -151,7 +150,7 @@ def with_crops(sample: Sample) -> Image.Image:
         edges = left, top, max(box[2] - 1, left + 3), max(box[3] - 1, top + 3)
         pen.rectangle(edges, outline=PAPER, width=4)
         inner = edges[0] + 1, edges[1] + 1, edges[2] - 1, edges[3] - 1
-        pen.rectangle(inner, outline=seen.color(number), width=2)
+        pen.rectangle(inner, outline=color(number), width=2)
     return picture
 
 

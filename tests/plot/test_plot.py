@@ -22,10 +22,9 @@ from typer.testing import CliRunner
 
 from btpipe.cli import app
 from btpipe.errors import UsageError
-from btpipe.events import Alarm, Event, KnnJudged, RanksMeasured, RunStarted, StepDone
-from btpipe.events import ignore as nobody
+from btpipe.events import Alarm, Event, KnnJudged, RanksMeasured, RunStarted, StepDone, ignore
 from btpipe.plot import correlation, history, plot
-from btpipe.plot import panels as curves
+from btpipe.plot.panels import COLORS, diagrams
 from btpipe.pretrain import loss
 from btpipe.recipe import Recipe
 from btpipe.results import Pretrained
@@ -103,13 +102,13 @@ def test_steps_that_a_restart_did_again_are_drawn_once_as_they_came_out_last(
             Pretrained(1.0, "r", 40, 40),
         ],
     )
-    found = history.read(run)
-    assert found.series["loss"] == ((10, 100.0), (20, 100.0), (30, 50.0), (40, 50.0))
-    assert [(mark.step, mark.text) for mark in found.starts] == [
+    run_history = history.read(run)
+    assert run_history.series["loss"] == ((10, 100.0), (20, 100.0), (30, 50.0), (40, 50.0))
+    assert [(mark.step, mark.text) for mark in run_history.starts] == [
         (20, "went on from step 20; 10 steps were done again")
     ]
-    assert found.alarms == ()
-    assert found.ended
+    assert run_history.alarms == ()
+    assert run_history.ended
 
 
 def test_a_line_that_is_being_written_and_a_damaged_one_cost_nothing_else(tmp_path: Path) -> None:
@@ -118,17 +117,17 @@ def test_a_line_that_is_being_written_and_a_damaged_one_cost_nothing_else(tmp_pa
         log.write('\0\0\0{"event"\n')
         log.write(json.dumps(stepped(2, float("nan")).record()) + "\n")
         log.write('{"event": "StepDone", "step": 3, "lo')
-    found = history.read(run)
-    assert found.series["loss"] == ((1, 3.0),)
-    assert found.series["lr"] == ((1, 0.1), (2, 0.1))
-    assert (found.damaged_lines, found.ended) == (1, False)
+    run_history = history.read(run)
+    assert run_history.series["loss"] == ((1, 3.0),)
+    assert run_history.series["lr"] == ((1, 0.1), (2, 0.1))
+    assert (run_history.damaged_lines, run_history.ended) == (1, False)
 
 
 def test_a_log_of_an_older_btpipe_is_drawn_without_what_it_does_not_tell(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", [started()])
     with (run / "events.jsonl").open("a") as log:
         log.write('{"event": "StepDone", "step": 1, "loss": 5.0, "lr": 0.1}\n')
-    panels, missing = curves.panels([history.read(run)], "step")
+    panels, missing = diagrams([history.read(run)], "step")
     assert [panel.title for panel in panels] == ["Loss", "Learning rates"]
     assert "kNN" in missing
 
@@ -144,7 +143,7 @@ def test_a_thinned_line_keeps_its_peaks() -> None:
 
 def test_panels_hold_terms_with_lambda_the_floor_and_chance(tmp_path: Path) -> None:
     run = history.read(whole_run(tmp_path / "r"))
-    panels = {panel.title: panel for panel in curves.panels([run], "epoch")[0]}
+    panels = {panel.title: panel for panel in diagrams([run], "epoch")[0]}
     lines = {line.name: line for panel in panels.values() for line in panel.lines}
     assert set(lines["floor"].y) == {FLOOR}
     assert lines["chance"].y == pytest.approx((8**-0.5, 8**-0.5))
@@ -156,14 +155,14 @@ def test_panels_hold_terms_with_lambda_the_floor_and_chance(tmp_path: Path) -> N
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    runs = [whole_run(tmp_path / place / "runs" / "r") for place in ("one", "two")]
+    runs = [whole_run(tmp_path / parent / "runs" / "r") for parent in ("one", "two")]
     assert history.names([history.read(run) for run in runs]) == ["one/runs/r", "two/runs/r"]
 
 
 @pytest.mark.parametrize("out", ["run.svg", "run"])
 def test_another_kind_of_picture_is_refused(tmp_path: Path, out: str) -> None:
     with pytest.raises(UsageError, match=r"\.html or \.png"):
-        plot.make([whole_run(tmp_path / "r")], tmp_path / out, nobody)
+        plot.make([whole_run(tmp_path / "r")], tmp_path / out, ignore)
 
 
 @pytest.mark.skipif(find_spec("tensorboard") is not None, reason="tensorboard is installed")
@@ -181,17 +180,17 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_png_is_drawn(tmp_path: Path) -> None:
     runs = [whole_run(tmp_path / name) for name in ("one", "two")]
-    plot.make(runs, tmp_path / "run.png", nobody)
+    plot.make(runs, tmp_path / "run.png", ignore)
     pixels = np.array(Image.open(tmp_path / "run.png").convert("RGB")).reshape(-1, 3)
-    for color in curves.COLORS[:2]:
-        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
-        assert (np.abs(pixels - wanted).max(axis=1) < 8).sum() > 200, color
+    for color in COLORS[:2]:
+        rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(pixels - rgb).max(axis=1) < 8).sum() > 200, color
 
 
 @needs_chromium
 def test_a_browser_draws_every_panel_without_a_request_or_an_error(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "r")
-    plot.make([run], tmp_path / "run.html", nobody)
+    plot.make([run], tmp_path / "run.html", ignore)
     with browser(tmp_path / "profile") as tab:
         tab.open(tmp_path / "run.html")
         lines = tab.ask("document.querySelectorAll('.scatterlayer .trace').length")
@@ -226,13 +225,13 @@ def test_the_correlation_is_of_the_checkpoint_and_of_the_beginning(
     # The checkpoint's weights are those of seed 3: with another seed the beginning differs.
     assert "seed = 3" in text
     (run / "recipe.toml").write_text(text.replace("seed = 3", "seed = 4"))
-    found = correlation.measure(run, "first,last", nobody)
-    assert [(matrix.step, matrix.block, matrix.cells.shape) for matrix in found] == [
+    matrices = correlation.measure(run, "first,last", ignore)
+    assert [(matrix.step, matrix.block, matrix.cells.shape) for matrix in matrices] == [
         (0, 1, (16, 16)),
         (3, 1, (16, 16)),
     ]
-    assert not np.allclose(found[0].cells, found[1].cells, atol=0.1)
-    for matrix in found:
+    assert not np.allclose(matrices[0].cells, matrices[1].cells, atol=0.1)
+    for matrix in matrices:
         assert np.abs(matrix.cells).max() <= 1 + FLOAT32
         off = matrix.cells[~np.eye(16, dtype=bool)]
         assert matrix.off_diagonal_rms == pytest.approx(np.sqrt(np.square(off).mean()), FLOAT32)
@@ -244,14 +243,14 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(
 ) -> None:
     run = shared_home(tmp_path_factory) / "runs" / "tiny"
     with pytest.raises(UsageError, match="of 0, 3"):
-        correlation.measure(run, "0,7", nobody)
+        correlation.measure(run, "0,7", ignore)
 
 
 def test_the_matrix_agrees_with_the_terms_of_the_loss() -> None:
     random = torch.Generator().manual_seed(0)
     z = [torch.randn(32, 24, generator=random) for _ in range(2)]
     terms, _ = loss.value_and_gradient(z, 0.0051, "cross")
-    first, second = (loss.Standardised(one).block_of_own(slice(0, 24)) for one in z)
+    first, second = (loss.Standardised(one).local_block(slice(0, 24)) for one in z)
     matrix = (first.T @ second / 32).numpy()
     assert float(terms.on_diagonal) == pytest.approx(
         np.square(1 - np.diagonal(matrix)).sum(), FLOAT32
@@ -261,9 +260,9 @@ def test_the_matrix_agrees_with_the_terms_of_the_loss() -> None:
 def test_the_command_draws_the_newest_run_with_its_correlation(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = shared_home(tmp_path_factory) / "runs" / "tiny"
+    source = shared_home(tmp_path_factory) / "runs" / "tiny"
     run = tmp_path / "runs" / "tiny"
-    shutil.copytree(made, run)
+    shutil.copytree(source, run)
     with (run / "events.jsonl").open("w") as log:
         log.writelines(json.dumps(e.record()) + "\n" for e in (started(), stepped(3, 5.0)))
     monkeypatch.chdir(tmp_path)
@@ -305,11 +304,11 @@ def test_live_ends_when_the_process_that_trained_is_gone(tmp_path: Path) -> None
             time.sleep(1)
             assert process.poll() is None, "it is trained still"
             os.close(trainer)
-            said, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 0
-    assert f"its process is gone; it stands at step 1 of {STEPS}" in said
+    assert f"its process is gone; it stands at step 1 of {STEPS}" in output
     assert '"reload": 0' in out.read_text()
 
 

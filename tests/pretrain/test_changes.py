@@ -9,7 +9,7 @@ from small_training import IMAGES, checkpoints, logged, pretrain, rewind, weight
 from tiny_run import draw_images
 from typer.testing import CliRunner
 
-from btpipe import recipe as recipes
+from btpipe import recipe
 from btpipe.cli import app
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import ignore
@@ -53,10 +53,10 @@ def changed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
 
 def test_an_accepted_change_is_made_and_logged_once(changed: Path) -> None:
     assert checkpoints(changed) == [3, 4]
-    assert recipes.load(changed / "recipe.toml").run.precision == "fp64"
+    assert recipe.load(changed / "recipe.toml").run.precision == "fp64"
     (event,) = logged(changed, "RecipeChanged")
-    told = {key: event[key] for key in ("step", "key", "before", "after")}
-    assert told == {"step": 3, "key": "run.precision", "before": "fp16", "after": "fp64"}
+    change = {key: event[key] for key in ("step", "key", "before", "after")}
+    assert change == {"step": 3, "key": "run.precision", "before": "fp16", "after": "fp64"}
     (start,) = logged(changed, "RunStarted")
     expected = {"step": 3, "precision": "fp64", "world_size": 2}
     assert {key: start[key] for key in expected} == expected
@@ -85,13 +85,13 @@ def test_a_bundle_has_the_recipe_of_its_checkpoint_and_the_changes_before_it(
     assert 'precision = "fp16"' in before.recipe_toml
     assert 'precision = "fp64"' in after.recipe_toml
     assert before.origin["recipe"] == checkpoint.read_state(checkpoint.folder_of(changed, 3)).recipe
-    assert after.origin["recipe"] == recipes.load(changed / "recipe.toml").digest
+    assert after.origin["recipe"] == recipe.load(changed / "recipe.toml").digest
     assert "changes" not in before.origin
     assert after.origin["changes"] == TEXT
 
 
 def test_a_change_there_and_back_is_two_and_a_torn_line_is_none(tmp_path: Path) -> None:
-    first = recipes.Recipe()
+    first = recipe.Recipe()
     run = first.run.model_copy(update={"compile": "off"})
     second = first.model_copy(update={"run": run})
     (tmp_path / "recipe.toml").write_text(first.to_toml())

@@ -39,19 +39,19 @@ def update(core: step.Core) -> dict[str, torch.Tensor]:
         for size in core.recipe.view_sizes
     ]
     share = IMAGES // runtime.world_size()
-    own = slice(runtime.rank() * share, (runtime.rank() + 1) * share)
-    step.update(core, [view[own] for view in drawn], 0.1, 0.1)
+    rows = slice(runtime.rank() * share, (runtime.rank() + 1) * share)
+    step.update(core, [view[rows] for view in drawn], 0.1, 0.1)
     gradients = {n: p.grad for n, p in core.network.named_parameters() if p.grad is not None}
     return {**gradients, **dict(core.network.named_buffers())}
 
 
 def assert_alike(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
 ) -> None:
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         scale = max(float(tensor.abs().max()), 1e-6)
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance * scale)
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=tolerance * scale)
 
 
 def trace_and_compare(*cases: tuple[View, ...]) -> None:

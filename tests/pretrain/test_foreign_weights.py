@@ -117,12 +117,12 @@ def test_the_network_that_weights_belong_to_is_recognised(
     tmp_path: Path, weights: dict[str, Tensor]
 ) -> None:
     torch.save(published(weights), tmp_path / "checkpoint.pth")
-    found = foreign_weights.recognise(tmp_path / "checkpoint.pth")
-    assert (found.backbone, found.stem) == ("resnet18", "imagenet")
+    settings = foreign_weights.recognise(tmp_path / "checkpoint.pth")
+    assert (settings.backbone, settings.stem) == ("resnet18", "imagenet")
     small = network.encoder(SMALL).state_dict()
     save_file(small, tmp_path / "small.safetensors")
-    found = foreign_weights.recognise(tmp_path / "small.safetensors")
-    assert (found.backbone, found.stem) == ("resnet18", "small")
+    settings = foreign_weights.recognise(tmp_path / "small.safetensors")
+    assert (settings.backbone, settings.stem) == ("resnet18", "small")
     torch.save(weights | {"conv1.weight": torch.zeros(32, 3, 3, 3)}, tmp_path / "odd.pth")
     with pytest.raises(RefusedError, match="99% the same, is resnet18, imagenet stem"):
         foreign_weights.recognise(tmp_path / "odd.pth")
@@ -164,7 +164,7 @@ def test_a_damaged_bundle_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("build", "wanted", "found"),
+    ("build", "settings", "message"),
     [
         (resnet.resnet34, RESNET18, r"layer1\.2\.conv1\.weight is left over.*resnet34 --set netw"),
         (
@@ -180,11 +180,11 @@ def test_a_damaged_bundle_is_refused(
     ],
 )
 def test_another_backbone_or_stem_is_refused_and_the_right_one_named(
-    tmp_path: Path, build: Callable[[], torch.nn.Module], wanted: recipe.Network, found: str
+    tmp_path: Path, build: Callable[[], torch.nn.Module], settings: recipe.Network, message: str
 ) -> None:
     torch.save(build().state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(RefusedError, match=f"(?s){found}") as refused:
-        foreign_weights.read_encoder(tmp_path / "weights.pth", wanted)
+    with pytest.raises(RefusedError, match=f"(?s){message}") as refused:
+        foreign_weights.read_encoder(tmp_path / "weights.pth", settings)
     assert refused.value.exit_code == 4
 
 
@@ -253,11 +253,11 @@ def test_a_pickle_with_code_in_it_is_refused_and_nothing_runs(
     assert marker.exists()
 
 
-def start_run(run: Path, images: Path, init_from: str, wanted: recipe.Network = RESNET18) -> None:
+def start_run(run: Path, images: Path, init_from: str, settings: recipe.Network = RESNET18) -> None:
     described = recipe.Recipe(
         seed=3,
         data=recipe.Data(train=str(images), batch_size=8, image_size=32),
-        network=wanted.model_copy(update={"init_from": init_from}),
+        network=settings.model_copy(update={"init_from": init_from}),
         optim=recipe.Optim(epochs=0, warmup_epochs=0),
         run=recipe.Run(precision="fp32"),
     )
@@ -275,9 +275,9 @@ def test_a_run_starts_from_the_weights_and_needs_the_file_no_longer(
     state = load_file(checkpoint / "model.safetensors")
     for name, tensor in without_classifier(weights).items():
         assert torch.equal(state[f"encoder.{name}"], tensor), name
-    said = f"starts from {file}: {TENSORS} of {TENSORS} tensors; left out: fc (2)"
-    assert said in capsys.readouterr().out
-    assert said in (run / "events.jsonl").read_text()
+    line = f"starts from {file}: {TENSORS} of {TENSORS} tensors; left out: fc (2)"
+    assert line in capsys.readouterr().out
+    assert line in (run / "events.jsonl").read_text()
     origin = json.loads((run / "initial" / "manifest.json").read_text())["origin"]
     assert origin["source"] == str(file)
     before = source.of_run(run, ignore, untrained=True).encoder.state_dict()

@@ -92,12 +92,12 @@ def steps(folder: Path, start: int = 1) -> list[int]:
     """The steps that the run has logged since its `start`-th start."""
     log = folder / "runs" / "tiny" / "events.jsonl"
     lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    found, starts = [], 0
+    numbers, starts = [], 0
     for event in map(json.loads, lines):
         starts += event["event"] == "RunStarted"
         if event["event"] == "StepDone" and starts >= start:
-            found.append(event["step"])
-    return found
+            numbers.append(event["step"])
+    return numbers
 
 
 def two_steps(folder: Path, start: int = 1) -> bool:
@@ -105,8 +105,8 @@ def two_steps(folder: Path, start: int = 1) -> bool:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    found = (folder / "runs" / "tiny" / "checkpoints").glob("*")
-    return sorted(path.name for path in found)
+    folders = (folder / "runs" / "tiny" / "checkpoints").glob("*")
+    return sorted(path.name for path in folders)
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
@@ -222,8 +222,10 @@ def torchrun(*options: str) -> list[str]:
 def test_torchrun_restarts_a_killed_rank_from_the_newest_checkpoint(
     tmp_path: Path, images: Path
 ) -> None:
-    own = [*arguments(tmp_path, images, 500), "--set", "run.checkpoint_steps=2"]
-    with started([*torchrun("--standalone", "--max-restarts", "1"), *own], tmp_path) as process:
+    pretrain_command = [*arguments(tmp_path, images, 500), "--set", "run.checkpoint_steps=2"]
+    with started(
+        [*torchrun("--standalone", "--max-restarts", "1"), *pretrain_command], tmp_path
+    ) as process:
         wait_until(lambda: "step-00000002" in checkpoints(tmp_path), process)
         with pytest.raises(RefusedError, match="another process is training here"):
             pretrain(tmp_path, images, 500)
@@ -239,10 +241,11 @@ def test_torchrun_restarts_a_killed_rank_from_the_newest_checkpoint(
 
 
 def test_a_finished_run_is_left_alone_under_torchrun(tmp_path: Path, images: Path) -> None:
-    own = arguments(tmp_path, images, 2)
+    pretrain_command = arguments(tmp_path, images, 2)
     pretrain(tmp_path, images, 2)
     before = (tmp_path / "runs" / "tiny" / "events.jsonl").read_bytes()
-    with started([*torchrun("--standalone"), *own, "--json"], tmp_path) as process:
+    command = [*torchrun("--standalone"), *pretrain_command, "--json"]
+    with started(command, tmp_path) as process:
         code, out, errors = ended(process, WAIT_SECONDS)
     assert code == 0, errors
     (result,) = event_schema.read(out)
@@ -253,8 +256,8 @@ def test_a_finished_run_is_left_alone_under_torchrun(tmp_path: Path, images: Pat
 def pretrain(folder: Path, images: Path, epochs: int) -> None:
     """The command for one process, in this one."""
     (folder / "tiny.toml").write_text(RECIPE.format(epochs=epochs))
-    wanted = recipe.load(folder / "tiny.toml", (f"data.train={images}",))
-    launch.pretrain(folder / "runs" / "tiny", wanted, devices="1", mode="auto")
+    tiny = recipe.load(folder / "tiny.toml", (f"data.train={images}",))
+    launch.pretrain(folder / "runs" / "tiny", tiny, devices="1", mode="auto")
 
 
 # Two tasks on this machine, told what SLURM tells them; a signal to a step goes to its tasks.
@@ -305,8 +308,8 @@ def test_a_job_file_is_checked_before_it_is_written_and_never_overwritten(tmp_pa
     batch = recipe.Recipe(data=recipe.Data(batch_size=64))
     sbatch.write(file, "shoes", batch, ["pretrain", "my recipe.toml"], job)
     text = file.read_text()
-    asked = ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-00:00:00")
-    for line in (*asked, "--partition=gpu", "--signal=USR1@120", "--requeue"):
+    options = ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=1-00:00:00")
+    for line in (*options, "--partition=gpu", "--signal=USR1@120", "--requeue"):
         assert f"#SBATCH {line}\n" in text
     assert f"srun {sys.executable} -m btpipe pretrain 'my recipe.toml'\n" in text
     sbatch.write(file, "shoes", batch, ["pretrain", "my recipe.toml"], job)

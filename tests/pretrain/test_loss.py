@@ -140,11 +140,11 @@ Gradients = dict[loss.Form, list[torch.Tensor]]
 
 def compare_with_one_rank(of_four_views: Gradients) -> None:
     """Runs on every rank: this rank's slices of global gradients, against the whole batch's."""
-    with runtime.start() as here:
+    with runtime.start() as process:
         for form, whole in of_four_views.items():
             for i in CASES:
-                compare_pair(here.rank, i, form)
-            compare_four_views(here.rank, form, whole)
+                compare_pair(process.rank, i, form)
+            compare_four_views(process.rank, form, whole)
 
 
 def compare_pair(rank: int, i: int, form: loss.Form) -> None:

@@ -49,19 +49,19 @@ def test_evaluation_uses_the_running_statistics() -> None:
 
 def compare_replicas_with_one() -> None:
     """Runs on two ranks: each holds half of each view, its output and gradients are the whole's."""
-    with runtime.start() as here:
+    with runtime.start() as process:
         x, weights = example()
         plain = nn.BatchNorm2d(5).double()
         whole = x.clone().requires_grad_()
         expected, gradient = two_passes(plain, [whole[:4], whole[4:]], weights)
-        own = [4 * view + 2 * here.rank + i for view in range(2) for i in range(2)]
-        ours, part = ViewBatchNorm(5).double(), x[own].clone().requires_grad_()
+        rows = [4 * view + 2 * process.rank + i for view in range(2) for i in range(2)]
+        ours, part = ViewBatchNorm(5).double(), x[rows].clone().requires_grad_()
         out = ours(part)
-        (out * weights[own]).sum().backward()
+        (out * weights[rows]).sum().backward()
         runtime.sum_gradients(list(ours.parameters()))
-        torch.testing.assert_close(out.detach(), expected[own], atol=EXACT, rtol=EXACT)
+        torch.testing.assert_close(out.detach(), expected[rows], atol=EXACT, rtol=EXACT)
         assert whole.grad is not None
-        torch.testing.assert_close(part.grad, whole.grad[own], atol=EXACT, rtol=EXACT)
+        torch.testing.assert_close(part.grad, whole.grad[rows], atol=EXACT, rtol=EXACT)
         torch.testing.assert_close(ours.weight.grad, gradient, atol=EXACT, rtol=EXACT)
         for key, value in plain.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[key], value, atol=EXACT, rtol=EXACT)

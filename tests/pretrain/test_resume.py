@@ -89,8 +89,8 @@ def test_a_run_moved_from_one_rank_to_two_and_back_follows_the_same_curve(
     pretrain(tmp_path, images, *settings)
     one = losses(run)
     assert (min(two), min(one), max(two), max(one)) == (4, 7, 12, 12)
-    for found in (two, one):
-        assert found == pytest.approx({step: curve[step] for step in found}, rel=DOUBLE)
+    for part in (two, one):
+        assert part == pytest.approx({step: curve[step] for step in part}, rel=DOUBLE)
     moved = load_file(run / "checkpoints" / "step-00000012" / "model.safetensors")
     for name, tensor in final.items():
         np.testing.assert_allclose(moved[name], tensor, rtol=DOUBLE, atol=DOUBLE, err_msg=name)
@@ -153,15 +153,15 @@ def test_a_damaged_checkpoint_is_passed_over_with_one_warning_that_names_both(
     older, newer = (run / "checkpoints" / f"step-0000000{i}" for i in (3, 5))
     shutil.copytree(older, newer)
     DAMAGES[damage](newer)
-    said: list[events.Event] = []
-    assert checkpoint.newest(run, said.append) == older
-    (warning,) = said
+    warnings: list[events.Event] = []
+    assert checkpoint.newest(run, warnings.append) == older
+    (warning,) = warnings
     assert isinstance(warning, events.Warned)
     assert "step-00000005 is damaged" in warning.text
     assert "step-00000003 is taken instead" in warning.text
     DAMAGES[damage](older)
     with pytest.raises(IntegrityError, match="none of 2 checkpoints is whole") as refused:
-        checkpoint.newest(run, said.append)
+        checkpoint.newest(run, warnings.append)
     assert refused.value.exit_code == 4
 
 
@@ -261,11 +261,11 @@ def test_a_resume_with_other_images_is_refused_with_what_came_and_went(tmp_path:
     assert checkpoints(run) == [3, 4]
     rewind(run, 3)
 
-    def refused(*said: str) -> None:
+    def refused(*texts: str) -> None:
         with pytest.raises(RefusedError) as error:
             pretrain(tmp_path, images, sgd)
         assert error.value.exit_code == 4
-        for text in (r"data.train", "20 images of its index.parquet", *said):
+        for text in (r"data.train", "20 images of its index.parquet", *texts):
             assert text in str(error.value)
 
     paths[3].rename(aside)

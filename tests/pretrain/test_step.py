@@ -46,13 +46,13 @@ def gradients(core: step.Core) -> dict[str, torch.Tensor]:
 
 
 def assert_alike(
-    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
 ) -> None:
     """Tensors of the same names, equal to `tolerance` of each one's largest value."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         largest = float(tensor.abs().max())
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=tolerance * largest)
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=tolerance * largest)
 
 
 def freeze_norms(core: step.Core) -> None:
@@ -90,13 +90,13 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch_where_batch_norm_is_
     parts = step.build(recipe(Run(precision="fp64", micro_batch=micro_batch)), CPU)
     for core in (whole, parts):
         freeze_norms(core)
-    expected, found = (step.update(core, views(), 0.1, 0.1) for core in (whole, parts))
+    expected, actual = (step.update(core, views(), 0.1, 0.1) for core in (whole, parts))
     assert_alike(gradients(parts), gradients(whole), EXACT)
     torch.testing.assert_close(
-        found.terms.off_diagonal, expected.terms.off_diagonal, rtol=EXACT, atol=0
+        actual.terms.off_diagonal, expected.terms.off_diagonal, rtol=EXACT, atol=0
     )
-    torch.testing.assert_close(found.embedded.features, expected.embedded.features)
-    torch.testing.assert_close(found.embedded.z[1], expected.embedded.z[1])
+    torch.testing.assert_close(actual.embedded.features, expected.embedded.features)
+    torch.testing.assert_close(actual.embedded.z[1], expected.embedded.z[1])
 
 
 def test_micro_batches_differ_in_training_by_what_batch_norm_sees_alone() -> None:
@@ -129,10 +129,10 @@ def crops() -> list[torch.Tensor]:
 def test_many_views_pass_as_each_does_alone() -> None:
     """Each view has its own statistics, in the encoder and in the projector."""
     together, alone = (step.build(recipe(views=CROPS), CPU).network for _ in range(2))
-    found = together(*crops())
-    for z, view in zip(found.z, crops(), strict=True):
+    embedded = together(*crops())
+    for z, view in zip(embedded.z, crops(), strict=True):
         torch.testing.assert_close(z, alone(view).z[0], rtol=EXACT, atol=EXACT)
-    assert found.features.shape == (4 * IMAGES, 512)
+    assert embedded.features.shape == (4 * IMAGES, 512)
     running = dict(alone.named_buffers())
     for name, buffer in together.named_buffers():
         torch.testing.assert_close(buffer, running[name], rtol=EXACT, atol=EXACT)
@@ -180,8 +180,8 @@ def test_recomputation_gives_the_same_gradient_and_counts_statistics_once(precis
             step.update(core, views(), 0.1, 0.1)
         held.append(most())
         results.append((gradients(core), dict(core.network.named_buffers())))
-    for found, buffers in results[1:]:
-        assert_alike(found, results[0][0], 0.0)
+    for recomputed, buffers in results[1:]:
+        assert_alike(recomputed, results[0][0], 0.0)
         for name, buffer in results[0][1].items():
             assert torch.equal(buffers[name], buffer)
     assert held[2] < held[1] < held[0]
@@ -234,14 +234,14 @@ def everything(core: step.Core) -> list[torch.Tensor]:
 
 def one_bad_rank_of_two() -> None:
     """Runs on two ranks: the second one's gradient of one parameter is not a number."""
-    with runtime.start() as here:
+    with runtime.start() as process:
         core = step.build(recipe(), CPU)
-        if here.rank == 1:
+        if process.rank == 1:
             core.network.encoder.conv1.weight.register_hook(lambda g: g * torch.nan)
         before = [p.detach().clone() for p in core.network.parameters()]
         first, second = views()
-        own = slice(here.rank * 4, here.rank * 4 + 4)
-        outcome = step.update(core, [first[own], second[own]], 0.1, 0.1)
+        rows = slice(process.rank * 4, process.rank * 4 + 4)
+        outcome = step.update(core, [first[rows], second[rows]], 0.1, 0.1)
         assert outcome.flags.ranks.tolist() == [0, 1]
         assert torch.isfinite(outcome.terms.on_diagonal)
         for parameter, was in zip(core.network.parameters(), before, strict=True):
@@ -329,28 +329,28 @@ TOLERANCES = {**PRECISIONS, "crops": EXACT}
 def gradients_of_one_batch() -> dict[str, dict[str, torch.Tensor]]:
     """By precision: the gradient, summed over ranks, of the same global batch on any of them."""
     share = IMAGES // runtime.world_size()
-    own = slice(runtime.rank() * share, (runtime.rank() + 1) * share)
+    rows = slice(runtime.rank() * share, (runtime.rank() + 1) * share)
     first, second = views()
-    found = {}
+    by_precision = {}
     for precision in PRECISIONS:
         core = step.build(recipe(Run.model_validate({"precision": precision})), CPU)
-        step.update(core, [first[own], second[own]], 0.1, 0.1)
-        found[precision] = gradients(core)
+        step.update(core, [first[rows], second[rows]], 0.1, 0.1)
+        by_precision[precision] = gradients(core)
     core = step.build(recipe(views=CROPS), CPU)
-    step.update(core, [view[own] for view in crops()], 0.1, 0.1)
-    found["crops"] = gradients(core)
-    return found
+    step.update(core, [view[rows] for view in crops()], 0.1, 0.1)
+    by_precision["crops"] = gradients(core)
+    return by_precision
 
 
 def save_gradients(folder: Path) -> None:
     """Runs on several ranks: their gradients, and those of a collective without its backward."""
-    with runtime.start() as here:
+    with runtime.start() as process:
         right = gradients_of_one_batch()
         # The fault that this test is for: what others made of this rank's statistics is lost.
         merge = runtime.merge_moments
         norm.runtime.merge_moments = lambda x: merge(x.detach())  # type: ignore[attr-defined]
         wrong = gradients_of_one_batch()
-        if here.is_first:
+        if process.is_first:
             torch.save(right, folder / "right.pt")
             torch.save(wrong, folder / "wrong.pt")
 
@@ -366,10 +366,10 @@ def test_the_gradient_does_not_depend_on_the_number_of_ranks_and_a_lost_backward
     tmp_path: Path, alone: dict[str, dict[str, torch.Tensor]], ranks: int
 ) -> None:
     runtime.launch(ranks, save_gradients, (tmp_path,))
-    found = torch.load(tmp_path / "right.pt")
+    shared = torch.load(tmp_path / "right.pt")
     for precision, tolerance in TOLERANCES.items():
-        assert_alike(found[precision], alone[precision], tolerance)
-    found = torch.load(tmp_path / "wrong.pt")
+        assert_alike(shared[precision], alone[precision], tolerance)
+    shared = torch.load(tmp_path / "wrong.pt")
     for precision in PRECISIONS:
         with pytest.raises(AssertionError, match="not close"):
-            assert_alike(found[precision], alone[precision], 1e-3)
+            assert_alike(shared[precision], alone[precision], 1e-3)

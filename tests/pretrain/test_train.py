@@ -12,10 +12,10 @@ import event_schema
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_training import NETWORK, logged, weights
 from tiny_run import draw_images
 
-from btpipe import artifact, progress
-from btpipe import recipe as recipes
+from btpipe import progress, recipe
 from btpipe.errors import (
     BudgetError,
     MachineError,
@@ -26,15 +26,9 @@ from btpipe.errors import (
 )
 from btpipe.pretrain import launch
 
-RECIPE = """
-seed = 5
-[data]
-batch_size = 8
-image_size = 16
-[network]
-backbone = "resnet18"
-projector = [32, 32]
-[optim]
+RECIPE = (
+    NETWORK
+    + """[optim]
 name = "{optimizer}"
 epochs = {epochs}
 warmup_epochs = 1
@@ -42,6 +36,7 @@ warmup_epochs = 1
 precision = "{precision}"
 log_steps = 1
 """
+)
 DOUBLE_CURVE = 1e-9  # relative, over 20 steps in float64: sums over ranks run in another order
 SINGLE_CURVE = 1e-4  # the same in float32
 STOP_SECONDS = 20  # the promise is 10 on an idle machine
@@ -64,13 +59,13 @@ def write_recipe(
     return path
 
 
-def command(recipe: Path, images: Path, *arguments: str) -> list[str]:
-    start = [sys.executable, "-m", "btpipe", "pretrain", str(recipe)]
+def command(recipe_path: Path, images: Path, *arguments: str) -> list[str]:
+    start = [sys.executable, "-m", "btpipe", "pretrain", str(recipe_path)]
     return [*start, "--set", f"data.train={images}", *arguments]
 
 
 def pretrain(
-    recipe: Path,
+    recipe_path: Path,
     images: Path,
     *settings: str,
     name: str = "tiny",
@@ -78,21 +73,14 @@ def pretrain(
     mode: progress.Mode = "auto",
 ) -> Path:
     """What the command does, in this process; returns the run's folder."""
-    run = recipe.parent / "runs" / name
-    wanted = recipes.load(recipe, (f"data.train={images}", *settings))
-    launch.pretrain(run, wanted, devices=devices, mode=mode)
+    run = recipe_path.parent / "runs" / name
+    tiny = recipe.load(recipe_path, (f"data.train={images}", *settings))
+    launch.pretrain(run, tiny, devices=devices, mode=mode)
     return run
 
 
-def events(run: Path, name: str) -> list[dict[str, float]]:
-    """A run's events of this name so far; a line that is being written does not count."""
-    log = run / "events.jsonl"
-    lines = log.read_text().split("\n")[:-1] if log.exists() else []
-    return [event for event in map(json.loads, lines) if event["event"] == name]
-
-
 def curve(run: Path) -> list[float]:
-    return [event["loss"] for event in events(run, "StepDone")]
+    return [event["loss"] for event in logged(run, "StepDone")]
 
 
 def wait_for(
@@ -105,20 +93,14 @@ def wait_for(
         time.sleep(0.02)
 
 
-def newest_weights(run: Path) -> tuple[str, str]:
-    """sha256 of the model's and the optimiser's tensors at the newest checkpoint."""
-    newest = max((run / "checkpoints").iterdir())
-    return tuple(artifact.file_digest(newest / f"{n}.safetensors") for n in ("model", "optim"))  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("optimizer", ["lars", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_the_same_seed_twice_gives_the_same_bytes(
     tmp_path: Path, images: Path, optimizer: str
 ) -> None:
-    recipe = write_recipe(tmp_path, optimizer=optimizer, epochs=2)
-    one, two = (newest_weights(pretrain(recipe, images, name=name)) for name in ("one", "two"))
+    recipe_path = write_recipe(tmp_path, optimizer=optimizer, epochs=2)
+    one, two = (weights(pretrain(recipe_path, images, name=name)) for name in ("one", "two"))
     assert one == two
-    assert newest_weights(pretrain(recipe, images, "seed=6", name="three")) != one
+    assert weights(pretrain(recipe_path, images, "seed=6", name="three")) != one
 
 
 @pytest.mark.parametrize(
@@ -131,9 +113,9 @@ def test_the_same_seed_twice_gives_the_same_bytes(
 def test_two_processes_follow_the_loss_curve_of_one(
     tmp_path: Path, images: Path, precision: str, tolerance: float
 ) -> None:
-    recipe = write_recipe(tmp_path, precision=precision)
-    one = curve(pretrain(recipe, images, name="one"))
-    two = curve(pretrain(recipe, images, name="two", devices="2"))
+    recipe_path = write_recipe(tmp_path, precision=precision)
+    one = curve(pretrain(recipe_path, images, name="one"))
+    two = curve(pretrain(recipe_path, images, name="two", devices="2"))
     assert len(one) == len(two) == 20
     assert two == pytest.approx(one, rel=tolerance)
     assert len(set(one)) == 20
@@ -143,18 +125,18 @@ def test_two_processes_follow_the_loss_curve_of_one(
 def test_a_killed_run_started_again_ends_with_the_same_weights(
     tmp_path: Path, images: Path
 ) -> None:
-    recipe = write_recipe(tmp_path, epochs=4)
-    whole = pretrain(recipe, images, name="whole")
+    recipe_path = write_recipe(tmp_path, epochs=4)
+    whole = pretrain(recipe_path, images, name="whole")
     often = "run.checkpoint_steps=3"
     killed = tmp_path / "runs" / "killed"
-    start = command(recipe, images, "--name", "killed", "--set", often)
+    start = command(recipe_path, images, "--name", "killed", "--set", often)
     third = killed / "checkpoints" / "step-00000003"
     with subprocess.Popen(start, cwd=tmp_path) as process:
         wait_for(process, third.exists)
         process.kill()
     assert len(curve(killed)) < 16
-    pretrain(recipe, images, often, name="killed")
-    assert newest_weights(killed) == newest_weights(whole)
+    pretrain(recipe_path, images, often, name="killed")
+    assert weights(killed) == weights(whole)
     assert not list(killed.rglob("*.tmp-*"))
     assert len(list((killed / "checkpoints").iterdir())) == 2
 
@@ -163,34 +145,34 @@ def test_a_killed_run_started_again_ends_with_the_same_weights(
 def test_sigterm_saves_and_the_same_command_goes_on(
     tmp_path: Path, images: Path, devices: str
 ) -> None:
-    recipe = write_recipe(tmp_path, epochs=200)
+    recipe_path = write_recipe(tmp_path, epochs=200)
     run = tmp_path / "runs" / "tiny"
-    start = command(recipe, images, "--devices", devices)
+    start = command(recipe_path, images, "--devices", devices)
     with subprocess.Popen(start, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         wait_for(process, lambda: len(curve(run)) >= 2)
         process.send_signal(signal.SIGTERM)
-        asked = time.monotonic()
+        signalled = time.monotonic()
         _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - asked < STOP_SECONDS
+        assert time.monotonic() - signalled < STOP_SECONDS
     assert process.returncode == 75, errors
     assert "run the same command" in errors
     (folder,) = (run / "checkpoints").iterdir()
     step = json.loads((folder / "state.json").read_text())["step"]
     assert step >= 2
     with subprocess.Popen(start, cwd=tmp_path) as again:
-        wait_for(again, lambda: len(events(run, "RunStarted")) == 2)
+        wait_for(again, lambda: len(logged(run, "RunStarted")) == 2)
         again.kill()
-    assert events(run, "RunStarted")[1]["step"] == step
+    assert logged(run, "RunStarted")[1]["step"] == step
 
 
 def test_a_finished_run_is_left_alone(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(tmp_path, epochs=2)
-    pretrain(recipe, images)
+    recipe_path = write_recipe(tmp_path, epochs=2)
+    pretrain(recipe_path, images)
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in tmp_path.rglob("*")}
     capsys.readouterr()
-    pretrain(recipe, images, mode="json")
+    pretrain(recipe_path, images, mode="json")
     (result,) = event_schema.read(capsys.readouterr().out)
     assert (result["event"], result["done"], result["nothing_to_do"]) == ("Pretrained", 0, True)
     assert result["step"] == 8
@@ -198,37 +180,37 @@ def test_a_finished_run_is_left_alone(
 
 
 def test_another_recipe_does_not_go_into_a_run_folder(tmp_path: Path, images: Path) -> None:
-    recipe = write_recipe(tmp_path, epochs=2)
-    pretrain(recipe, images)
+    recipe_path = write_recipe(tmp_path, epochs=2)
+    pretrain(recipe_path, images)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     with pytest.raises(RefusedError, match=r"optim\.epochs is 2 there, 3 asked for"):
-        pretrain(recipe, images, "optim.epochs=3")
+        pretrain(recipe_path, images, "optim.epochs=3")
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
-    pretrain(recipe, images, "run.log_steps=7")  # bookkeeping may change
+    pretrain(recipe_path, images, "run.log_steps=7")  # bookkeeping may change
 
 
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = write_recipe(tmp_path, epochs=2)
-    run = pretrain(recipe, images, "run.checkpoint_steps=4")
-    whole = newest_weights(run)
+    recipe_path = write_recipe(tmp_path, epochs=2)
+    run = pretrain(recipe_path, images, "run.checkpoint_steps=4")
+    whole = weights(run)
     newest = run / "checkpoints" / "step-00000008" / "model.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
-    pretrain(recipe, images)
+    pretrain(recipe_path, images)
     assert "step-00000008" in capsys.readouterr().err
-    assert newest_weights(run) == whole
+    assert weights(run) == whole
 
 
 def test_missing_images_are_said_before_anything_is_made(tmp_path: Path, images: Path) -> None:
-    recipe = write_recipe(tmp_path)
+    recipe_path = write_recipe(tmp_path)
     with pytest.raises(UsageError, match=r"nowhere.*\n.*\n.*--set data\.train=DIR"):
-        pretrain(recipe, tmp_path / "nowhere")
+        pretrain(recipe_path, tmp_path / "nowhere")
     with pytest.raises(UsageError, match="34 readable images are less than one batch of 64"):
-        pretrain(recipe, images, "data.batch_size=64")
+        pretrain(recipe_path, images, "data.batch_size=64")
     assert not (tmp_path / "runs").exists()
 
 
@@ -245,16 +227,16 @@ def test_missing_images_are_said_before_anything_is_made(tmp_path: Path, images:
 def test_a_batch_or_micro_batch_that_ranks_cannot_share_is_refused_before_they_start(
     tmp_path: Path, images: Path, settings: tuple[str, ...], refusal: str
 ) -> None:
-    recipe = write_recipe(tmp_path)
+    recipe_path = write_recipe(tmp_path)
     with pytest.raises(RecipeError, match=refusal):
-        pretrain(recipe, images, *settings, devices="2")
+        pretrain(recipe_path, images, *settings, devices="2")
     assert not (tmp_path / "runs").exists()
 
 
 def test_a_diverging_run_ends_and_keeps_its_good_checkpoint(tmp_path: Path, images: Path) -> None:
-    recipe = write_recipe(tmp_path, optimizer="sgd", epochs=4)
+    recipe_path = write_recipe(tmp_path, optimizer="sgd", epochs=4)
     with pytest.raises(NumericsError, match="not finite") as failed:
-        pretrain(recipe, images, "optim.lr=1e30", "run.checkpoint_steps=1")
+        pretrain(recipe_path, images, "optim.lr=1e30", "run.checkpoint_steps=1")
     assert failed.value.exit_code == 6
     (*_, newest) = sorted((tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
     for tensor in load_file(newest / "model.safetensors").values():
@@ -265,32 +247,32 @@ def test_unreadable_images_are_replaced_and_named(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     paths = draw_images(folder, 34)
     paths[7].write_bytes(paths[7].read_bytes()[:-400])  # the header is whole, the pixels are not
-    recipe = write_recipe(tmp_path, epochs=2)
-    run = pretrain(recipe, folder, "data.max_bad=0.1")
+    recipe_path = write_recipe(tmp_path, epochs=2)
+    run = pretrain(recipe_path, folder, "data.max_bad=0.1")
     assert paths[7].name in (run / "rejects.csv").read_text()
-    two = pretrain(recipe, folder, "data.max_bad=0.1", name="two", devices="2")
+    two = pretrain(recipe_path, folder, "data.max_bad=0.1", name="two", devices="2")
     assert paths[7].name in (two / "rejects.csv").read_text()
     assert curve(two) == pytest.approx(curve(run), rel=SINGLE_CURVE)
     with pytest.raises(BudgetError):
-        pretrain(recipe, folder, "data.max_bad=0", name="strict")
+        pretrain(recipe_path, folder, "data.max_bad=0", name="strict")
     # One of two ranks meets the file: its error is told, not that the other one lost it.
     with pytest.raises(BudgetError, match=r"data\.max_bad") as failed:
-        pretrain(recipe, folder, "data.max_bad=0", name="strict-two", devices="2")
+        pretrain(recipe_path, folder, "data.max_bad=0", name="strict-two", devices="2")
     assert (failed.value.where, failed.value.exit_code) == (str(folder), 3)
 
 
 def test_a_full_disk_ends_with_5_and_the_same_command_goes_on_when_there_is_space(
     tmp_path: Path, images: Path, disk: Callable[[str], Path]
 ) -> None:
-    recipe = write_recipe(tmp_path, epochs=2)
-    whole = newest_weights(pretrain(recipe, images, name="whole"))
+    recipe_path = write_recipe(tmp_path, epochs=2)
+    whole = weights(pretrain(recipe_path, images, name="whole"))
     runs = disk("120m")  # a checkpoint is 90 MB: the second one does not fit
     settings = (f"data.train={images}", "run.checkpoint_steps=4")
-    wanted = recipes.load(recipe, settings)
+    tiny = recipe.load(recipe_path, settings)
     with pytest.raises(MachineError, match="no space left") as failed:
-        launch.pretrain(runs / "tiny", wanted, devices="1", mode="auto")
+        launch.pretrain(runs / "tiny", tiny, devices="1", mode="auto")
     assert failed.value.exit_code == 5
     assert [p.name for p in (runs / "tiny" / "checkpoints").iterdir()] == ["step-00000004"]
     disk("400m")
-    launch.pretrain(runs / "tiny", wanted, devices="1", mode="auto")
-    assert newest_weights(runs / "tiny") == whole
+    launch.pretrain(runs / "tiny", tiny, devices="1", mode="auto")
+    assert weights(runs / "tiny") == whole

@@ -38,11 +38,11 @@ def test_a_run_takes_several_inputs_and_knows_when_one_changes(tmp_path: Path) -
     tar = shard(tmp_path / "a.tar", files[:6])
     table = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": [file.read_bytes() for file in files[6:]]}), table)
-    wanted, run = described(tar, table), tmp_path / "run"
-    folder.prepare(run, wanted, ignore)
+    tiny, run = described(tar, table), tmp_path / "run"
+    folder.prepare(run, tiny, ignore)
     assert len(open_index(run / folder.INDEX)) == IMAGES
-    assert recipe.load(run / folder.RECIPE) == wanted
-    folder.prepare(run, wanted, ignore)  # the same recipe: it may go on
+    assert recipe.load(run / folder.RECIPE) == tiny
+    folder.prepare(run, tiny, ignore)  # the same recipe: it may go on
     folder.require_same_images(run)
     shard(tar, files[1:6])
     with pytest.raises(RefusedError, match=r"data\.train(.|\n)*1 removed \(a\.tar::000\.jpg\)"):
@@ -55,8 +55,8 @@ def test_a_run_takes_several_inputs_and_knows_when_one_changes(tmp_path: Path) -
 def test_any_input_with_labels_may_judge_a_run(tmp_path: Path, kind: str) -> None:
     files = draw_images(tmp_path / "folder", 6)
     labels = [path.parent.name for path in files]
-    made, _ = build(tmp_path / "folder")
-    made.save(tmp_path / "index.parquet")
+    index, _ = build(tmp_path / "folder")
+    index.save(tmp_path / "index.parquet")
     lines = [f"{path},{label}" for path, label in zip(files, labels, strict=True)]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *lines]))
     contents = [path.read_bytes() for path in files]
@@ -74,11 +74,11 @@ def test_any_input_with_labels_may_judge_a_run(tmp_path: Path, kind: str) -> Non
         "index": "index.parquet",
     }
     health = recipe.Health(knn=str(tmp_path / named.get(kind, kind)))
-    found = knn.labelled_images(recipe.Recipe(health=health), ignore)
-    assert found is not None
-    assert sorted(map(str, found.labels)) == sorted(labels)
-    for row, given in enumerate(found.labels):
-        assert given == labels[contents.index(found.read_bytes(row))]
+    labelled = knn.labelled_images(recipe.Recipe(health=health), ignore)
+    assert labelled is not None
+    assert sorted(map(str, labelled.labels)) == sorted(labels)
+    for row, class_name in enumerate(labelled.labels):
+        assert class_name == labels[contents.index(labelled.read_bytes(row))]
 
 
 def test_a_run_from_an_index_that_was_only_listed_trains_as_from_one_with_sizes(
@@ -88,13 +88,13 @@ def test_a_run_from_an_index_that_was_only_listed_trains_as_from_one_with_sizes(
     weights = []
     for depth in ("list", "header"):
         scan(tmp_path / "images", tmp_path / f"{depth}.parquet", ignore, depth=depth)
-        wanted = recipe.Recipe(
+        tiny = recipe.Recipe(
             data=described(tmp_path / f"{depth}.parquet").data,
             network=recipe.Network(backbone="resnet18", projector=(16, 16)),
             optim=recipe.Optim(epochs=1, warmup_epochs=0),
         )
         for _ in range(2):  # the second one finds nothing changed, and nothing to do
-            launch.pretrain(tmp_path / depth, wanted, devices="1", mode="json")
+            launch.pretrain(tmp_path / depth, tiny, devices="1", mode="json")
         newest = checkpoint.newest(tmp_path / depth)
         assert newest is not None
         weights.append((newest / "model.safetensors").read_bytes())

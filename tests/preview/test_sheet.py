@@ -23,8 +23,8 @@ from btpipe.data.pipeline import augment_params
 from btpipe.data.pipeline.train_loader import LoaderSettings, TrainingLoader
 from btpipe.errors import UsageError
 from btpipe.events import ignore
-from btpipe.preview import samples as seen
-from btpipe.preview import sheet as views_sheet
+from btpipe.preview.samples import SampleView, draw_samples
+from btpipe.preview.sheet import make
 
 SIZE = 64
 SEEN_LEVELS = 3.0
@@ -40,28 +40,28 @@ def described(images: Path) -> recipe.Recipe:
     )
 
 
-def by_hand(image: Image.Image, view: seen.SampleView) -> Image.Image:
+def by_hand(image: Image.Image, view: SampleView) -> Image.Image:
     """The view from its numbers, by Pillow."""
-    made = resized_crop(view.top, view.left, view.height, view.width, SIZE)(image)
-    made = ImageOps.mirror(made) if view.flip else made
-    made = ImageOps.flip(made) if view.vertical_flip else made
-    made = functional.rotate(made, 90 * view.turns)
+    pixels = resized_crop(view.top, view.left, view.height, view.width, SIZE)(image)
+    pixels = ImageOps.mirror(pixels) if view.flip else pixels
+    pixels = ImageOps.flip(pixels) if view.vertical_flip else pixels
+    pixels = functional.rotate(pixels, 90 * view.turns)
     for name, value in view.factors:
-        made = getattr(functional, f"adjust_{name}")(made, value)
-    made = functional.to_grayscale(made, 3) if view.gray else made
-    made = made.filter(ImageFilter.GaussianBlur(view.sigma)) if view.sigma else made
-    return ImageOps.solarize(made, 128) if view.solarize else made
+        pixels = getattr(functional, f"adjust_{name}")(pixels, value)
+    pixels = functional.to_grayscale(pixels, 3) if view.gray else pixels
+    pixels = pixels.filter(ImageFilter.GaussianBlur(view.sigma)) if view.sigma else pixels
+    return ImageOps.solarize(pixels, 128) if view.solarize else pixels
 
 
 def test_it_shows_the_first_images_of_an_epoch_as_the_run_sees_them(tmp_path: Path) -> None:
     draw_images(tmp_path, 40)
-    wanted = described(tmp_path)
-    found, _ = index.build(tmp_path)
+    views_recipe = described(tmp_path)
+    images, _ = index.build(tmp_path)
     for epoch in (0, 2):
-        samples = seen.draw(wanted, ignore, count=6, epoch=epoch)
+        samples = draw_samples(views_recipe, ignore, count=6, epoch=epoch)
         with TrainingLoader(
-            found,
-            LoaderSettings.of(wanted, len(found)),
+            images,
+            LoaderSettings.of(views_recipe, len(images)),
             rank=0,
             world_size=1,
             start_step=epoch * (40 // 16),
@@ -70,7 +70,7 @@ def test_it_shows_the_first_images_of_an_epoch_as_the_run_sees_them(tmp_path: Pa
             rejected={},
         ) as loader:
             batch = next(iter(loader))
-        paths = [found.table["path"][int(row)].as_py() for row in batch.images[:6]]
+        paths = [images.table["path"][int(row)].as_py() for row in batch.images[:6]]
         assert [sample.path for sample in samples] == paths
         for i, sample in enumerate(samples):
             np.testing.assert_array_equal(sample.views[0].pixels, batch.views[0][i].numpy())
@@ -80,7 +80,7 @@ def test_it_shows_the_first_images_of_an_epoch_as_the_run_sees_them(tmp_path: Pa
 def test_the_numbers_on_show_make_the_pixels_on_show(tmp_path: Path) -> None:
     draw_images(tmp_path, 16)
     gaps = []
-    for sample in seen.draw(described(tmp_path), ignore, count=16, epoch=0):
+    for sample in draw_samples(described(tmp_path), ignore, count=16, epoch=0):
         with Image.open(tmp_path / sample.path) as file:
             image = file.convert("RGB")
         assert image.size == (sample.width, sample.height)
@@ -93,14 +93,14 @@ def test_the_numbers_on_show_make_the_pixels_on_show(tmp_path: Path) -> None:
 
 def test_factors_are_shown_in_the_order_that_was_drawn(tmp_path: Path) -> None:
     draw_images(tmp_path, 16)
-    wanted = described(tmp_path)
-    found, _ = index.build(tmp_path)
-    rows = {path: row for row, path in enumerate(found.table["path"].to_pylist())}
-    for sample in seen.draw(wanted, ignore, count=16, epoch=1):
+    views_recipe = described(tmp_path)
+    images, _ = index.build(tmp_path)
+    rows = {path: row for row, path in enumerate(images.table["path"].to_pylist())}
+    for sample in draw_samples(views_recipe, ignore, count=16, epoch=1):
         for number, view in enumerate(sample.views):
             drawn = augment_params.draw(
-                wanted.views[number],
-                seed=wanted.seed,
+                views_recipe.views[number],
+                seed=views_recipe.seed,
                 epoch=1,
                 view_number=number,
                 images=np.array([rows[sample.path]]),
@@ -117,8 +117,8 @@ def test_images_of_any_shape_and_name_fit_the_sheet(tmp_path: Path) -> None:
         Image.new("RGB", size, "teal").save(tmp_path / name)
     out = tmp_path / "out" / "sheet.png"
     out.parent.mkdir()
-    wanted = described(tmp_path)
-    views_sheet.make(wanted, "mine", out, ignore, count=20, epoch=0, page=True)
+    views_recipe = described(tmp_path)
+    make(views_recipe, "mine", out, ignore, count=20, epoch=0, page=True)
     with Image.open(out) as sheet:
         assert sheet.format == "PNG"
         assert sheet.width == 2 * (3 * 224 + 2 * 12) + 3 * 24
@@ -130,11 +130,11 @@ def test_images_of_any_shape_and_name_fit_the_sheet(tmp_path: Path) -> None:
 def test_small_views_are_shown_beside_the_others(tmp_path: Path) -> None:
     draw_images(tmp_path, 8)
     small = recipe.View(size=16)
-    wanted = described(tmp_path).model_copy(
+    views_recipe = described(tmp_path).model_copy(
         update={"views": (recipe.VIEW_A, recipe.VIEW_B, small, small)}
     )
     out = tmp_path / "views.png"
-    views_sheet.make(wanted, "mine", out, ignore, count=5, epoch=0, page=True)
+    make(views_recipe, "mine", out, ignore, count=5, epoch=0, page=True)
     with Image.open(out) as sheet:
         assert sheet.width == 5 * 224 + 4 * 12 + 2 * 24  # one image in a row
     page = out.with_suffix(".html").read_text()
@@ -143,16 +143,16 @@ def test_small_views_are_shown_beside_the_others(tmp_path: Path) -> None:
 
 def test_the_page_holds_all_numbers_and_loads_nothing(tmp_path: Path) -> None:
     draw_images(tmp_path, 6)
-    wanted, out = described(tmp_path), tmp_path / "views.png"
-    samples = seen.draw(wanted, ignore, count=6, epoch=0)
-    views_sheet.make(wanted, "mine", out, ignore, count=6, epoch=0, page=True)
+    views_recipe, out = described(tmp_path), tmp_path / "views.png"
+    samples = draw_samples(views_recipe, ignore, count=6, epoch=0)
+    make(views_recipe, "mine", out, ignore, count=6, epoch=0, page=True)
     page = (tmp_path / "views.html").read_text()
-    places = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(places) == 18
-    assert all(place.startswith("data:image/") for place in places)
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 18
+    assert all(source.startswith("data:image/") for source in sources)
     assert not re.search(r"url\(|@import|<script|<link", page)
     HTMLParser().feed(page)
-    first = Image.open(io.BytesIO(base64.b64decode(places[1].partition(",")[2])))
+    first = Image.open(io.BytesIO(base64.b64decode(sources[1].partition(",")[2])))
     np.testing.assert_array_equal(np.asarray(first), samples[0].views[0].pixels)
     for view in (view for sample in samples for view in sample.views):
         assert f"{view.width} x {view.height} at {view.left}, {view.top}" in page
@@ -175,11 +175,9 @@ def test_the_command_writes_a_picture_and_says_so(tmp_path: Path) -> None:
 
 def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
     draw_images(tmp_path, 4)
-    wanted = described(tmp_path)
+    views_recipe = described(tmp_path)
     with pytest.raises(UsageError, match=r"ends in \.png"):
-        views_sheet.make(
-            wanted, "mine", tmp_path / "views.jpg", ignore, count=2, epoch=0, page=False
-        )
-    nameless = wanted.model_copy(update={"data": recipe.Data()})
+        make(views_recipe, "mine", tmp_path / "views.jpg", ignore, count=2, epoch=0, page=False)
+    nameless = views_recipe.model_copy(update={"data": recipe.Data()})
     with pytest.raises(UsageError, match="--data DIR"):
-        seen.draw(nameless, ignore, count=2, epoch=0)
+        draw_samples(nameless, ignore, count=2, epoch=0)
