@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.place import MARK, PROJECT, Failed, Place
+from benchmarks.workspace import MARK, PROJECT, Failed, Workspace
 
 SPARE_SECONDS = 3.0
 SHORTEST_SECONDS = 8.0
@@ -71,7 +71,7 @@ CALLS = {"a": TRAINING, "b": EMBEDDING, "all": (*TRAINING, *EMBEDDING[3:])}
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
+class StageResult:
     """How a stage ended: "ok", "red", "over time" or "left out"; its seconds, and its results."""
 
     stage: Stage
@@ -80,23 +80,23 @@ class Ended:
     results: list[dict[str, object]]
 
 
-def run(call: str, seconds: float, place: Place, out: Path) -> list[Ended]:
+def run(call: str, seconds: float, workspace: Workspace, out: Path) -> list[StageResult]:
     """Runs a call's stages one after the other, within so many seconds."""
     end, ended = time.monotonic() + seconds, []
     for stage in CALLS[call]:
         limit = min(stage.limit, end - time.monotonic() - SPARE_SECONDS)
         if limit < SHORTEST_SECONDS:
-            ended.append(Ended(stage, "left out", 0.0, []))
+            ended.append(StageResult(stage, "left out", 0.0, []))
             continue
-        ended.append(one(stage, limit, place, out / f"gpu-{call}-{stage.name}.log"))
+        ended.append(one(stage, limit, workspace, out / f"gpu-{call}-{stage.name}.log"))
         print(f"[{stage.name}] {ended[-1].how}, {ended[-1].seconds:.0f} s", flush=True)
     return ended
 
 
-def one(stage: Stage, limit: float, place: Place, log: Path) -> Ended:
+def one(stage: Stage, limit: float, workspace: Workspace, log: Path) -> StageResult:
     """A stage in a process group of its own."""
-    words = ["stage", stage.name, "--work", str(place.work), "--data", str(place.data)]
-    command = [sys.executable, "-m", "benchmarks.gpu", *words, *["--small"] * place.small]
+    words = ["stage", stage.name, "--work", str(workspace.work), "--data", str(workspace.data)]
+    command = [sys.executable, "-m", "benchmarks.gpu", *words, *["--small"] * workspace.small]
     started = time.monotonic()
     with log.open("wb") as file:
         child = subprocess.Popen(
@@ -113,10 +113,10 @@ def one(stage: Stage, limit: float, place: Place, log: Path) -> Ended:
     results = [json.loads(line[len(MARK) :]) for line in lines if line.startswith(MARK)]
     if how != "ok":
         results += [{"name": "log", "line": line[:200]} for line in lines[-4:]]
-    return Ended(stage, how, time.monotonic() - started, results)
+    return StageResult(stage, how, time.monotonic() - started, results)
 
 
-def show(ended: list[Ended]) -> None:
+def show(ended: list[StageResult]) -> None:
     """All numbers, stage by stage."""
     for one_ended in ended:
         stage = one_ended.stage
@@ -127,7 +127,7 @@ def show(ended: list[Ended]) -> None:
             print(f"{result['name']}: {', '.join(values)}")
 
 
-def write(call: str, ended: list[Ended], out: Path) -> None:
+def write(call: str, ended: list[StageResult], out: Path) -> None:
     """The same as JSON."""
     record = {
         "call": call,
@@ -151,29 +151,29 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=PROJECT / "build" / "gpu")
     parser.add_argument("--out", type=Path, default=Path("build", "gpu"))
     parser.add_argument("--small", action="store_true", help="sizes of a dry run")
-    asked = parser.parse_args()
-    work = asked.work.resolve()
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    place = Place(work, (asked.data or work / "data").resolve(), asked.small)
-    if asked.call == "list":
+    workspace = Workspace(work, (arguments.data or work / "data").resolve(), arguments.small)
+    if arguments.call == "list":
         for name in ("a", "b"):
             for stage in CALLS[name]:
                 times = f"{stage.planned:3.0f} s planned, {stage.limit:3.0f} at most"
                 print(f"{name} {stage.name:9} {times}: {stage.decides}")
         return 0
-    if asked.call == "stage":
-        stage = next(s for s in (*TRAINING, *EMBEDDING) if s.name == asked.seconds)
+    if arguments.call == "stage":
+        stage = next(s for s in (*TRAINING, *EMBEDDING) if s.name == arguments.seconds)
         module = importlib.import_module(f"benchmarks.{stage.module}")
         try:
-            getattr(module, f"stage_{stage.name}")(place)
+            getattr(module, f"stage_{stage.name}")(workspace)
         except Failed as failed:
             print(f"RED: {failed}")
             return 1
         return 0
-    asked.out.mkdir(parents=True, exist_ok=True)
-    ended = run(asked.call, float(asked.seconds), place, asked.out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    ended = run(arguments.call, float(arguments.seconds), workspace, arguments.out)
     show(ended)
-    write(asked.call, ended, asked.out)
+    write(arguments.call, ended, arguments.out)
     return 0 if all(e.how == "ok" for e in ended) else 1
 
 

@@ -9,10 +9,10 @@ import onnxruntime
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from benchmarks.gpu_images import own
+from benchmarks.gpu_images import with_comment
 from benchmarks.gpu_step import pretrain
-from benchmarks.place import Place
-from benchmarks.stage import Ended, Require, btpipe, gpu, judged, rate, tell
+from benchmarks.stage import CommandResult, Require, btpipe, gpu, judged, print_result, rate
+from benchmarks.workspace import Workspace
 from btpipe import neighbours
 from btpipe.embed import precisions
 from btpipe.embed.encoder import load
@@ -25,47 +25,51 @@ AGAIN_IMAGES = 300
 CALL_IMAGES = 256
 
 
-def bundle_of(place: Place) -> Path:
-    return place.work / "exports" / "gpu"
+def bundle_of(workspace: Workspace) -> Path:
+    return workspace.work / "exports" / "gpu"
 
 
-def stage_export(place: Place) -> None:
+def stage_export(workspace: Workspace) -> None:
     """`btpipe export --onnx` of the newest run, in fp32 and fp16; the gates tell."""
-    if not list(place.work.glob("runs/*/checkpoints/step-*")):
-        tell("a run to export", exit_code=pretrain(place, 15.0).code)
+    if not list(workspace.work.glob("runs/*/checkpoints/step-*")):
+        print_result("a run to export", exit_code=pretrain(workspace, 15.0).code)
     with judged() as require:
-        words = ("--images", str(place.photos), "--out", str(bundle_of(place)), "--overwrite")
-        for wanted in ("fp32,fp16", "fp32"):  # without fp16 where its gate fails: others need it
-            ended = btpipe("export", "--onnx", "--precision", wanted, *words, folder=place.work)
-            tell(f"export, {wanted}", exit_code=ended.code)
-            require(ended.code == 0, f"export of {wanted} ended with {ended.code}")
+        out = str(bundle_of(workspace))
+        words = ("--images", str(workspace.photos), "--out", out, "--overwrite")
+        # Without fp16 where its gate fails: others need it.
+        for precision_list in ("fp32,fp16", "fp32"):
+            ended = btpipe(
+                "export", "--onnx", "--precision", precision_list, *words, folder=workspace.work
+            )
+            print_result(f"export, {precision_list}", exit_code=ended.code)
+            require(ended.code == 0, f"export of {precision_list} ended with {ended.code}")
             if ended.code == 0:
                 break
-        gates = contract.open_bundle(bundle_of(place)).manifest.origin["gates"]
+        gates = contract.open_bundle(bundle_of(workspace)).manifest.origin["gates"]
         assert isinstance(gates, dict)
         for name, gate in gates.items():
             shown = ("provider", "mean_cosine", "min_cosine", "agreement")
-            tell(f"gate, {name}", **{key: gate[key] for key in shown})
+            print_result(f"gate, {name}", **{key: gate[key] for key in shown})
         if gpu() is not None and "fp16" in gates:
             require(gates["fp16"]["provider"] == "cuda", "the fp16 gate did not run on the GPU")
 
 
-def stage_golden(place: Place) -> None:
+def stage_golden(workspace: Workspace) -> None:
     """The least cosine of the golden images on this device, and what "auto" takes."""
-    bundle, device = contract.open_bundle(bundle_of(place)), _device()
+    bundle, device = contract.open_bundle(bundle_of(workspace)), _device()
     with judged() as require:
         for precision, cosine in golden.compare(bundle, device=device).items():
-            tell(f"golden images, {precision} on {device}", least_cosine=cosine)
+            print_result(f"golden images, {precision} on {device}", least_cosine=cosine)
             require(cosine >= GOLDEN_COSINE, f"golden images in {precision}: {cosine:.4f}")
         opened = load(bundle.folder)
-        tell("auto", device=opened.device, precision=opened.precision, why=opened.why)
+        print_result("auto", device=opened.device, precision=opened.precision, why=opened.why)
 
 
 def _device() -> Literal["cpu", "cuda"]:
     return "cpu" if gpu() is None else "cuda"
 
 
-def stage_embed(place: Place) -> None:
+def stage_embed(workspace: Workspace) -> None:
     """`btpipe embed` of the drawn images: as the README types it, and in each precision."""
     cases: dict[str, tuple[str, ...]] = {"as the README types it": ()}
     if gpu() is not None:
@@ -76,22 +80,22 @@ def stage_embed(place: Place) -> None:
         }
     with judged() as require:
         for name, options in cases.items():
-            out = place.work / "vectors.parquet"
+            out = workspace.work / "vectors.parquet"
             _remove(out)
-            ended = _embed(place, place.jpegs, out, *options)
-            _told(f"embed, {name}", ended)
+            ended = _embed(workspace, workspace.jpegs, out, *options)
+            _print_embedding(f"embed, {name}", ended)
             require(ended.code == 0, f"{name}: ended with {ended.code}")
 
 
-def _embed(place: Place, source: Path, out: Path, *options: str) -> Ended:
-    words = (str(source), "--out", str(out), "--model", str(bundle_of(place)), *options)
-    return btpipe("embed", *words, folder=place.work, seconds=80.0)
+def _embed(workspace: Workspace, source: Path, out: Path, *options: str) -> CommandResult:
+    words = (str(source), "--out", str(out), "--model", str(bundle_of(workspace)), *options)
+    return btpipe("embed", *words, folder=workspace.work, seconds=80.0)
 
 
-def _told(name: str, ended: Ended) -> None:
+def _print_embedding(name: str, ended: CommandResult) -> None:
     progress, finished = ended.of("Progressed"), ended.of("Embedded")
     notes = [str(event["text"]) for event in ended.of("Note")]
-    tell(
+    print_result(
         name,
         exit_code=ended.code,
         images_per_second=round(float(str(progress[-1]["images_per_second"]))) if progress else 0,
@@ -107,38 +111,38 @@ def _remove(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def stage_again(place: Place) -> None:
+def stage_again(workspace: Workspace) -> None:
     """A rerun after one more image; and bad files beside good ones, whose vectors are the CPU's."""
-    folder, out = place.work / "again", place.work / "again.parquet"
+    folder, out = workspace.work / "again", workspace.work / "again.parquet"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     _remove(out)
-    files = sorted(place.jpegs.glob("*"))[:AGAIN_IMAGES]
+    files = sorted(workspace.jpegs.glob("*"))[:AGAIN_IMAGES]
     for path in files:
         shutil.copy(path, folder)
     with judged() as require:
-        _told("first run", _embed(place, folder, out))
-        (folder / "new.jpg").write_bytes(own(files[0].read_bytes(), 1_000_000))
-        again = _embed(place, folder, out)
-        _told("second run, one image more", again)
-        made = [(event["embedded"], event["reused"]) for event in again.of("Embedded")]
-        require(made == [(1, len(files))], f"the second run made something else: {made}")
-        _among_bad_files(place, require)
+        _print_embedding("first run", _embed(workspace, folder, out))
+        (folder / "new.jpg").write_bytes(with_comment(files[0].read_bytes(), 1_000_000))
+        again = _embed(workspace, folder, out)
+        _print_embedding("second run, one image more", again)
+        counts = [(event["embedded"], event["reused"]) for event in again.of("Embedded")]
+        require(counts == [(1, len(files))], f"the second run made something else: {counts}")
+        _among_bad_files(workspace, require)
 
 
-def _among_bad_files(place: Place, require: Require) -> None:
-    bad = sorted(path.name for path in place.nasty.iterdir() if path.name.startswith("bad-"))
+def _among_bad_files(workspace: Workspace, require: Require) -> None:
+    bad = sorted(path.name for path in workspace.nasty.iterdir() if path.name.startswith("bad-"))
     tables: list[dict[str, NDArray[np.float32]]] = []
     for device in dict.fromkeys((_device(), "cpu")):
-        out = place.work / f"nasty-{device}.parquet"
+        out = workspace.work / f"nasty-{device}.parquet"
         _remove(out)
-        ended = _embed(place, place.nasty, out, "--device", device, "--precision", "fp32")
-        _told(f"bad files, {device}", ended)
+        ended = _embed(workspace, workspace.nasty, out, "--device", device, "--precision", "fp32")
+        _print_embedding(f"bad files, {device}", ended)
         rejects = pq.read_table(out.with_name(f"{out.stem}.rejects.parquet"))["path"].to_pylist()
         require(sorted(rejects) == bad, f"{device}: {len(rejects)} rejects of {len(bad)} bad files")
         tables.append(_vectors(out))
     least = min(_cosines(tables[0], tables[-1]), default=0.0)
-    tell("bad files' neighbours, vectors against the CPU's", least_cosine=round(least, 6))
+    print_result("bad files' neighbours, vectors against the CPU's", least_cosine=round(least, 6))
     require(least >= SAME_COSINE, f"vectors differ from the CPU's: cosine {least:.4f}")
 
 
@@ -157,21 +161,21 @@ def _cosines(
     return [float(value) for value in (a * b).sum(axis=1)]
 
 
-def stage_compare(place: Place) -> None:
+def stage_compare(workspace: Workspace) -> None:
     """The table against `btpipe.load` to the bit; the GPU against the CPU."""
-    out = place.work / "photos.parquet"
+    out = workspace.work / "photos.parquet"
     _remove(out)
     with judged() as require:
-        require(_embed(place, place.photos, out).code == 0, "embed failed")
+        require(_embed(workspace, workspace.photos, out).code == 0, "embed failed")
         table = _vectors(out)
         names = list(table)
         devices: tuple[Literal["auto", "cpu"], ...] = ("auto", "cpu")
         for device in devices:
-            encoder = load(bundle_of(place), device=device)
-            found = encoder.embed([place.photos / name for name in names])
-            same = bool((found == np.stack([table[name] for name in names])).all())
-            least = min(_cosines(table, dict(zip(names, found, strict=True))))
-            tell(
+            encoder = load(bundle_of(workspace), device=device)
+            vectors = encoder.embed([workspace.photos / name for name in names])
+            same = bool((vectors == np.stack([table[name] for name in names])).all())
+            least = min(_cosines(table, dict(zip(names, vectors, strict=True))))
+            print_result(
                 f"embed against load({device}), {encoder.precision}",
                 same_bits=same,
                 least_cosine=round(least, 7),
@@ -180,11 +184,11 @@ def stage_compare(place: Place) -> None:
             require(least >= GOLDEN_COSINE, f"load({device}) differs: cosine {least:.4f}")
 
 
-def stage_ort(place: Place) -> None:
+def stage_ort(workspace: Workspace) -> None:
     """onnxruntime's own settings, one by one: images/s with arrays copied, and with bound ones."""
-    bundle = contract.open_bundle(bundle_of(place))
+    bundle = contract.open_bundle(bundle_of(workspace))
     size = bundle.preprocessing.size
-    shape = (8 if place.small else CALL_IMAGES, size, size, 3)
+    shape = (8 if workspace.small else CALL_IMAGES, size, size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     settings: tuple[dict[str, str], ...] = ({},)
     if gpu() is not None:
@@ -193,22 +197,22 @@ def stage_ort(place: Place) -> None:
         settings = ({}, nhwc, search, {**nhwc, **search}, {"use_tf32": "1"})
     for precision in bundle.precisions:
         for extra in settings:
-            _option(precisions.model_of(bundle, precision), precision, extra, pixels, place)
+            _option(precisions.model_of(bundle, precision), precision, extra, pixels, workspace)
 
 
 def _option(
-    model: Path, name: str, extra: dict[str, str], pixels: NDArray[np.uint8], place: Place
+    model: Path, name: str, extra: dict[str, str], pixels: NDArray[np.uint8], workspace: Workspace
 ) -> None:
     provider = "CPUExecutionProvider" if gpu() is None else "CUDAExecutionProvider"
     options = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "0", **extra}
-    given = {} if gpu() is None else options
+    provider_options = {} if gpu() is None else options
     about = f"onnxruntime {name}, {extra or 'as btpipe opens it'}"
     try:
         session = onnxruntime.InferenceSession(
-            str(model), providers=[(provider, given)], enable_fallback=0
+            str(model), providers=[(provider, provider_options)], enable_fallback=0
         )
         feed = {session.get_inputs()[0].name: pixels}
-        seconds = 0.2 if place.small else 1.5
+        seconds = 0.2 if workspace.small else 1.5
         copied = rate(lambda: session.run(None, feed), len(pixels), seconds)
         bound = session.io_binding()
         memory = "cpu" if gpu() is None else "cuda"
@@ -222,9 +226,9 @@ def _option(
 
         on_device = rate(run_bound, len(pixels), seconds)
     except Exception as error:  # a setting that this version refuses is a result as well
-        tell(about, refused=str(error)[:200])
+        print_result(about, refused=str(error)[:200])
         return
-    tell(
+    print_result(
         about,
         images_per_second=round(copied.per_second),
         bound=round(on_device.per_second),

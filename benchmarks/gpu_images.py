@@ -9,8 +9,8 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 from PIL import Image
 
-from benchmarks.place import Place
-from benchmarks.stage import cores, tell
+from benchmarks.stage import cores, print_result
+from benchmarks.workspace import Workspace
 from btpipe.data.sources import synthetic
 
 DRAWN_JPEGS, DRAWN_PNGS = 4096, 10_000
@@ -21,55 +21,57 @@ COMMENT = b"\xff\xfe\x00\x06"
 """A JPEG's, of four bytes."""
 
 
-def stage_prepare(place: Place) -> None:
+def stage_prepare(workspace: Workspace) -> None:
     """Draws the images, once, and puts the photographs where a later call finds them."""
     started = time.perf_counter()
-    side = 96 if place.small else 400
+    side = 96 if workspace.small else 400
     with ProcessPoolExecutor(cores()) as pool:
         numbers = range(synthetic.DIFFERENT)
         different = list(pool.map(synthetic.jpeg, numbers, [side] * len(numbers)))
-    _data(place, different)
-    done = place.work / "drawn" / "done"
+    _data(workspace, different)
+    done = workspace.work / "drawn" / "done"
     if done.exists():
-        tell("drawn", images="there already")
+        print_result("drawn", images="there already")
         return
-    place.jpegs.mkdir(parents=True, exist_ok=True)
-    place.pngs.mkdir(exist_ok=True)
-    jpegs = 64 if place.small else DRAWN_JPEGS
+    workspace.jpegs.mkdir(parents=True, exist_ok=True)
+    workspace.pngs.mkdir(exist_ok=True)
+    jpegs = 64 if workspace.small else DRAWN_JPEGS
     for i in range(jpegs):
-        (place.jpegs / f"{i:05d}.jpg").write_bytes(own(different[i % len(different)], i))
+        (workspace.jpegs / f"{i:05d}.jpg").write_bytes(
+            with_comment(different[i % len(different)], i)
+        )
     draws = np.random.default_rng(0)
-    pngs = 64 if place.small else DRAWN_PNGS
+    pngs = 64 if workspace.small else DRAWN_PNGS
     for i in range(pngs):
-        made = Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((32, 32))
+        png = Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((32, 32))
         content = io.BytesIO()
-        made.save(content, "PNG")
-        (place.pngs / f"{i:05d}.png").write_bytes(content.getvalue())
+        png.save(content, "PNG")
+        (workspace.pngs / f"{i:05d}.png").write_bytes(content.getvalue())
     done.touch()
-    tell("drawn", jpegs=jpegs, pngs=pngs, seconds=round(time.perf_counter() - started, 1))
+    print_result("drawn", jpegs=jpegs, pngs=pngs, seconds=round(time.perf_counter() - started, 1))
 
 
-def own(jpeg: bytes, number: int) -> bytes:
+def with_comment(jpeg: bytes, number: int) -> bytes:
     """The same picture in a file of other content: with a comment."""
     return jpeg[:2] + COMMENT + number.to_bytes(4, "big") + jpeg[2:]
 
 
-def _data(place: Place, different: Sequence[bytes]) -> None:
+def _data(workspace: Workspace, different: Sequence[bytes]) -> None:
     """photos/ and nasty/ in the work folder: those that were named, or drawn ones."""
-    kept = place.work / "data"
+    kept = workspace.work / "data"
     if kept.exists():
         return
-    if place.data != kept:
-        shutil.copytree(place.data, kept)
+    if workspace.data != kept:
+        shutil.copytree(workspace.data, kept)
         return
-    for folder, count in ((place.photos, PHOTOS), (place.nasty, GOOD_FILES)):
+    for folder, count in ((workspace.photos, PHOTOS), (workspace.nasty, GOOD_FILES)):
         folder.mkdir(parents=True)
         for i in range(count):
-            (folder / f"{i:03d}.jpg").write_bytes(own(different[i % len(different)], i))
+            (folder / f"{i:03d}.jpg").write_bytes(with_comment(different[i % len(different)], i))
     with Image.open(io.BytesIO(different[0])) as image:
         exif = Image.Exif()
         exif[ORIENTATION] = SIDEWAYS
-        image.save(place.photos / "sideways.jpg", exif=exif)
+        image.save(workspace.photos / "sideways.jpg", exif=exif)
     whole = different[1]
     bad = {
         "header": whole[:20],
@@ -80,4 +82,4 @@ def _data(place: Place, different: Sequence[bytes]) -> None:
         "marker": b"\xff\xd8\xff\xdb\0\0" + whole[6:],
     }
     for name, content in bad.items():
-        (place.nasty / f"bad-{name}.jpg").write_bytes(content)
+        (workspace.nasty / f"bad-{name}.jpg").write_bytes(content)

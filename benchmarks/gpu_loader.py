@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from nvidia import nvimgcodec
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 
-from benchmarks.place import Place
 from benchmarks.stage import (
     Rate,
     cores,
@@ -19,10 +18,11 @@ from benchmarks.stage import (
     index_of,
     judged,
     loader_of,
+    print_result,
     rate,
     recipe_of,
-    tell,
 )
+from benchmarks.workspace import Workspace
 from btpipe import recipe
 from btpipe.data.pipeline import augment_params, decode, prefetch
 from btpipe.data.pipeline.decode import BatchDecoder
@@ -34,14 +34,16 @@ PAIRS_PER_SECOND = {224: 2500, 32: 16_000}
 HOST_CORES = 16
 
 
-def stage_decode(place: Place) -> None:
+def stage_decode(workspace: Workspace) -> None:
     """Decoding a batch that is in memory: btpipe's decoder, its settings, and DALI's graph."""
-    seconds = 0.3 if place.small else 2.5
-    files = files_of(place.jpegs, 16 if place.small else BATCH)
-    parsed = [found for file in files if (found := decode.parse(file))]
+    seconds = 0.3 if workspace.small else 2.5
+    files = files_of(workspace.jpegs, 16 if workspace.small else BATCH)
+    parsed = [encoded for file in files if (encoded := decode.parse(file))]
     for name, decoder in decoders():
         taken = rate(functools.partial(decoder.decode, parsed), len(parsed), seconds)
-        tell(f"decode alone, {name}", images_per_second=round(taken.per_second), **_host(taken))
+        print_result(
+            f"decode alone, {name}", images_per_second=round(taken.per_second), **_host(taken)
+        )
     if gpu() is None:
         return
     for share, fancy in ((0.65, True), (1.0, True), (0.65, False)):
@@ -59,7 +61,7 @@ def stage_decode(place: Place) -> None:
         feed()
         taken = rate(turn, len(files), seconds)
         name = f"decode alone, DALI mixed, hw_decoder_load {share:g}, fancy {int(fancy)}"
-        tell(name, images_per_second=round(taken.per_second), **_host(taken))
+        print_result(name, images_per_second=round(taken.per_second), **_host(taken))
 
 
 def decoders() -> list[tuple[str, BatchDecoder]]:
@@ -95,34 +97,34 @@ def _dali_decoder(count: int, share: float, *, fancy: bool) -> Pipeline:
     return define()
 
 
-def stage_loader(place: Place) -> None:
+def stage_loader(workspace: Workspace) -> None:
     """The training loader alone: pairs of views from files, into tensors."""
     cases = (
-        ("JPEG 400, 224 pixels", place.jpegs, "imagenet-1gpu.toml", 512),
-        ("JPEG 400, 224 pixels", place.jpegs, "imagenet-1gpu.toml", 256),
-        ("PNG 32, 32 pixels", place.pngs, "cifar10.toml", 128),
-        ("PNG 32, 32 pixels", place.pngs, "cifar10.toml", 512),
+        ("JPEG 400, 224 pixels", workspace.jpegs, "imagenet-1gpu.toml", 512),
+        ("JPEG 400, 224 pixels", workspace.jpegs, "imagenet-1gpu.toml", 256),
+        ("PNG 32, 32 pixels", workspace.pngs, "cifar10.toml", 128),
+        ("PNG 32, 32 pixels", workspace.pngs, "cifar10.toml", 512),
     )
     with judged() as require:
         for name, folder, file, batch in cases:
-            size = 8 if place.small else batch
-            described = recipe_of(place, file, f"data.threads={cores()}")
+            size = 8 if workspace.small else batch
+            described = recipe_of(workspace, file, f"data.threads={cores()}")
             settings = LoaderSettings.sample(described, size)
             with loader_of(index_of(folder), settings, device()) as loader:
                 batches = functools.partial(next, iter(loader))
-                taken = rate(batches, size, 0.5 if place.small else 5.0, warm_ups=4)
+                taken = rate(batches, size, 0.5 if workspace.small else 5.0, warm_ups=4)
                 require(not loader.rejected, f"good images rejected: {loader.rejected}")
-            tell(
+            print_result(
                 f"loader alone, {name}, batch {size}",
                 pairs_per_second=round(taken.per_second),
                 **_host(taken),
             )
 
 
-def stage_host(place: Place) -> None:
+def stage_host(workspace: Workspace) -> None:
     """The host's share alone: files read and handed over, and the draws, a second and core."""
-    seconds = 0.5 if place.small else 2.0
-    for name, folder in (("JPEG 400", place.jpegs), ("PNG 32", place.pngs)):
+    seconds = 0.5 if workspace.small else 2.0
+    for name, folder in (("JPEG 400", workspace.jpegs), ("PNG 32", workspace.pngs)):
         _readers(name, folder, seconds)
     _drawing(seconds)
 
@@ -142,13 +144,13 @@ def _readers(name: str, folder: Path, seconds: float) -> None:
             pass
 
     with concurrent.futures.ThreadPoolExecutor(cores() + 2) as pool:
-        found = rate(action, len(rows), seconds)
-    a_core = found.per_second / found.cores
-    tell(
+        throughput = rate(action, len(rows), seconds)
+    a_core = throughput.per_second / throughput.cores
+    print_result(
         f"readers, {name}, {mean / 1000:.1f} kB a file",
         files_per_second_and_core=round(a_core),
-        files_per_second=round(found.per_second),
-        cores=round(found.cores, 2),
+        files_per_second=round(throughput.per_second),
+        cores=round(throughput.cores, 2),
     )
 
 
@@ -156,19 +158,19 @@ def _drawing(seconds: float) -> None:
     """Both views' draws of a batch, in one thread, against what training takes of a core."""
     default = recipe.Recipe()
     rows = np.arange(BATCH)
-    for size, wanted in PAIRS_PER_SECOND.items():
+    for size, pairs_per_second in PAIRS_PER_SECOND.items():
         sizes = np.full((BATCH, 2), 32 if size == 32 else 480, np.int64)
 
         def action(sizes: NDArray[np.int64] = sizes) -> None:
             augment_params.draw_views(default.views, seed=0, epoch=0, images=rows, sizes=sizes)
 
-        found = rate(action, BATCH, seconds)
-        tell(
+        throughput = rate(action, BATCH, seconds)
+        print_result(
             f"draws for {size} pixels",
-            pairs_per_second_and_core=round(found.per_second / found.cores),
-            training_takes=round(wanted / HOST_CORES),
+            pairs_per_second_and_core=round(throughput.per_second / throughput.cores),
+            training_takes=round(pairs_per_second / HOST_CORES),
         )
 
 
-def _host(found: Rate) -> dict[str, float]:
-    return {"cores": round(found.cores, 2), "this_thread": round(found.thread, 2)}
+def _host(throughput: Rate) -> dict[str, float]:
+    return {"cores": round(throughput.cores, 2), "this_thread": round(throughput.thread, 2)}

@@ -7,7 +7,6 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu_loader import decoders
-from benchmarks.place import Place
 from benchmarks.stage import (
     Require,
     cores,
@@ -17,10 +16,11 @@ from benchmarks.stage import (
     index_of,
     judged,
     loader_of,
+    print_result,
     recipe_of,
     synchronize,
-    tell,
 )
+from benchmarks.workspace import Workspace
 from btpipe.data.pipeline import dali_graphs, decode
 from btpipe.data.pipeline.eval_loader import evaluation_batches
 from btpipe.data.pipeline.train_loader import LoaderSettings
@@ -31,19 +31,19 @@ DECODE_LEVELS, EVALUATION_LEVELS, VIEW_LEVELS = 0.5, 0.5, 1.5
 REPEATS = 6
 
 
-def stage_pixels(place: Place) -> None:
+def stage_pixels(workspace: Workspace) -> None:
     """Decoders, the evaluation view and the training views on the GPU against the CPU."""
     with judged() as require:
-        _decoders(place, require)
-        _evaluation_view(place, require)
-        _training_views(place, require)
+        _decoders(workspace, require)
+        _evaluation_view(workspace, require)
+        _training_views(workspace, require)
 
 
-def _decoders(place: Place, require: Require) -> None:
-    files = [*files_of(place.photos), *files_of(place.jpegs, 32)]
-    parsed = [found for file in files if (found := decode.parse(file))]
-    expected = [decode.decode(found.file) for found in parsed]
-    tell("files for a batch", count=len(parsed), of=len(files))
+def _decoders(workspace: Workspace, require: Require) -> None:
+    files = [*files_of(workspace.photos), *files_of(workspace.jpegs, 32)]
+    parsed = [encoded for file in files if (encoded := decode.parse(file))]
+    expected = [decode.decode(encoded.file) for encoded in parsed]
+    print_result("files for a batch", count=len(parsed), of=len(files))
     for name, decoder in decoders():
         hashes = set()
         for turn in range(REPEATS):
@@ -54,7 +54,7 @@ def _decoders(place: Place, require: Require) -> None:
         shapes = sum(a.shape != np.shape(b) for a, b in zip(images, expected, strict=True))
         pairs = [(a, b) for a, b in zip(images, expected, strict=True) if a.shape == np.shape(b)]
         errors = [_levels(a, b) for a, b in pairs]
-        tell(
+        print_result(
             f"decode, {name}",
             mean=round(float(np.mean(errors)), 4),
             worst_file=round(max(errors), 3),
@@ -87,8 +87,8 @@ def _levels(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     return float(np.abs(a.astype(np.int16) - b.astype(np.int16)).mean())
 
 
-def _evaluation_view(place: Place, require: Require) -> None:
-    index, geometry = index_of(place.photos), dali_graphs.Geometry.for_size(224)
+def _evaluation_view(workspace: Workspace, require: Require) -> None:
+    index, geometry = index_of(workspace.photos), dali_graphs.Geometry.for_size(224)
     rows = np.arange(len(index))
     both = [
         np.concatenate(
@@ -103,14 +103,14 @@ def _evaluation_view(place: Place, require: Require) -> None:
     ]
     require(both[0].shape == both[1].shape, f"views of {both[0].shape} and {both[1].shape}")
     error = _levels(both[0], both[1])
-    tell("evaluation view, GPU against CPU", mean=round(error, 4))
+    print_result("evaluation view, GPU against CPU", mean=round(error, 4))
     require(error <= EVALUATION_LEVELS, f"evaluation views differ by {error:.2f} levels")
 
 
-def _training_views(place: Place, require: Require) -> None:
-    index = index_of(place.photos)
-    described = recipe_of(place, "imagenet-1gpu.toml", f"data.threads={cores()}")
-    count = 8 if place.small else min(64, len(index))
+def _training_views(workspace: Workspace, require: Require) -> None:
+    index = index_of(workspace.photos)
+    described = recipe_of(workspace, "imagenet-1gpu.toml", f"data.threads={cores()}")
+    count = 8 if workspace.small else min(64, len(index))
     settings = LoaderSettings.sample(described, count, steps=1)
     batches = []
     for on in (torch.device("cpu"), device()):
@@ -120,7 +120,7 @@ def _training_views(place: Place, require: Require) -> None:
     for i in range(2):
         a, b = (batch.views[i].cpu().numpy() for batch in batches)
         each = np.abs(a.astype(np.int16) - b.astype(np.int16)).mean(axis=(1, 2, 3))
-        tell(
+        print_result(
             f"training view {i}, GPU against CPU",
             mean=round(float(each.mean()), 4),
             worst_image=round(float(each.max()), 3),

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.place import PROJECT, Place
 from benchmarks.stage import (
-    Ended,
+    CommandResult,
     btpipe,
     cores,
     device,
@@ -20,10 +19,11 @@ from benchmarks.stage import (
     index_of,
     judged,
     loader_of,
+    print_result,
     rate,
     synchronize,
-    tell,
 )
+from benchmarks.workspace import PROJECT, Workspace
 from btpipe import runtime
 from btpipe.data.pipeline import dali_graphs, decode
 from btpipe.data.pipeline.train_loader import LoaderSettings
@@ -34,88 +34,94 @@ FUZZED = 1000
 HEADER_BYTES = 700
 
 
-def stage_probe(place: Place) -> None:
+def stage_probe(workspace: Workspace) -> None:
     """The machine; a copy within the card; a DALI graph on it."""
     on = device()
     name = torch.cuda.get_device_name() if on.type == "cuda" else "no GPU"
-    tell("machine", card=name, cores=cores(), **_versions())
-    if on.type == "cuda" and not place.small:
+    print_result("machine", card=name, cores=cores(), **_versions())
+    if on.type == "cuda" and not workspace.small:
         report = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, check=False)
-        wanted = ("Driver Version", "JPEG", "SM  ", "Persistence")
-        print("\n".join(x for x in report.stdout.splitlines() if any(w in x for w in wanted)))
-    count = COPY_BYTES // 4 // (1024 if place.small else 1)
+        headings = ("Driver Version", "JPEG", "SM  ", "Persistence")
+        print("\n".join(x for x in report.stdout.splitlines() if any(w in x for w in headings)))
+    count = COPY_BYTES // 4 // (1024 if workspace.small else 1)
     source, target = torch.empty(count, device=on), torch.empty(count, device=on)
     copied = rate(lambda: target.copy_(source), 8 * count, 0.3)  # read and written
-    tell("copy", TB_per_second=round(copied.per_second / 1e12, 3))
+    print_result("copy", TB_per_second=round(copied.per_second / 1e12, 3))
     pipeline = dali_graphs.evaluation_pipeline(
         dali_graphs.Geometry.for_size(32), batch_size=1, threads=1, gpu=gpu()
     )
     pipeline.build()
     decode.batch_decoder(gpu(), 1)
-    tell("DALI", graph="built", nvjpeg=[str(path) for path in runtime.mapped_nvjpegs()])
+    print_result("DALI", graph="built", nvjpeg=[str(path) for path in runtime.mapped_nvjpegs()])
 
 
 def _versions() -> dict[str, object]:
     import nvidia.dali  # noqa: PLC0415 - named by what is there
 
-    found: dict[str, object] = {"torch": torch.__version__, "DALI": nvidia.dali.__version__}
+    versions: dict[str, object] = {"torch": torch.__version__, "DALI": nvidia.dali.__version__}
     try:
         import onnxruntime  # noqa: PLC0415
 
-        found["onnxruntime"] = onnxruntime.__version__
-        found["providers"] = onnxruntime.get_available_providers()
+        versions["onnxruntime"] = onnxruntime.__version__
+        versions["providers"] = onnxruntime.get_available_providers()
     except ImportError:
-        found["onnxruntime"] = "none"
-    return found
+        versions["onnxruntime"] = "none"
+    return versions
 
 
-def stage_doctor(place: Place) -> None:
+def stage_doctor(workspace: Workspace) -> None:
     """`btpipe doctor`, which computes and compares on the card."""
     with judged() as require:
-        ended = btpipe("doctor", folder=place.work, json_lines=False)
+        ended = btpipe("doctor", folder=workspace.work, json_lines=False)
         broken = _named_behind("not usable:", ", ", ended)
-        tell("doctor", exit_code=ended.code, broken=broken)
+        print_result("doctor", exit_code=ended.code, broken=broken)
         require(not broken and ended.code in (0, 5), f"broken: {broken or ended.code}")
 
 
-def stage_selftest(place: Place) -> None:
+def stage_selftest(workspace: Workspace) -> None:
     """`btpipe selftest`."""
     with judged() as require:
-        ended = btpipe("selftest", folder=place.work, json_lines=False)
+        ended = btpipe("selftest", folder=workspace.work, json_lines=False)
         failed = _named_behind("the self-test failed:", "; ", ended)
-        tell("selftest", exit_code=ended.code, failed=failed)
+        print_result("selftest", exit_code=ended.code, failed=failed)
         require(not failed and ended.code in (0, 6), f"failed: {failed or ended.code}")
 
 
-def _named_behind(words: str, between: str, ended: Ended) -> list[str]:
+def _named_behind(words: str, between: str, ended: CommandResult) -> list[str]:
     """What an error of btpipe lists behind these words.
 
     But for onnxruntime's CUDA provider on a machine whose onnxruntime is one for CPUs: a call that
     is about training alone may run there.
     """
-    found = [line.partition(words)[2] for line in ended.text.splitlines() if words in line]
-    names = [name.strip() for name in found[0].split(between)] if found else []
+    lists = [line.partition(words)[2] for line in ended.text.splitlines() if words in line]
+    names = [name.strip() for name in lists[0].split(between)] if lists else []
     provider = "CUDAExecutionProvider" in str(_versions().get("providers"))
     return [name for name in names if provider or not name.startswith("onnxruntime")]
 
 
-def stage_badfiles(place: Place) -> None:
+def stage_badfiles(workspace: Workspace) -> None:
     """Junk among good files, through the training loader and as damaged headers in a batch."""
-    bad = sorted(path.name for path in place.nasty.iterdir() if path.name.startswith("bad-"))
+    bad = sorted(path.name for path in workspace.nasty.iterdir() if path.name.startswith("bad-"))
     with judged() as require:
-        for threads in (8,) if place.small else (2, 8, 16):
-            code = _TRAIN_OVER_JUNK.format(folder=str(place.nasty), threads=threads)
+        for threads in (8,) if workspace.small else (2, 8, 16):
+            code = _TRAIN_OVER_JUNK.format(folder=str(workspace.nasty), threads=threads)
             ended = _python(code)
             named = [line for line in ended.stdout.splitlines() if line.startswith("bad: ")]
-            tell(f"loader over junk, {threads} threads", exit_code=ended.returncode, bad=len(named))
+            print_result(
+                f"loader over junk, {threads} threads", exit_code=ended.returncode, bad=len(named)
+            )
             print(ended.stdout[-2000:], ended.stderr[-2000:])
             require(ended.returncode == 0, f"{threads} threads: ended with {ended.returncode}")
             names = sorted(line.removeprefix("bad: ") for line in named)
             require(names == bad, f"{threads} threads: {len(names)} of {len(bad)} bad files named")
-        ended = _python(_FUZZ.format(folder=str(place.photos), count=FUZZED, bytes=HEADER_BYTES))
+        ended = _python(
+            _FUZZ.format(folder=str(workspace.photos), count=FUZZED, bytes=HEADER_BYTES)
+        )
         print(ended.stdout[-2000:], ended.stderr[-2000:])
         last = ended.stdout.splitlines()[-1:] or [""]
-        tell("damaged headers beside good files", exit_code=ended.returncode, result=last[0])
+        print_result(
+            "damaged headers beside good files", exit_code=ended.returncode, result=last[0]
+        )
         require(ended.returncode == 0, f"damaged headers: ended with {ended.returncode}")
 
 
@@ -169,12 +175,12 @@ def decode_damaged(folder: Path, count: int, header_bytes: int) -> None:
             damaged = bytearray(draws.choice(good))
             for _ in range(draws.randint(1, 3)):
                 damaged[draws.randrange(min(header_bytes, len(damaged)))] = draws.randrange(256)
-            found = decode.parse(np.frombuffer(bytes(damaged), np.uint8))
-            refused += found is None
+            parsed = decode.parse(np.frombuffer(bytes(damaged), np.uint8))
+            refused += parsed is None
             whole = decode.parse(np.frombuffer(draws.choice(good), np.uint8))
-            batch += [one for one in (found, whole) if one]
-        made = decoder.decode(batch)
-        rejected += sum(isinstance(image, BadInputError) for image in made)
-        decoded += sum(not isinstance(image, BadInputError) for image in made)
+            batch += [one for one in (parsed, whole) if one]
+        images = decoder.decode(batch)
+        rejected += sum(isinstance(image, BadInputError) for image in images)
+        decoded += sum(not isinstance(image, BadInputError) for image in images)
     synchronize()
     print(f"{refused} kept out, {rejected} rejected, {decoded} decoded")

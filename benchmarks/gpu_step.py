@@ -8,18 +8,18 @@ from typing import Literal
 
 import torch
 
-from benchmarks import step_cases as worker
-from benchmarks.place import PROJECT, Place
+from benchmarks import step_cases
 from benchmarks.stage import (
-    Ended,
+    CommandResult,
     btpipe,
     compile_setting,
     device,
     judged,
+    print_result,
     recipe_of,
     synchronize,
-    tell,
 )
+from benchmarks.workspace import PROJECT, Workspace
 from btpipe.pretrain import nonfinite, norm, step
 from btpipe.recipe import Recipe
 
@@ -40,28 +40,28 @@ class Measured:
     peak_gib: float
 
 
-def stage_resnet(place: Place) -> None:
+def stage_resnet(workspace: Workspace) -> None:
     """ResNet-50 at 224 pixels, batch 256: compiled, eager, and the published step."""
     file, batch = "imagenet-1gpu.toml", "data.batch_size=256"
     with judged() as require:
         try:
             named = "ResNet-50, compiled"
-            core, views = _measure(named, place, file, batch, compile_setting(place))
-            _profile(core, views, place, "resnet")
+            core, views = _measure(named, workspace, file, batch, compile_setting(workspace))
+            _profile(core, views, workspace, "resnet")
             del core, views
         except Exception:  # what the compiler cannot do must not cost the other numbers
             print(traceback.format_exc(), flush=True)
             require(False, "the compiled step failed")
         _free()
-        _measure("ResNet-50, eager", place, file, batch, "run.compile=off", steps=5)
+        _measure("ResNet-50, eager", workspace, file, batch, "run.compile=off", steps=5)
         _free()
-        _published(place)
+        _published(workspace)
 
 
-def _published(place: Place) -> None:
-    sizes = worker.Sizes("resnet18", 32, 8, 64) if place.small else _published_sizes()
+def _published(workspace: Workspace) -> None:
+    sizes = step_cases.Sizes("resnet18", 32, 8, 64) if workspace.small else _published_sizes()
     kind: Literal["cpu", "cuda"] = "cuda" if device().type == "cuda" else "cpu"
-    prepared = worker.published_step(kind, sizes, "fp16" if kind == "cuda" else "fp32")
+    prepared = step_cases.published_step(kind, sizes, "fp16" if kind == "cuda" else "fp32")
     for _ in range(WARM_UPS):
         prepared.action()
     synchronize()
@@ -70,27 +70,27 @@ def _published(place: Place) -> None:
         prepared.action()
     synchronize()
     pairs = steps * sizes.batch / (time.perf_counter() - started)
-    tell("published step, eager, fp16 on a GPU", pairs_per_second=round(pairs))
+    print_result("published step, eager, fp16 on a GPU", pairs_per_second=round(pairs))
 
 
-def _published_sizes() -> worker.Sizes:
-    return worker.Sizes("resnet50", 224, 256, 8192)
+def _published_sizes() -> step_cases.Sizes:
+    return step_cases.Sizes("resnet50", 224, 256, 8192)
 
 
-def stage_cifar(place: Place) -> None:
+def stage_cifar(workspace: Workspace) -> None:
     """ResNet-18 at 32 pixels, where the host may be what binds."""
-    compiled = compile_setting(place)
+    compiled = compile_setting(workspace)
     for batch in (128, 512):
         size = f"data.batch_size={batch}"
         name = f"ResNet-18 at 32 pixels, batch {batch}, compiled"
-        core, views = _measure(name, place, "cifar10.toml", size, compiled, steps=30)
+        core, views = _measure(name, workspace, "cifar10.toml", size, compiled, steps=30)
         if batch == 128:
-            _profile(core, views, place, "cifar")
+            _profile(core, views, workspace, "cifar")
     name = "ResNet-18 at 32 pixels, batch 128, eager"
-    _measure(name, place, "cifar10.toml", "data.batch_size=128", "run.compile=off", steps=30)
+    _measure(name, workspace, "cifar10.toml", "data.batch_size=128", "run.compile=off", steps=30)
 
 
-def stage_grouped(place: Place) -> None:
+def stage_grouped(workspace: Workspace) -> None:
     """The step with the statistics of both views in one pass, as several ranks have them."""
     plain = norm.ViewBatchNorm.forward
 
@@ -103,15 +103,15 @@ def stage_grouped(place: Place) -> None:
 
     # Of this process alone.
     norm.ViewBatchNorm.forward = forward  # type: ignore[method-assign]
-    sizes = ("data.batch_size=256", compile_setting(place))
-    _measure("ResNet-50, compiled, one pass", place, "imagenet-1gpu.toml", *sizes)
+    sizes = ("data.batch_size=256", compile_setting(workspace))
+    _measure("ResNet-50, compiled, one pass", workspace, "imagenet-1gpu.toml", *sizes)
 
 
 def _measure(
-    name: str, place: Place, file: str, *overrides: str, steps: int = 10
+    name: str, workspace: Workspace, file: str, *overrides: str, steps: int = 10
 ) -> tuple[step.Core, Views]:
     """Tells of a step as `pretrain` takes it, on pixels that are on the device."""
-    described = recipe_of(place, file, *overrides)
+    described = recipe_of(workspace, file, *overrides)
     on = device()
     torch.backends.cudnn.benchmark = True  # as runtime.start
     core = step.build(described, on)
@@ -121,14 +121,14 @@ def _measure(
     started = time.perf_counter()
     float(step.update(core, views, LR, BIAS_LR).terms.on_diagonal)
     first = time.perf_counter() - started
-    found = _timed(core, views, 2 if place.small else steps)
+    timing = _timed(core, views, 2 if workspace.small else steps)
     batch = described.data.batch_size
-    tell(
+    print_result(
         f"{name}, batch {batch}, {core.precision}",
-        pairs_per_second=round(1000 * batch / found.gpu_ms),
-        gpu_ms=round(found.gpu_ms, 2),
-        host_ms=round(found.host_ms, 2),
-        peak_GiB=round(found.peak_gib, 2),
+        pairs_per_second=round(1000 * batch / timing.gpu_ms),
+        gpu_ms=round(timing.gpu_ms, 2),
+        host_ms=round(timing.host_ms, 2),
+        peak_GiB=round(timing.peak_gib, 2),
         first_step_seconds=round(first, 1),
     )
     return core, views
@@ -160,23 +160,25 @@ def _timed(core: step.Core, views: Views, steps: int) -> Measured:
     return Measured(milliseconds, 1000 * host / steps, peak)
 
 
-def _profile(core: step.Core, views: Views, place: Place, name: str) -> None:
+def _profile(core: step.Core, views: Views, workspace: Workspace, name: str) -> None:
     """The kernels of some steps, in a file; which share of the time a kernel runs."""
-    if place.small or device().type != "cuda":
+    if workspace.small or device().type != "cuda":
         return  # the profiler wants a real driver
     kinds = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds) as seen:
+    with torch.profiler.profile(activities=kinds) as profiler:
         for _ in range(PROFILED_STEPS):
             step.update(core, views, LR, BIAS_LR)
         synchronize()
-    table = seen.key_averages().table(sort_by="self_cuda_time_total", row_limit=40)
+    table = profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=40)
     print(table)
-    kernels = [event for event in seen.events() or [] if str(event.device_type).endswith("CUDA")]
+    kernels = [
+        event for event in profiler.events() or [] if str(event.device_type).endswith("CUDA")
+    ]
     if kernels:
         span = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
         busy = sum(e.time_range.end - e.time_range.start for e in kernels)
         launched = round(len(kernels) / PROFILED_STEPS)
-        tell(f"{name}, kernels", a_step=launched, share_of_the_time=round(busy / span, 3))
+        print_result(f"{name}, kernels", a_step=launched, share_of_the_time=round(busy / span, 3))
 
 
 def _free() -> None:
@@ -184,35 +186,35 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def stage_pretrain(place: Place) -> None:
+def stage_pretrain(workspace: Workspace) -> None:
     """`btpipe pretrain recipes/imagenet.toml` on drawn images: SIGTERM, and the same command."""
-    first, again = (15.0, 15.0) if place.small else (50.0, 25.0)
+    first, again = (15.0, 15.0) if workspace.small else (50.0, 25.0)
     with judged() as require:
-        before = pretrain(place, first)
-        _told("pretrain, first start", before)
+        before = pretrain(workspace, first)
+        _print_run("pretrain, first start", before)
         require(before.code == STOPPED, f"SIGTERM gave exit code {before.code}")
-        after = pretrain(place, again)
-        _told("pretrain, the same command again", after)
+        after = pretrain(workspace, again)
+        _print_run("pretrain, the same command again", after)
         require(after.code == STOPPED, f"SIGTERM gave exit code {after.code}")
         saved = [int(str(event["step"])) for event in before.of("CheckpointSaved")]
         started = [int(str(event["step"])) for event in after.of("RunStarted")]
         require(bool(saved) and started == saved[-1:], f"saved at {saved}, began at {started}")
 
 
-def pretrain(place: Place, seconds: float) -> Ended:
+def pretrain(workspace: Workspace, seconds: float) -> CommandResult:
     """As the README types it, in the work folder."""
-    settings = [f"data.train={place.jpegs}", "optim.epochs=4000", "run.log_steps=5"]
-    settings += ["data.batch_size=512", *place.sizes]
-    settings += [compile_setting(place)]
+    settings = [f"data.train={workspace.jpegs}", "optim.epochs=4000", "run.log_steps=5"]
+    settings += ["data.batch_size=512", *workspace.sizes]
+    settings += [compile_setting(workspace)]
     words = [word for setting in settings for word in ("--set", setting)]
     recipe = str(PROJECT / "recipes" / "imagenet.toml")
-    return btpipe("pretrain", recipe, *words, folder=place.work, seconds=seconds)
+    return btpipe("pretrain", recipe, *words, folder=workspace.work, seconds=seconds)
 
 
-def _told(name: str, ended: Ended) -> None:
+def _print_run(name: str, ended: CommandResult) -> None:
     steps = ended.of("StepDone")
     last = steps[-1] if steps else {}
-    tell(
+    print_result(
         name,
         exit_code=ended.code,
         images_per_second=[round(float(str(s["images_per_second"]))) for s in steps[-3:]],

@@ -16,14 +16,14 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks import loader_cases as worker
-from benchmarks.loader_cases import Load
+from benchmarks import loader_cases
+from benchmarks.loader_cases import LoaderWork
 from btpipe import progress
 from btpipe.data.index import build
 from btpipe.data.sources import synthetic
 from btpipe.errors import UsageError
 from btpipe.events import Note, Report, TextTable
-from btpipe.tools import measured_rows as measured
+from btpipe.tools import measured_rows
 from btpipe.tools.measured_process import Timing, take_turns
 from btpipe.tools.measured_rows import Compared, Measurement, Prepare, machine, number
 
@@ -37,7 +37,7 @@ CLOCK = "Seconds by the clock, the GPU waited for."
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class LoaderOptions:
     """What is measured: `turns` turns of `batches` batches."""
 
     batch: int
@@ -47,10 +47,10 @@ class Options:
     turns: int
 
 
-QUICK = Options(batch=4, image_size=32, workers=1, batches=2, turns=1)
+QUICK = LoaderOptions(batch=4, image_size=32, workers=1, batches=2, turns=1)
 
 
-def run(options: Options, data: Path | None, report: Report) -> None:
+def run(options: LoaderOptions, data: Path | None, report: Report) -> None:
     """Measures and reports: the whole loader, decoding alone, augmenting alone.
 
     Where there is a GPU also the loader that fills it, and decoders for it.
@@ -59,18 +59,22 @@ def run(options: Options, data: Path | None, report: Report) -> None:
         UsageError: no images in `data`, or fewer than a batch.
     """
     with _images(options, data, report) as (index, source):
-        load = Load(index, options.batch, options.batches, options.image_size, options.workers)
-        report(Compared(_loader_table(load, options, source)))
-        report(Compared(_parts_table(load, options, source)))
+        work = LoaderWork(
+            index, options.batch, options.batches, options.image_size, options.workers
+        )
+        report(Compared(_loader_table(work, options, source)))
+        report(Compared(_parts_table(work, options, source)))
         if torch.cuda.is_available():
-            longer = dataclasses.replace(load, batches=GPU_BATCHES * load.batches)
+            longer = dataclasses.replace(work, batches=GPU_BATCHES * work.batches)
             report(Compared(_gpu_loader_table(longer, options, source)))
-            report(Compared(_gpu_table(load, options, source)))
+            report(Compared(_gpu_table(work, options, source)))
     report(Note(f"{options.turns} turns a row, on {machine('cpu')}"))
 
 
 @contextlib.contextmanager
-def _images(options: Options, data: Path | None, report: Report) -> Iterator[tuple[Path, str]]:
+def _images(
+    options: LoaderOptions, data: Path | None, report: Report
+) -> Iterator[tuple[Path, str]]:
     """An index's file and what its images are, as long as this is open."""
     with tempfile.TemporaryDirectory(prefix="btpipe-") as name:
         folder = Path(name)
@@ -85,23 +89,23 @@ def _images(options: Options, data: Path | None, report: Report) -> Iterator[tup
             source = str(data)
         index, _ = build(data or folder / "images", report)
         if len(index) < options.batch:
-            found = f"{len(index)} images do not fill one batch of {options.batch}"
-            raise UsageError(found, where=data or "", fix="add images, or set --batch")
+            what = f"{len(index)} images do not fill one batch of {options.batch}"
+            raise UsageError(what, where=data or "", fix="add images, or set --batch")
         index.save(folder / "index.parquet")
         yield folder / "index.parquet", source
 
 
-def _loader_table(load: Load, options: Options, source: str) -> TextTable:
+def _loader_table(work: LoaderWork, options: LoaderOptions, source: str) -> TextTable:
     named: dict[str, Prepare] = {
-        "published transform, DataLoader": functools.partial(worker.published_loader, load),
-        "this loader": functools.partial(worker.core_loader, load, False),
-        "this loader, cast and normalised": functools.partial(worker.core_loader, load, True),
+        "published transform, DataLoader": functools.partial(loader_cases.published_loader, work),
+        "this loader": functools.partial(loader_cases.core_loader, work, False),
+        "this loader, cast and normalised": functools.partial(loader_cases.core_loader, work, True),
     }
     rows = _take_turns(named, options)
-    pairs = load.batch * load.batches
+    pairs = work.batch * work.batches
     title = (
-        f"Pairs of views at {load.image_size} pixels, {load.batches} batches of {load.batch},"
-        f" {load.workers} workers, {source}, {machine('cpu')}, {options.turns} turns"
+        f"Pairs of views at {work.image_size} pixels, {work.batches} batches of {work.batch},"
+        f" {work.workers} workers, {source}, {machine('cpu')}, {options.turns} turns"
     )
     columns = ("loader", "times faster", "CPU ms a pair", "pairs per CPU-second", "pairs/s")
     cells = [(*_cells(row, rows[0], pairs), _rate(row, pairs)) for row in rows]
@@ -112,33 +116,37 @@ def _loader_table(load: Load, options: Options, source: str) -> TextTable:
     return TextTable(title, columns, tuple(cells), note)
 
 
-def _parts_table(load: Load, options: Options, source: str) -> TextTable:
+def _parts_table(work: LoaderWork, options: LoaderOptions, source: str) -> TextTable:
     parts = {
-        "decode": (worker.published_decode, worker.core_decode),
-        "augment, two views": (worker.published_augment, worker.core_augment),
+        "decode": (loader_cases.published_decode, loader_cases.core_decode),
+        "augment, two views": (loader_cases.published_augment, loader_cases.core_augment),
     }
     cells: list[tuple[str, ...]] = []
     for part, (published, core) in parts.items():
         named: dict[str, Prepare] = {
-            f"{part}: Pillow and torchvision": functools.partial(published, load),
-            f"{part}: DALI": functools.partial(core, load),
+            f"{part}: Pillow and torchvision": functools.partial(published, work),
+            f"{part}: DALI": functools.partial(core, work),
         }
         rows = _take_turns(named, options)
-        cells += [_cells(row, rows[0], load.batch * load.batches) for row in rows]
+        cells += [_cells(row, rows[0], work.batch * work.batches) for row in rows]
     columns = ("part", "times faster", "CPU ms an image", "images per CPU-second")
     return TextTable(f"Parts of the loader, one thread each, {source}", columns, tuple(cells))
 
 
-def _gpu_loader_table(load: Load, options: Options, source: str) -> TextTable:
+def _gpu_loader_table(work: LoaderWork, options: LoaderOptions, source: str) -> TextTable:
     named: dict[str, Prepare] = {
-        "published transform, DataLoader": functools.partial(worker.published_gpu_loader, load),
-        "this loader": functools.partial(worker.core_gpu_loader, load, False),
-        "this loader, cast and normalised": functools.partial(worker.core_gpu_loader, load, True),
+        "published transform, DataLoader": functools.partial(
+            loader_cases.published_gpu_loader, work
+        ),
+        "this loader": functools.partial(loader_cases.core_gpu_loader, work, False),
+        "this loader, cast and normalised": functools.partial(
+            loader_cases.core_gpu_loader, work, True
+        ),
     }
     rows = _take_turns(named, options)
     title = (
-        f"Pairs of views at {load.image_size} pixels in the memory of {machine('cuda')},"
-        f" {load.batches} batches of {load.batch}, {load.workers} workers, {source},"
+        f"Pairs of views at {work.image_size} pixels in the memory of {machine('cuda')},"
+        f" {work.batches} batches of {work.batch}, {work.workers} workers, {source},"
         f" {options.turns} turns"
     )
     columns = ("loader", "times faster", "pairs/s", "CPU ms a pair")
@@ -147,33 +155,33 @@ def _gpu_loader_table(load: Load, options: Options, source: str) -> TextTable:
         " its workers in each turn. An image is decoded for each pair: the decoders below are"
         " their limit."
     )
-    cells = [_gpu_cells(row, rows[0], load.batch * load.batches) for row in rows]
+    cells = [_gpu_cells(row, rows[0], work.batch * work.batches) for row in rows]
     return TextTable(title, columns, tuple(cells), note)
 
 
-def _gpu_table(load: Load, options: Options, source: str) -> TextTable:
+def _gpu_table(work: LoaderWork, options: LoaderOptions, source: str) -> TextTable:
     """Decoding for a GPU: on the CPU, and on the GPU with each share for its hardware decoder."""
     named: dict[str, Prepare] = {
-        "CPU": functools.partial(worker.gpu_decode, load, None),
-        "nvImageCodec, as pretrain uses it": functools.partial(worker.batch_decode, load),
+        "CPU": functools.partial(loader_cases.gpu_decode, work, None),
+        "nvImageCodec, as pretrain uses it": functools.partial(loader_cases.batch_decode, work),
     }
     for share in HARDWARE_LOADS:
         name = f"DALI, mixed, hw_decoder_load {share:g}"
-        named[name] = functools.partial(worker.gpu_decode, load, share)
+        named[name] = functools.partial(loader_cases.gpu_decode, work, share)
     rows = [_take_turns({name: prepare}, options)[0] for name, prepare in named.items()]
-    title = f"Decoding a batch of {load.batch} for {machine('cuda')}, {source}"
-    cells = [_gpu_cells(row, rows[0], load.batch) for row in rows]
+    title = f"Decoding a batch of {work.batch} for {machine('cuda')}, {source}"
+    cells = [_gpu_cells(row, rows[0], work.batch) for row in rows]
     columns = ("decoder", "times faster", "images/s", "CPU ms an image")
     return TextTable(title, columns, tuple(cells), CLOCK)
 
 
 def _gpu_cells(row: Measurement, base: Measurement, count: int) -> tuple[str, ...]:
     cpu_milliseconds = 1000 * _median_cpu(row.turns) / count
-    faster = measured.faster(row, base, "cuda")
+    faster = measured_rows.faster(row, base, "cuda")
     return row.name, faster, _rate(row, count), number(cpu_milliseconds)
 
 
-def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Measurement]:
+def _take_turns(named: Mapping[str, Prepare], options: LoaderOptions) -> list[Measurement]:
     """Every row in a process of its own, one after the other, `turns` times."""
     # One thread for torch: what it does here is small, and threads that wait burn CPU time.
     turns = take_turns(named, options.turns, threads=1, has_children=lambda _: True)
@@ -182,7 +190,7 @@ def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Measurem
 
 def _cells(row: Measurement, base: Measurement, count: int) -> tuple[str, ...]:
     seconds = _median_cpu(row.turns) / count
-    faster = measured.faster(row, base, "cpu")
+    faster = measured_rows.faster(row, base, "cpu")
     return row.name, faster, number(1000 * seconds), number(1 / seconds)
 
 
@@ -206,7 +214,7 @@ def main(
     ] = False,
 ) -> None:
     """Measure the loader against the published transform in a DataLoader, on the same images."""
-    options = QUICK if quick else Options(batch, size, workers, batches, turns)
+    options = QUICK if quick else LoaderOptions(batch, size, workers, batches, turns)
     with progress.show("auto") as report:
         run(options, data, report)
 

@@ -25,7 +25,7 @@ GPU = torch.device("cuda", 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Load:
+class LoaderWork:
     """What a turn does: `batches` of `batch` pairs of `image_size` pixels, by `workers`.
 
     `index` is the index's file: each process opens it itself.
@@ -49,25 +49,25 @@ class Load:
         )
 
 
-def published_loader(load: Load) -> Prepared:
+def published_loader(work: LoaderWork) -> Prepared:
     """The published transform in a DataLoader with `workers` processes."""
-    index = open_index(load.index)
-    pairs = augmentations.Pairs(index, load.image_size)
-    batches = [rows.tolist() for rows in rows_of(load, index)]
+    index = open_index(work.index)
+    pairs = augmentations.Pairs(index, work.image_size)
+    batches = [rows.tolist() for rows in rows_of(work, index)]
 
     def action() -> None:
-        for _ in augmentations.loader(pairs, batches, load.workers):
+        for _ in augmentations.loader(pairs, batches, work.workers):
             pass
 
     return _prepared(action)
 
 
-def core_loader(load: Load, normalised: bool) -> Prepared:
+def core_loader(work: LoaderWork, normalised: bool) -> Prepared:
     """The loader that `pretrain` uses, on the same images; `normalised` adds the step's cast."""
-    index = open_index(load.index)
+    index = open_index(work.index)
 
     def action() -> None:
-        with _open(load, index, torch.device("cpu")) as loader:
+        with _open(work, index, torch.device("cpu")) as loader:
             for batch in loader:
                 if normalised:
                     for view in batch.views:
@@ -76,37 +76,37 @@ def core_loader(load: Load, normalised: bool) -> Prepared:
     return _prepared(action)
 
 
-def published_gpu_loader(load: Load) -> Prepared:
+def published_gpu_loader(work: LoaderWork) -> Prepared:
     """`published_loader`, each batch copied to the GPU from pinned memory."""
-    index = open_index(load.index)
-    pairs = augmentations.Pairs(index, load.image_size)
-    batches = [rows.tolist() for rows in rows_of(load, index)]
+    index = open_index(work.index)
+    pairs = augmentations.Pairs(index, work.image_size)
+    batches = [rows.tolist() for rows in rows_of(work, index)]
 
     def action() -> None:
-        for made in augmentations.loader(pairs, batches, load.workers, pinned=True):
-            [view.to(GPU, non_blocking=True) for view in made]
+        for batch in augmentations.loader(pairs, batches, work.workers, pinned=True):
+            [view.to(GPU, non_blocking=True) for view in batch]
 
-    return Prepared(action, PeakMemory(GPU), load.batches)
+    return Prepared(action, PeakMemory(GPU), work.batches)
 
 
-def core_gpu_loader(load: Load, normalised: bool) -> Prepared:
+def core_gpu_loader(work: LoaderWork, normalised: bool) -> Prepared:
     """The loader that `pretrain` uses on a GPU, `batches` more batches in each action."""
     memory = PeakMemory(GPU)
-    supply = plan_cases.supply(load.settings(ENDLESS), load.index, GPU)
+    supply = plan_cases.supply(work.settings(ENDLESS), work.index, GPU)
 
     def action() -> None:
-        for batch in itertools.islice(supply, load.batches):
+        for batch in itertools.islice(supply, work.batches):
             if normalised:
                 [network.normalise(view, torch.float32) for view in batch.views]
 
-    return Prepared(action, memory, load.batches)
+    return Prepared(action, memory, work.batches)
 
 
-def batch_decode(load: Load) -> Prepared:
+def batch_decode(work: LoaderWork) -> Prepared:
     """A batch through the decoder that `pretrain` uses on a GPU."""
     memory = PeakMemory(GPU)
-    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(load)]
-    decoder = decode.batch_decoder(0, load.workers)
+    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(work)]
+    decoder = decode.batch_decoder(0, work.workers)
     stream = torch.cuda.ExternalStream(decoder.stream)  # type: ignore[no-untyped-call]
 
     def action() -> None:
@@ -117,12 +117,12 @@ def batch_decode(load: Load) -> Prepared:
     return Prepared(action, memory)
 
 
-def gpu_decode(load: Load, hw_decoder_load: float | None) -> Prepared:
+def gpu_decode(work: LoaderWork, hw_decoder_load: float | None) -> Prepared:
     """A batch through DALI's decoder for a GPU; None decodes on the CPU and copies to the GPU.
 
     `hw_decoder_load`: the share of a batch that the hardware decoder takes, where there is one.
     """
-    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(load)]
+    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(work)]
 
     def graph() -> DataNode:
         encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
@@ -133,7 +133,7 @@ def gpu_decode(load: Load, hw_decoder_load: float | None) -> Prepared:
         )
 
     define = pipeline_def(
-        graph, batch_size=len(files), num_threads=load.workers, device_id=0, prefetch_queue_depth=1
+        graph, batch_size=len(files), num_threads=work.workers, device_id=0, prefetch_queue_depth=1
     )
     pipeline = define()
 
@@ -145,49 +145,49 @@ def gpu_decode(load: Load, hw_decoder_load: float | None) -> Prepared:
     return Prepared(action, PeakMemory(GPU))
 
 
-def published_decode(load: Load) -> Prepared:
+def published_decode(work: LoaderWork) -> Prepared:
     """Pillow's decoder, one file after the other, in one thread."""
-    contents = _contents(load)
+    contents = _contents(work)
 
     def action() -> None:
-        for content in contents * load.batches:
+        for content in contents * work.batches:
             augmentations.decode(content)
 
     return _prepared(action)
 
 
-def core_decode(load: Load) -> Prepared:
+def core_decode(work: LoaderWork) -> Prepared:
     """This loader's decoder, one file after the other, in one thread."""
-    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(load)]
+    files = [np.frombuffer(content, dtype=np.uint8) for content in _contents(work)]
 
     def action() -> None:
-        for file in files * load.batches:
+        for file in files * work.batches:
             decode.decode(file)
 
     return _prepared(action)
 
 
-def published_augment(load: Load) -> Prepared:
+def published_augment(work: LoaderWork) -> Prepared:
     """Both published views of decoded images, in one thread."""
-    images = [augmentations.decode(content) for content in _contents(load)]
-    transform = augmentations.TwoViews(load.image_size)
+    images = [augmentations.decode(content) for content in _contents(work)]
+    transform = augmentations.TwoViews(work.image_size)
 
     def action() -> None:
-        for image in images * load.batches:
+        for image in images * work.batches:
             transform(image)
 
     return _prepared(action)
 
 
-def core_augment(load: Load) -> Prepared:
+def core_augment(work: LoaderWork) -> Prepared:
     """The draws and the graph alone, on decoded images, in one thread."""
-    images = [np.asarray(augmentations.decode(content)) for content in _contents(load)]
+    images = [np.asarray(augmentations.decode(content)) for content in _contents(work)]
     sizes = np.array([image.shape[:2] for image in images], dtype=np.int64)
     drawn_views, rows = (VIEW_A, VIEW_B), np.arange(len(images))
 
     def build() -> Pipeline:
         return dali_graphs.training_pipeline(
-            drawn_views, [load.image_size] * 2, batch_size=len(images), threads=1, gpu=None
+            drawn_views, [work.image_size] * 2, batch_size=len(images), threads=1, gpu=None
         )
 
     def drawn(number: int) -> dali_runner.DaliBatch:
@@ -198,7 +198,7 @@ def core_augment(load: Load) -> Prepared:
         return dali_runner.DaliBatch(number, rows, [*images], inputs)
 
     def action() -> None:
-        loads = (drawn(number) for number in range(load.batches))
+        loads = (drawn(number) for number in range(work.batches))
         for _, outputs in dali_runner.run(loads, build):
             [dali_runner.copied(output) for output in outputs]
 
@@ -209,11 +209,11 @@ def _prepared(action: Callable[[], None]) -> Prepared:
     return Prepared(action, PeakMemory(torch.device("cpu")))
 
 
-def _open(load: Load, index: Index, device: torch.device) -> TrainingLoader:
+def _open(work: LoaderWork, index: Index, device: torch.device) -> TrainingLoader:
     """A loader that makes exactly `batches` batches."""
     return TrainingLoader(
         index,
-        load.settings(load.batches),
+        work.settings(work.batches),
         rank=0,
         world_size=1,
         start_step=0,
@@ -223,13 +223,13 @@ def _open(load: Load, index: Index, device: torch.device) -> TrainingLoader:
     )
 
 
-def rows_of(load: Load, index: Index) -> list[NDArray[np.int64]]:
+def rows_of(work: LoaderWork, index: Index) -> list[NDArray[np.int64]]:
     """The rows of the batches that `_open`'s loader makes."""
-    with _open(load, index, torch.device("cpu")) as loader:
-        return [loader.planned(step) for step in range(load.batches)]
+    with _open(work, index, torch.device("cpu")) as loader:
+        return [loader.planned(step) for step in range(work.batches)]
 
 
-def _contents(load: Load) -> list[bytes]:
+def _contents(work: LoaderWork) -> list[bytes]:
     """The files of the first batch."""
-    index = open_index(load.index)
-    return [index.read_bytes(int(row)) for row in rows_of(load, index)[0]]
+    index = open_index(work.index)
+    return [index.read_bytes(int(row)) for row in rows_of(work, index)[0]]

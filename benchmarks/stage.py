@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.place import MARK, PROJECT, Failed, Place
+from benchmarks.workspace import MARK, PROJECT, Failed, Workspace
 from btpipe import recipe, runtime
 from btpipe.data.index import Index, build
 from btpipe.data.pipeline.train_loader import LoaderSettings, TrainingLoader
@@ -25,9 +25,9 @@ from btpipe.events import Event, Rejected
 from btpipe.recipe import Recipe
 
 
-def recipe_of(place: Place, name: str, *overrides: str) -> Recipe:
+def recipe_of(workspace: Workspace, name: str, *overrides: str) -> Recipe:
     """A shipped recipe; the sizes of a dry run come last and win."""
-    return recipe.load(PROJECT / "recipes" / name, [*overrides, *place.sizes])
+    return recipe.load(PROJECT / "recipes" / name, [*overrides, *workspace.sizes])
 
 
 Require = Callable[[bool, str], None]
@@ -44,7 +44,7 @@ def gpu() -> int | None:
     return device().index
 
 
-def tell(name: str, **values: object) -> None:
+def print_result(name: str, **values: object) -> None:
     """One result: a line of JSON in the stage's log."""
     print(MARK + json.dumps({"name": name, **values}), flush=True)
 
@@ -61,7 +61,7 @@ def judged() -> Iterator[Require]:
     def require(holds: bool, what: str) -> None:
         if not holds:
             wrong.append(what)
-            tell("WRONG", what=what)
+            print_result("WRONG", what=what)
 
     yield require
     if wrong:
@@ -130,7 +130,7 @@ def loader_of(index: Index, settings: LoaderSettings, on: torch.device) -> Train
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """How a command of btpipe ended, what it printed, and its events."""
 
     code: int
@@ -142,7 +142,9 @@ class Ended:
         return [event for event in self.events if event["event"] == kind]
 
 
-def btpipe(*words: str, folder: Path, seconds: float = 300.0, json_lines: bool = True) -> Ended:
+def btpipe(
+    *words: str, folder: Path, seconds: float = 300.0, json_lines: bool = True
+) -> CommandResult:
     """Runs a command of btpipe; after `seconds` it gets SIGTERM, and 30 s later SIGKILL."""
     options = ["--json"] if json_lines else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PROJECT), *sys.path[1:]])}
@@ -166,17 +168,17 @@ def btpipe(*words: str, folder: Path, seconds: float = 300.0, json_lines: bool =
             text, _ = child.communicate()
     print(f"$ btpipe {' '.join(words)}\n{text[-6000:]}\n# exit code {child.returncode}", flush=True)
     lines = [line for line in text.splitlines() if line.startswith("{")]
-    return Ended(child.returncode, text, [json.loads(line) for line in lines])
+    return CommandResult(child.returncode, text, [json.loads(line) for line in lines])
 
 
 def cores() -> int:
     return runtime.cores()
 
 
-def compile_setting(place: Place) -> str:
+def compile_setting(workspace: Workspace) -> str:
     """`run.compile` for a stage: off in a dry run, and where there is no compiler to call."""
     header = Path(sysconfig.get_paths()["include"], "Python.h")
-    found = any(map(shutil.which, ("cc", "gcc", "clang"))) and header.is_file()
-    if not found:
-        tell("no compiler, or no Python.h", run_compile="off")
-    return "run.compile=on" if found and not place.small else "run.compile=off"
+    has_compiler = any(map(shutil.which, ("cc", "gcc", "clang"))) and header.is_file()
+    if not has_compiler:
+        print_result("no compiler, or no Python.h", run_compile="off")
+    return "run.compile=on" if has_compiler and not workspace.small else "run.compile=off"

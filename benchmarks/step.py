@@ -16,8 +16,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 
-from benchmarks import compile_cache
-from benchmarks import step_cases as worker
+from benchmarks import compile_cache, step_cases
 from benchmarks.step_cases import Sizes
 from btpipe import progress, runtime
 from btpipe.errors import UsageError
@@ -43,7 +42,7 @@ SQUARES = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class StepOptions:
     """What `bench step` measures: a step of these sizes, and the loss over a grid of N and D."""
 
     sizes: Sizes
@@ -53,10 +52,12 @@ class Options:
     threads: int
 
 
-QUICK = Options(Sizes("resnet18", 32, 8, 64), turns=1, counts=(16,), dimensions=(64,), threads=1)
+QUICK = StepOptions(
+    Sizes("resnet18", 32, 8, 64), turns=1, counts=(16,), dimensions=(64,), threads=1
+)
 
 
-def run(options: Options, report: Report, *, compiled: bool, loss_only: bool) -> None:
+def run(options: StepOptions, report: Report, *, compiled: bool, loss_only: bool) -> None:
     """Measures and reports: the step, the loss alone, LARS.
 
     `compiled` adds rows under torch.compile; `loss_only` leaves the loss's table alone.
@@ -72,13 +73,13 @@ def run(options: Options, report: Report, *, compiled: bool, loss_only: bool) ->
     report(Note(f"{options.turns} turns a row, on {machine(device)}"))
 
 
-def options(sizes: Sizes, *, steps: int, grid: str) -> Options:
+def options(sizes: Sizes, *, steps: int, grid: str) -> StepOptions:
     """As the command line asks for them.
 
     Raises:
         UsageError: `grid` is not two lists of numbers from 2.
     """
-    return Options(sizes, steps, *parse_grid(grid), runtime.cores())
+    return StepOptions(sizes, steps, *parse_grid(grid), runtime.cores())
 
 
 def sizes(backbone: str, image_size: int, batch: int, dimension: int) -> Sizes:
@@ -105,39 +106,45 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return counts, dimensions
 
 
-def measure(named: Mapping[str, Prepare], options: Options, device: Device) -> list[Measurement]:
+def measure(
+    named: Mapping[str, Prepare], options: StepOptions, device: Device
+) -> list[Measurement]:
     """Every variant in its own process, some turns each; interleaved on a CPU."""
     if device == "cuda":
         return [row for name in named for row in _take_turns({name: named[name]}, options)]
     return _take_turns(named, options)
 
 
-def _take_turns(named: Mapping[str, Prepare], options: Options) -> list[Measurement]:
-    seats = [
+def _take_turns(named: Mapping[str, Prepare], options: StepOptions) -> list[Measurement]:
+    processes = [
         MeasuredProcess(name, prepare, options.threads)
         for name, prepare in named.items()
         if prepare
     ]
     try:
-        taken: dict[str, list[Timing]] = {seat.name: [] for seat in seats if seat.prepare()}
+        timings: dict[str, list[Timing]] = {
+            process.name: [] for process in processes if process.prepare()
+        }
         for _ in range(options.turns):
-            for seat in seats:
-                turn = seat.measure() if seat.name in taken else None
-                if turn is None:
-                    taken.pop(seat.name, None)
+            for process in processes:
+                timing = process.measure() if process.name in timings else None
+                if timing is None:
+                    timings.pop(process.name, None)
                 else:
-                    taken[seat.name].append(turn)
-        peaks = {seat.name: seat.peak_bytes() for seat in seats if seat.name in taken}
+                    timings[process.name].append(timing)
+        peaks = {
+            process.name: process.peak_bytes() for process in processes if process.name in timings
+        }
     finally:
-        for seat in seats:
-            seat.close()
-    return [Measurement(name, tuple(taken.get(name, ())), peaks.get(name, 0)) for name in named]
+        for process in processes:
+            process.close()
+    return [Measurement(name, tuple(timings.get(name, ())), peaks.get(name, 0)) for name in named]
 
 
-def _step_table(options: Options, device: Device, *, compiled: bool) -> TextTable:
+def _step_table(options: StepOptions, device: Device, *, compiled: bool) -> TextTable:
     sizes = options.sizes
-    published = functools.partial(worker.published_step, device, sizes)
-    core = functools.partial(worker.core_step, device, sizes)
+    published = functools.partial(step_cases.published_step, device, sizes)
+    core = functools.partial(step_cases.core_step, device, sizes)
     default = default_core(device)
     named: dict[str, Prepare] = {"published, fp32": functools.partial(published, "fp32")}
     if default[0] == "bf16":
@@ -159,18 +166,19 @@ def _step_table(options: Options, device: Device, *, compiled: bool) -> TextTabl
     return TextTable(title, columns, tuple(cells), f"{_about(device)} {_about_memory(device)}")
 
 
-def core_kinds(device: Device, *, compiled: bool) -> list[tuple[worker.CorePrecision, bool]]:
+def core_kinds(device: Device, *, compiled: bool) -> list[tuple[step_cases.CorePrecision, bool]]:
     """The rows of this core, precision and whether compiled: pretrain's own is among them."""
     default = default_core(device)
-    precisions = worker.CORE_PRECISIONS if default[0] == "bf16" else worker.CORE_PRECISIONS[:1]
+    precisions = step_cases.CORE_PRECISIONS[: 2 if default[0] == "bf16" else 1]
     kinds = itertools.product(precisions, (False, True))
     return [kind for kind in kinds if compiled or not kind[1] or kind == default]
 
 
 def default_core(device: Device) -> tuple[runtime.Precision, bool]:
     """What `run.precision` and `run.compile` = "auto" mean: the precision, and whether compiled."""
-    here = torch.device(device)
-    return runtime.precision(Run().precision, here), step.is_compiled(Recipe(), here)
+    torch_device = torch.device(device)
+    precision = runtime.precision(Run().precision, torch_device)
+    return precision, step.is_compiled(Recipe(), torch_device)
 
 
 def _step_cells(row: Measurement, base: Measurement, batch: int, device: Device) -> tuple[str, ...]:
@@ -185,16 +193,18 @@ def _step_cells(row: Measurement, base: Measurement, batch: int, device: Device)
     return row.name, faster(row, base, device), *times, number(batch / seconds), gibibytes, peak
 
 
-def _loss_table(options: Options, device: Device) -> TextTable:
+def _loss_table(options: StepOptions, device: Device) -> TextTable:
     rows: list[tuple[str, ...]] = []
     for dimension in options.dimensions:
         for count in options.counts:
             named: dict[str, Prepare] = {
-                "published": functools.partial(worker.published_loss, device, count, dimension)
+                "published": functools.partial(step_cases.published_loss, device, count, dimension)
             }
             forms: tuple[loss.Form, ...] = ("gram", "cross")
             for form in forms:
-                named[form] = functools.partial(worker.core_loss, device, count, dimension, form)
+                named[form] = functools.partial(
+                    step_cases.core_loss, device, count, dimension, form
+                )
             if SQUARES * 4 * dimension**2 > _free_bytes(device):
                 named |= dict.fromkeys(("published", "cross"))
             measured = measure(named, options, device)
@@ -209,12 +219,12 @@ def _loss_table(options: Options, device: Device) -> TextTable:
 def _loss_cells(
     row: Measurement, base: Measurement, count: int, dimension: int, device: Device
 ) -> tuple[str, ...]:
-    place = row.name, f"{count:,}", f"{dimension:,}"
+    labels = row.name, f"{count:,}", f"{dimension:,}"
     if not row.turns:
-        return (*place, "out of memory", "-", "-", "-")
+        return (*labels, "out of memory", "-", "-", "-")
     peak = number(row.peak_bytes / base.peak_bytes) if base.peak_bytes else "-"
     return (
-        *place,
+        *labels,
         faster(row, base, device),
         number(statistics.median(spent(turn, device) for turn in row.turns)),
         number(row.peak_bytes / MEBIBYTE),
@@ -222,12 +232,12 @@ def _loss_cells(
     )
 
 
-def _lars_table(options: Options, device: Device) -> TextTable:
+def _lars_table(options: StepOptions, device: Device) -> TextTable:
     named: dict[str, Prepare] = {
         "published, a loop over parameters": functools.partial(
-            worker.published_lars, device, options.sizes
+            step_cases.published_lars, device, options.sizes
         ),
-        "this core, foreach": functools.partial(worker.core_lars, device, options.sizes),
+        "this core, foreach": functools.partial(step_cases.core_lars, device, options.sizes),
     }
     rows = measure(named, options, device)
     unit = "CPU-seconds" if device == "cpu" else "seconds"
@@ -276,9 +286,9 @@ def main(
     ] = False,
 ) -> None:
     """Measure the training step, loss and LARS against the published formulation."""
-    asked = options(sizes(backbone, size, batch, dimension), steps=steps, grid=grid)
+    requested = options(sizes(backbone, size, batch, dimension), steps=steps, grid=grid)
     with progress.show("auto") as report:
-        run(QUICK if quick else asked, report, compiled=compiled, loss_only=loss_only)
+        run(QUICK if quick else requested, report, compiled=compiled, loss_only=loss_only)
 
 
 if __name__ == "__main__":

@@ -47,81 +47,81 @@ class Sizes:
 
 def published_step(device: Device, sizes: Sizes, precision: barlow_twins.Precision) -> Prepared:
     """The eager step of the published formulation."""
-    here = torch.device(device)
-    memory = PeakMemory(here)
+    torch_device = torch.device(device)
+    memory = PeakMemory(torch_device)
     recipe = sizes.recipe()
     torch.manual_seed(recipe.seed)
-    made = barlow_twins.Network(sizes.backbone, sizes.widths, recipe.loss.lambd).to(here)
-    trainer = barlow_twins.Trainer(made, _looped_lars(recipe, made), precision)
-    views = _views(here, sizes)
+    model = barlow_twins.Network(sizes.backbone, sizes.widths, recipe.loss.lambd).to(torch_device)
+    trainer = barlow_twins.Trainer(model, _looped_lars(recipe, model), precision)
+    views = _views(torch_device, sizes)
     lr, bias_lr = _rates(recipe)
     return Prepared(functools.partial(trainer.step, *views, lr, bias_lr), memory)
 
 
 def core_step(device: Device, sizes: Sizes, precision: CorePrecision, compiled: bool) -> Prepared:
     """This core's step, as `btpipe pretrain` runs it."""
-    here = torch.device(device)
-    memory = PeakMemory(here)
+    torch_device = torch.device(device)
+    memory = PeakMemory(torch_device)
     recipe = sizes.recipe(Run(precision=precision, compile="on" if compiled else "off"))
-    core = step.build(recipe, here)
+    core = step.build(recipe, torch_device)
     if compiled:
         step.compile(core)
-    views = _views(here, sizes)
+    views = _views(torch_device, sizes)
     lr, bias_lr = _rates(recipe)
     return Prepared(functools.partial(step.update, core, views, lr, bias_lr), memory)
 
 
 def published_loss(device: Device, count: int, dimension: int) -> Prepared:
     """The D x D loss and autograd's gradient, of (N, D) embeddings."""
-    here = torch.device(device)
+    torch_device = torch.device(device)
     lambd = Recipe().loss.lambd
 
-    def backward(made: nn.Module, z1: torch.Tensor, z2: torch.Tensor) -> None:
+    def backward(criterion: nn.Module, z1: torch.Tensor, z2: torch.Tensor) -> None:
         z1.grad = z2.grad = None
-        made(z1, z2).backward()
+        criterion(z1, z2).backward()
 
-    backward(barlow_twins.Loss(TINY[1], lambd).to(here), *_embeddings(here, *TINY))
-    embeddings = _embeddings(here, count, dimension)
-    memory = PeakMemory(here, beside_bytes=_bytes_of(embeddings))
-    made = barlow_twins.Loss(dimension, lambd).to(here)
-    return Prepared(functools.partial(backward, made, *embeddings), memory)
+    backward(barlow_twins.Loss(TINY[1], lambd).to(torch_device), *_embeddings(torch_device, *TINY))
+    embeddings = _embeddings(torch_device, count, dimension)
+    memory = PeakMemory(torch_device, beside_bytes=_bytes_of(embeddings))
+    criterion = barlow_twins.Loss(dimension, lambd).to(torch_device)
+    return Prepared(functools.partial(backward, criterion, *embeddings), memory)
 
 
 def core_loss(device: Device, count: int, dimension: int, form: loss.Form) -> Prepared:
     """This core's loss with its gradient in closed form, of (N, D) embeddings."""
-    here = torch.device(device)
+    torch_device = torch.device(device)
     lambd = Recipe().loss.lambd
-    loss.value_and_gradient(_embeddings(here, *TINY), lambd, form)
-    embeddings = _embeddings(here, count, dimension)
-    memory = PeakMemory(here, beside_bytes=_bytes_of(embeddings))
+    loss.value_and_gradient(_embeddings(torch_device, *TINY), lambd, form)
+    embeddings = _embeddings(torch_device, count, dimension)
+    memory = PeakMemory(torch_device, beside_bytes=_bytes_of(embeddings))
     return Prepared(functools.partial(loss.value_and_gradient, embeddings, lambd, form), memory)
 
 
 def published_lars(device: Device, sizes: Sizes) -> Prepared:
     """LARS in a loop over the parameters of a network, with gradients at hand."""
-    here = torch.device(device)
-    memory = PeakMemory(here)
+    torch_device = torch.device(device)
+    memory = PeakMemory(torch_device)
     recipe = sizes.recipe()
-    made = _with_gradients(network.initialise(recipe).to(here))
-    optimizer = _looped_lars(recipe, made)
+    model = _with_gradients(network.initialise(recipe).to(torch_device))
+    optimizer = _looped_lars(recipe, model)
     optim.set_rates(optimizer, *_rates(recipe))
     return Prepared(optimizer.step, memory)
 
 
 def core_lars(device: Device, sizes: Sizes) -> Prepared:
     """This core's LARS, on the same parameters and gradients."""
-    here = torch.device(device)
-    memory = PeakMemory(here)
+    torch_device = torch.device(device)
+    memory = PeakMemory(torch_device)
     recipe = sizes.recipe()
-    made = _with_gradients(network.initialise(recipe).to(here))
-    optimizer = optim.build(recipe.optim, made)
+    model = _with_gradients(network.initialise(recipe).to(torch_device))
+    optimizer = optim.build(recipe.optim, model)
     optim.set_rates(optimizer, *_rates(recipe))
     return Prepared(optimizer.step, memory)
 
 
-def _looped_lars(recipe: Recipe, made: nn.Module) -> barlow_twins.LARS:
+def _looped_lars(recipe: Recipe, model: nn.Module) -> barlow_twins.LARS:
     settings = recipe.optim
-    return barlow_twins.optimizer_for(made, settings.weight_decay, settings.momentum, settings.eta)
+    return barlow_twins.optimizer_for(model, settings.weight_decay, settings.momentum, settings.eta)
 
 
 def _rates(recipe: Recipe) -> tuple[float, float]:
@@ -152,7 +152,7 @@ def _bytes_of(embeddings: tuple[torch.Tensor, torch.Tensor]) -> int:
     return sum(z.numel() * SINGLE_BYTES for z in embeddings)
 
 
-def _with_gradients(made: nn.Module) -> nn.Module:
-    for parameter in made.parameters():
+def _with_gradients(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    return made
+    return model

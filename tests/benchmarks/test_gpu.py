@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu
-from benchmarks.place import PROJECT, Place
+from benchmarks.workspace import PROJECT, Workspace
 
 WHOLE_SECONDS = 900
 """For all stages in small; four minutes on two quiet cores."""
@@ -39,16 +39,16 @@ def test_the_list_names_every_stage_with_its_seconds() -> None:
 def test_a_stage_that_fails_is_red_and_one_that_hangs_is_over_time_and_both_say_why(
     tmp_path: Path,
 ) -> None:
-    place = Place(tmp_path, tmp_path / "data", small=True)
-    made = gpu.one(stage_of("prepare"), 60, place, tmp_path / "prepare.log")
-    assert (made.how, made.results[-1]["jpegs"]) == ("ok", 64)
-    assert (place.nasty / "bad-marker.jpg").is_file()
-    (place.nasty / "bad-missing.jpg").write_bytes((place.nasty / "000.jpg").read_bytes())
-    red = gpu.one(stage_of("badfiles"), 120, place, tmp_path / "badfiles.log")
+    workspace = Workspace(tmp_path, tmp_path / "data", small=True)
+    prepared = gpu.one(stage_of("prepare"), 60, workspace, tmp_path / "prepare.log")
+    assert (prepared.how, prepared.results[-1]["jpegs"]) == ("ok", 64)
+    assert (workspace.nasty / "bad-marker.jpg").is_file()
+    (workspace.nasty / "bad-missing.jpg").write_bytes((workspace.nasty / "000.jpg").read_bytes())
+    red = gpu.one(stage_of("badfiles"), 120, workspace, tmp_path / "badfiles.log")
     assert red.how == "red"
     wrong = [str(result["what"]) for result in red.results if result["name"] == "WRONG"]
     assert wrong == ["8 threads: 6 of 7 bad files named"]
-    late = gpu.one(stage_of("pixels"), 0.5, place, tmp_path / "pixels.log")
+    late = gpu.one(stage_of("pixels"), 0.5, workspace, tmp_path / "pixels.log")
     assert late.how == "over time"
     assert late.seconds < 10
 

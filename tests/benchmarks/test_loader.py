@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_run import draw_images
 
 from benchmarks import loader, loader_cases
-from benchmarks.loader_cases import Load
+from benchmarks.loader_cases import LoaderWork
 from btpipe.data import index
 from btpipe.data.pipeline.train_loader import TrainingLoader
 from btpipe.data.sources import synthetic
@@ -50,13 +50,13 @@ def test_too_few_images_for_a_batch_are_refused(tmp_path: Path) -> None:
 
 def test_both_loaders_get_the_same_images_and_hand_out_alike_views(tmp_path: Path) -> None:
     draw_images(tmp_path / "images", 100)
-    made, _ = index.build(tmp_path / "images")
-    made.save(tmp_path / "index.parquet")
-    load = Load(tmp_path / "index.parquet", batch=8, batches=12, image_size=32, workers=1)
-    rows = loader_cases.rows_of(load, made)
+    images_index, _ = index.build(tmp_path / "images")
+    images_index.save(tmp_path / "index.parquet")
+    work = LoaderWork(tmp_path / "index.parquet", batch=8, batches=12, image_size=32, workers=1)
+    rows = loader_cases.rows_of(work, images_index)
     with TrainingLoader(
-        made,
-        load.settings(load.batches),
+        images_index,
+        work.settings(work.batches),
         rank=0,
         world_size=1,
         start_step=0,
@@ -68,7 +68,7 @@ def test_both_loaders_get_the_same_images_and_hand_out_alike_views(tmp_path: Pat
     for batch, expected in zip(ours, rows, strict=True):
         np.testing.assert_array_equal(batch.images, expected)
     torch.manual_seed(0)
-    pairs = augmentations.Pairs(made, load.image_size)
+    pairs = augmentations.Pairs(images_index, work.image_size)
     theirs = list(augmentations.loader(pairs, [part.tolist() for part in rows], workers=0))
     mean, spread = (
         torch.tensor(values)[:, None, None] for values in (augmentations.MEAN, augmentations.STD)

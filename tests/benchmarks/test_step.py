@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks import step as benchmark
+from benchmarks.step import QUICK, core_kinds, default_core, parse_grid, run
 from benchmarks.step_cases import Sizes
 from btpipe.errors import MachineError, UsageError
 from btpipe.events import Event
@@ -141,12 +141,12 @@ def test_what_only_torch_gives_back_counts_at_its_peak_and_all_else_as_it_is() -
 
 
 def test_the_step_that_pretrain_runs_is_among_the_rows_of_a_gpu() -> None:
-    assert benchmark.default_core("cuda") == ("bf16", True)
-    kinds = benchmark.core_kinds("cuda", compiled=False)
+    assert default_core("cuda") == ("bf16", True)
+    kinds = core_kinds("cuda", compiled=False)
     assert kinds == [("fp32", False), ("bf16", False), ("bf16", True)]
-    assert len(benchmark.core_kinds("cuda", compiled=True)) == 4
-    assert benchmark.default_core("cpu") in benchmark.core_kinds("cpu", compiled=False)
-    assert not any(compiled for _, compiled in benchmark.core_kinds("cpu", compiled=False))
+    assert len(core_kinds("cuda", compiled=True)) == 4
+    assert default_core("cpu") in core_kinds("cpu", compiled=False)
+    assert not any(compiled for _, compiled in core_kinds("cpu", compiled=False))
 
 
 def test_a_seat_measures_the_memory_of_its_own_action() -> None:
@@ -189,14 +189,14 @@ def test_the_ratio_is_the_median_over_turns_that_were_taken_together() -> None:
 @pytest.mark.parametrize("grid", ["64", "64xA", "1x64", "x", "64x"])
 def test_a_grid_that_means_nothing_is_refused(grid: str) -> None:
     with pytest.raises(UsageError, match="--grid"):
-        benchmark.parse_grid(grid)
-    assert benchmark.parse_grid("64,256x8192") == ((64, 256), (8192,))
+        parse_grid(grid)
+    assert parse_grid("64,256x8192") == ((64, 256), (8192,))
 
 
 @pytest.mark.slow
 def test_the_quick_benchmark_shows_its_three_tables() -> None:
     events: list[Event] = []
-    benchmark.run(benchmark.QUICK, events.append, compiled=False, loss_only=False)
+    run(QUICK, events.append, compiled=False, loss_only=False)
     steps, losses, lars = (event.table for event in events if isinstance(event, Compared))
     assert [row[0] for row in losses.rows] == ["published", "gram", "cross"]
     for table in (steps, losses, lars):

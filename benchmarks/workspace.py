@@ -9,7 +9,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Workspace:
     """`work` is written to and kept between calls, `data` holds `photos/` and `nasty/`.
 
     `small`: sizes for a dry run, on a CPU or on a GPU that computes nothing.
