@@ -46,8 +46,8 @@ def _run_for_a_machine(words: list[str]) -> None:
         except Exception as error:
             # What typer raises at a wrong option has an exit code, and no public name.
             code = getattr(error, "exit_code", 0)
-            said = error.format_message() if hasattr(error, "format_message") else str(error)
-            report(events.Error(code or 1, type(error).__name__, said))
+            message = error.format_message() if hasattr(error, "format_message") else str(error)
+            report(events.Error(code or 1, type(error).__name__, message))
             if not code:
                 raise
             sys.exit(code)

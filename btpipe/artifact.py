@@ -136,17 +136,17 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         MachineError: no space, or no permission.
     """
-    beside = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
     with disk_errors(path):
         try:
-            with beside.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
             fsync_path(path.parent)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -165,36 +165,36 @@ def publish(folder: Path, kind: str, origin: Mapping[str, object]) -> Iterator[P
     """
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-        beside.mkdir()
+        temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir()
         try:
-            yield beside
+            yield temporary
             files = {
-                path.relative_to(beside).as_posix(): {
+                path.relative_to(temporary).as_posix(): {
                     "bytes": path.stat().st_size,
                     "sha256": file_digest(path),
                 }
-                for path in sorted(beside.rglob("*"))
+                for path in sorted(temporary.rglob("*"))
                 if path.is_file()
             }
             manifest = Manifest(kind, FORMAT_VERSION, __version__, files, dict(origin))
             content = {"digest": manifest.digest, **dataclasses.asdict(manifest)}
-            write_json(beside / MANIFEST, content)
-            for path in beside.rglob("*"):
+            write_json(temporary / MANIFEST, content)
+            for path in temporary.rglob("*"):
                 fsync_path(path)
-            fsync_path(beside)
-            _take_place(beside, folder)
+            fsync_path(temporary)
+            _take_place(temporary, folder)
         except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _take_place(beside: Path, folder: Path) -> None:
-    """Renames `beside` to `folder`; what stood there moves away first and is removed last."""
+def _take_place(temporary: Path, folder: Path) -> None:
+    """Renames `temporary` to `folder`; what stood there moves away first and is removed last."""
     old = folder.with_name(f"{folder.name}.tmp-old-{uuid.uuid4().hex[:8]}")
     if folder.exists():
         os.rename(folder, old)
-    os.rename(beside, folder)
+    os.rename(temporary, folder)
     fsync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -234,8 +234,8 @@ def read(folder: Path, kind: str) -> Manifest:
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
-            raise IntegrityError(f"found {found}", where=file, expected=f"{entry['bytes']} bytes")
+            size = f"{file.stat().st_size} bytes" if file.is_file() else "nothing"
+            raise IntegrityError(f"found {size}", where=file, expected=f"{entry['bytes']} bytes")
     return manifest
 
 

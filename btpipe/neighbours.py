@@ -32,8 +32,8 @@ def nearest(
     rows = max(1, BLOCK_BYTES // (4 * max(1, len(base))))
     for start in range(0, len(queries), rows):
         block = slice(start, start + rows)
-        found = unit_queries[block] @ unit_base.T
-        indices[block], similarities[block] = largest(found, k)
+        cosines = unit_queries[block] @ unit_base.T
+        indices[block], similarities[block] = largest(cosines, k)
     return indices, similarities
 
 

@@ -160,12 +160,12 @@ class _Display:
 
 def run_text(event: events.RunStarted) -> str:
     """A run's opening lines, for people."""
-    place = f"{event.world_size} x {event.device}, {event.precision}"
+    hardware = f"{event.world_size} x {event.device}, {event.precision}"
     parameters = f"{event.parameters / 1e6:.1f} M parameters"
     size = f"{event.images:,} images, batch {event.batch_size}, {parameters}"
     way = f"from step {event.step:,} of {event.steps:,}" if event.step else f"{event.steps:,} steps"
     floor = f"; the loss cannot go below {event.loss_floor:.1f}" if event.loss_floor else ""
-    return f"{event.run}: {size}\n{place}, {way}{floor}"
+    return f"{event.run}: {size}\n{hardware}, {way}{floor}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,14 +106,14 @@ class Embedded(Finished):
     def text(self) -> str:
         if self.nothing_to_do:
             return f"{self.out} is finished: nothing to do"
-        said = (
+        summary = (
             f"{self.out}: {self.rows} vectors of {self.dimension}, {self.rejects} rejects,"
             f" {self.images_per_second:.1f} images/s"
         )
         if self.dropped < 0:
-            return said
+            return summary
         counts = f"{self.embedded} embedded, {self.reused} as they were, {self.dropped} dropped"
-        return f"{said}; {counts}"
+        return f"{summary}; {counts}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +150,6 @@ class DupesFound(Finished):
 
     @property
     def text(self) -> str:
-        place = f"{self.out} and {self.page}" if self.page else f"{self.out}"
+        paths = f"{self.out} and {self.page}" if self.page else f"{self.out}"
         spare = f"{self.spare:,} of {self.pictures:,} pictures to spare"
-        return f"{place}: {self.groups:,} groups, {spare}"
+        return f"{paths}: {self.groups:,} groups, {spare}"

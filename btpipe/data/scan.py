@@ -133,7 +133,7 @@ class _Work:
                 self._contents(rows, pool),
                 processes=min(runtime.cores(), len(rows)),
                 limit_seconds=limit_seconds,
-                should_stop=lambda: bool(signals.asked),
+                should_stop=lambda: bool(signals.first),
             )
             for row, verdict in verdicts:
                 self._note(row, verdict)
@@ -144,9 +144,9 @@ class _Work:
                 if now - last_save > save_seconds:
                     save(self.result("decode"), out)
                     last_save = time.monotonic()
-        if signals.asked:
+        if signals.first:
             save(self.result("decode"), out)
-            what = f"stopped by {signals.asked}: {done} of {len(rows)} images are decoded"
+            what = f"stopped by {signals.first}: {done} of {len(rows)} images are decoded"
             raise Stopped(what, where=out, fix="run the same command again: it goes on")
 
     def _contents(

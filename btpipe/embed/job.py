@@ -116,9 +116,9 @@ class _StoppableReport:
 
     def check(self) -> None:
         """Raises Stopped when a signal asked to stop."""
-        if self._signals.asked:
+        if self._signals.first:
             raise Stopped(
-                f"stopped by {self._signals.asked}; finished parts are kept",
+                f"stopped by {self._signals.first}; finished parts are kept",
                 fix="run the same command again: it goes on",
             )
 

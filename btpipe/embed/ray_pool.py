@@ -139,14 +139,14 @@ class RayPool:
 
     def _receive(self) -> _Answer | None:
         """The next answer; None when a signal asked to stop."""
-        while not self._signals.asked:
+        while not self._signals.first:
             try:
                 if self._connection.poll(_TURN_SECONDS):
                     answer: _Answer = pickle.loads(self._connection.recv_bytes())  # noqa: S301 - ours
                     return answer
             except (EOFError, OSError):
                 time.sleep(_TURN_SECONDS)  # what ended Ray may have asked this process to stop
-                if not self._signals.asked:
+                if not self._signals.first:
                     fix = "see Ray's logs (ray status); run the same command again: it goes on"
                     raise MachineError("Ray ended unasked", fix=fix) from None
         return None

@@ -94,7 +94,7 @@ class WorkerPool:
             self._workers = [_WorkerProcess(config) for config in self._configs]
 
     def _is_stopped(self) -> bool:
-        return bool(self._signals.asked)
+        return bool(self._signals.first)
 
     def _has_tasks(self) -> bool:
         return any(worker.tasks for worker in self._workers)

@@ -166,7 +166,7 @@ def _train(
         value = _update(model, optimizer, batch.views[0], labels)
         done, now = batch.step + 1, time.monotonic()
         overdue = here.is_first and now - saved > SAVE_SECONDS
-        stop, save = agreement.exchange([bool(signals.asked), overdue])
+        stop, save = agreement.exchange([bool(signals.first), overdue])
         if stop or save or done == steps:
             _save(job, here, done, model, optimizer, value)
             saved = now

@@ -133,7 +133,7 @@ def _follow(
             if not run.ended and not gone.holds(run.path):
                 text = "no process of this machine trains it now; Ctrl-C ends looking at it"
                 report(Note(f"{run.path}: {text}"))
-        while not signals.asked and not all(
+        while not signals.first and not all(
             run.ended or gone.is_gone(run.path) for run in histories
         ):
             time.sleep(0.1)

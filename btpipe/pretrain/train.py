@@ -109,7 +109,7 @@ def _loop(run: TrainingRun, supply: Supply, signals: runtime.StopSignals) -> Non
     """Steps until the end or a stop; logs, and saves what a kill must not cost."""
     agreement, meter, clock = runtime.Agreement(), Meter(run), SaveClock(run)
     watch, images_before = nonfinite.Watch(), np.zeros(0, np.int64)
-    health = HealthMonitor(run, lambda: bool(signals.asked))
+    health = HealthMonitor(run, lambda: bool(signals.first))
     started, before = time.perf_counter(), run.state.step
     while run.state.step < run.steps:
         with meter.waiting():
@@ -117,7 +117,7 @@ def _loop(run: TrainingRun, supply: Supply, signals: runtime.StopSignals) -> Non
         outcome = step.update(run.core, batch.views, *run.rates(batch.step))
         run.state = dataclasses.replace(run.state, step=batch.step + 1)
         stop, save, has_rejects = agreement.exchange(
-            [bool(signals.asked), clock.is_overdue(), supply.has_found()]
+            [bool(signals.first), clock.is_overdue(), supply.has_found()]
         )
         save = save or stop or clock.is_step()
         if has_rejects or save:

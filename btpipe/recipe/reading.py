@@ -58,13 +58,13 @@ def find(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    known = {recipe.stem: recipe for recipe in shipped()}
-    here = path.parent in (Path(), Path("recipes"))
-    if here and path.suffix in ("", ".toml") and path.stem in known:
-        return known[path.stem]
-    near = difflib.get_close_matches(path.stem, known, n=1)
+    by_name = {recipe.stem: recipe for recipe in shipped()}
+    may_be_shipped = path.parent in (Path(), Path("recipes"))
+    if may_be_shipped and path.suffix in ("", ".toml") and path.stem in by_name:
+        return by_name[path.stem]
+    near = difflib.get_close_matches(path.stem, by_name, n=1)
     hint = f"did you mean {near[0]}.toml? " if near else ""
-    raise RecipeError("no such recipe", where=path, fix=f"{hint}shipped: {', '.join(known)}")
+    raise RecipeError("no such recipe", where=path, fix=f"{hint}shipped: {', '.join(by_name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +88,8 @@ def _chain(path: Path, seen: tuple[Path, ...] = ()) -> list[_Layer]:
         return [_Layer(str(path), content)]
     if not isinstance(base, str):
         raise RecipeError(f"extends = {base!r}", where=path, expected="the name of a TOML file")
-    beside = path.parent / base
-    parent = beside if beside.is_file() else find(Path(base))
+    sibling = path.parent / base
+    parent = sibling if sibling.is_file() else find(Path(base))
     return [*_chain(parent, (*seen, path.resolve())), _Layer(str(path), content)]
 
 
@@ -134,8 +134,8 @@ def _explain(
             if near
             else ""
         )
-        known = f"one of {', '.join(valid)}" if valid else ""
-        return RecipeError(f"unknown key {key}{more}", where=source, expected=known, fix=fix)
+        expected = f"one of {', '.join(valid)}" if valid else ""
+        return RecipeError(f"unknown key {key}{more}", where=source, expected=expected, fix=fix)
     message = error["msg"].removeprefix("Value error, ")
     if not key:
         return RecipeError(f"{message}{more}", where=fallback)

@@ -65,9 +65,9 @@ def view(size: int, *, blur: float, solarization: float) -> Callable[[Image.Imag
     )
 
     def apply(image: Image.Image) -> torch.Tensor:
-        made = steps(image)
-        assert isinstance(made, torch.Tensor)
-        return made
+        tensor = steps(image)
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
 
     return apply
 

@@ -39,7 +39,7 @@ from btpipe.runtime.machine import (
     start,
 )
 from btpipe.runtime.nvjpeg import mapped_nvjpegs
-from btpipe.runtime.place import FIRST_PORT, PORTS
+from btpipe.runtime.rank_env import FIRST_PORT, PORTS
 from btpipe.runtime.signals import StopSignals
 from btpipe.runtime.stream import gpu_stream, use_gpu
 from btpipe.runtime.tf32 import require_float32_products

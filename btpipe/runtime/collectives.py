@@ -71,13 +71,13 @@ def _define_merge_moments() -> None:
         saved_tensors: tuple[torch.Tensor, ...]
 
     def keep(ctx: Context, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        own = inputs[0].select(-2, 0)
-        ctx.save_for_backward(own - output.select(-2, 0))
+        mean = inputs[0].select(-2, 0)
+        ctx.save_for_backward(mean - output.select(-2, 0))
 
     def backward(ctx: Context, gradient: torch.Tensor) -> torch.Tensor:
-        (own,) = ctx.saved_tensors
+        (mean_offset,) = ctx.saved_tensors
         mean, variance = torch.ops.btpipe.all_reduce_sum(gradient).div(world_size()).unbind(-2)
-        return torch.stack([mean + 2 * variance * own, variance], -2)
+        return torch.stack([mean + 2 * variance * mean_offset, variance], -2)
 
     merge_moments.register_autograd(backward, setup_context=keep)
 

@@ -8,14 +8,14 @@ from btpipe.runtime.machine import gpu_count
 AskedDevice = Literal["auto", "cpu", "cuda"]
 
 
-def resolve_device(asked: AskedDevice) -> Literal["cpu", "cuda"]:
+def resolve_device(device: AskedDevice) -> Literal["cpu", "cuda"]:
     """ "auto" is the GPU where the driver shows one.
 
     Raises:
         MachineError: "cuda" was asked for and the driver shows none.
     """
-    has_gpu = asked != "cpu" and gpu_count() > 0
-    if asked == "cuda" and not has_gpu:
+    has_gpu = device != "cpu" and gpu_count() > 0
+    if device == "cuda" and not has_gpu:
         raise MachineError(
             "the driver shows no GPU",
             where="device cuda",

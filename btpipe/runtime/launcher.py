@@ -1,4 +1,4 @@
-"""Several processes on one machine, each told its place by torchrun's variables."""
+"""Several processes on one machine, each with torchrun's variables of its rank."""
 
 import ctypes
 import dataclasses
@@ -56,8 +56,8 @@ def launch(count: int, entry: Callable[..., None], arguments: Sequence[object]) 
     notes: SimpleQueue[_Note] = context.SimpleQueue()
     ranks = []
     for rank in range(count):
-        told = _variables(rank, count, store.port)
-        ranks.append(context.Process(target=_rank, args=(told, notes, entry, *arguments)))
+        variables = _variables(rank, count, store.port)
+        ranks.append(context.Process(target=_rank, args=(variables, notes, entry, *arguments)))
     signals = _Signals(ranks)
     with signals.passed_on():
         try:
@@ -88,7 +88,7 @@ class _Signals:
     """What the launcher was asked by signals; they reach the ranks, whoever sent them to whom."""
 
     def __init__(self, ranks: Sequence[SpawnProcess]) -> None:
-        self.asked, self.twice = "", False
+        self.first, self.twice = "", False
         self._ranks, self._seconds = ranks, 0.0
 
     @contextmanager
@@ -108,8 +108,8 @@ class _Signals:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        if not self.asked:
-            self.asked, self._seconds = signal.Signals(number).name, time.monotonic()
+        if not self.first:
+            self.first, self._seconds = signal.Signals(number).name, time.monotonic()
             _send(self._ranks, signal.SIGTERM)
         elif number == signal.SIGINT and time.monotonic() - self._seconds > REPEAT_SECONDS:
             self.twice = True
@@ -117,18 +117,18 @@ class _Signals:
 
 
 def _rank(
-    told: dict[str, str],
+    variables: dict[str, str],
     notes: "SimpleQueue[_Note]",
     entry: Callable[..., None],
     *arguments: object,
 ) -> None:
-    """One rank's process: what it is told, its work, and a note of its own error."""
-    os.environ.update(told)
+    """One rank's process: its variables, its work, and a note of its own error."""
+    os.environ.update(variables)
     # A launcher that is killed takes its ranks along: they are asked to stop.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback
     signal.pthread_sigmask(signal.SIG_UNBLOCK, StopSignals.SIGNALS)
-    rank = int(told["RANK"])
+    rank = int(variables["RANK"])
     try:
         entry(*arguments)
     except BtpipeError as error:
@@ -194,10 +194,10 @@ def _send(ranks: Sequence[SpawnProcess], number: signal.Signals) -> None:
 
 
 def _read(notes: "SimpleQueue[_Note]") -> list[_Note]:
-    found = []
+    messages = []
     while not notes.empty():
-        found.append(notes.get())
-    return found
+        messages.append(notes.get())
+    return messages
 
 
 def _raise(
@@ -209,8 +209,8 @@ def _raise(
     for note in notes:
         if not isinstance(note.error, LostRankError):  # else another rank is the cause
             raise note.error
-    if signals.asked:
-        raise Stopped(f"stopped by {signals.asked}", fix="run the same command to go on")
+    if signals.first:
+        raise Stopped(f"stopped by {signals.first}", fix="run the same command to go on")
     lost, how, fix = [failed], "", AGAIN
     exit_code = _exit_code(ranks[failed])
     if exit_code < 0:
@@ -220,8 +220,8 @@ def _raise(
                 f"if nobody killed it, the machine ran out of memory: lower what needs it; {AGAIN}"
             )
     elif notes:
-        told = {note.rank for note in notes}
-        lost = [number for number in range(len(ranks)) if number not in told] or lost
+        answering = {note.rank for note in notes}
+        lost = [number for number in range(len(ranks)) if number not in answering] or lost
         how = "it does not answer" if failed not in lost else str(notes[0].error)
     else:
         how = f"it ended with exit code {exit_code}"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from btpipe.errors import LostRankError, MachineError, UsageError
 from btpipe.runtime.collectives import define_operators, wait_patiently
-from btpipe.runtime.place import Place, find
+from btpipe.runtime.rank_env import RankEnvironment, find_rank_env
 
 if TYPE_CHECKING:
     import torch
@@ -64,24 +64,24 @@ def start(
     """
     import torch
 
-    here = find()
+    rank_env = find_rank_env()
     cuda = on == "auto" and torch.cuda.is_available()
-    local_rank = here.local_rank if here else 0
+    local_rank = rank_env.local_rank if rank_env else 0
     # SLURM may show each task one GPU of its own, as number 0.
     number = local_rank % torch.cuda.device_count() if cuda else 0
     device = torch.device("cuda", number) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape
-    if here is None:
+    if rank_env is None:
         yield _with_threads(Runtime(device))
         return
-    with _group(here, "cpu:gloo,cuda:nccl" if cuda else "gloo", collective_seconds):
-        yield _with_threads(Runtime(device, here.rank, here.world_size))
+    with _group(rank_env, "cpu:gloo,cuda:nccl" if cuda else "gloo", collective_seconds):
+        yield _with_threads(Runtime(device, rank_env.rank, rank_env.world_size))
 
 
 @contextlib.contextmanager
-def _group(here: Place, backend: str, collective_seconds: float) -> Iterator[None]:
+def _group(rank_env: RankEnvironment, backend: str, collective_seconds: float) -> Iterator[None]:
     """A process group for the length of a `with`; what it raises when a rank is gone, in words."""
     import torch.distributed as dist
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -89,12 +89,12 @@ def _group(here: Place, backend: str, collective_seconds: float) -> Iterator[Non
 
     wait = timedelta(seconds=collective_seconds)
     try:
-        address = here.address or "env://"
-        store = next(iter(rendezvous(address, here.rank, here.world_size)))[0]
+        address = rank_env.address or "env://"
+        store = next(iter(rendezvous(address, rank_env.rank, rank_env.world_size)))[0]
         # After a restart torchrun's store still holds the addresses of the ranks before.
-        store = PrefixStore(f"attempt-{here.attempt}", store)
+        store = PrefixStore(f"attempt-{rank_env.attempt}", store)
         dist.init_process_group(
-            backend, timeout=wait, store=store, rank=here.rank, world_size=here.world_size
+            backend, timeout=wait, store=store, rank=rank_env.rank, world_size=rank_env.world_size
         )
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         assert isinstance(patient, dist.ProcessGroup)
@@ -109,12 +109,12 @@ def _group(here: Place, backend: str, collective_seconds: float) -> Iterator[Non
     try:
         yield
     except RuntimeError as error:
-        found = _lost(error)
-        if not found:
+        loss_text = _lost(error)
+        if not loss_text:
             raise
         time.sleep(CULPRIT_SECONDS)
         fix = "run the same command again: it goes on from the last checkpoint"
-        raise LostRankError(found, fix=fix) from error
+        raise LostRankError(loss_text, fix=fix) from error
     finally:
         wait_patiently(None)
         dist.destroy_process_group()
@@ -149,10 +149,10 @@ def _with_threads(runtime: Runtime) -> Runtime:
 
 def cores() -> int:
     """CPU cores that this process may use: its share of those that its machine's ranks may."""
-    here, mine = find(), len(os.sched_getaffinity(0))
-    if here is None:
+    rank_env, mine = find_rank_env(), len(os.sched_getaffinity(0))
+    if rank_env is None:
         return mine
-    return max(1, min(mine, here.local_cores) or mine // here.local_world_size)
+    return max(1, min(mine, rank_env.local_cores) or mine // rank_env.local_world_size)
 
 
 def keep_to(cores: Sequence[int], gpu: int | None) -> None:
@@ -194,10 +194,10 @@ def gpu_count() -> int:
 
 def is_rank() -> bool:
     """Whether torchrun or SLURM started this process as one of several."""
-    return find() is not None
+    return find_rank_env() is not None
 
 
-def devices(asked: str) -> int:
+def devices(setting: str) -> int:
     """How many processes `--devices` means on this machine: "auto" is every GPU, or one on a CPU.
 
     Raises:
@@ -206,19 +206,21 @@ def devices(asked: str) -> int:
     import torch
 
     gpus = torch.cuda.device_count()
-    if asked == "auto":
+    if setting == "auto":
         return max(gpus, 1)
-    if not asked.isdecimal() or int(asked) < 1:
-        raise UsageError(f"--devices {asked}", expected="auto, or a number from 1")
-    if gpus and int(asked) > gpus:
-        raise UsageError(f"--devices {asked}", expected=f"at most the {gpus} GPUs of this machine")
-    return int(asked)
+    if not setting.isdecimal() or int(setting) < 1:
+        raise UsageError(f"--devices {setting}", expected="auto, or a number from 1")
+    if gpus and int(setting) > gpus:
+        raise UsageError(
+            f"--devices {setting}", expected=f"at most the {gpus} GPUs of this machine"
+        )
+    return int(setting)
 
 
-def precision(asked: Literal["auto"] | Precision, device: torch.device) -> Precision:
+def precision(setting: Literal["auto"] | Precision, device: torch.device) -> Precision:
     """What `run.precision` means here: "auto" is bf16 where the hardware computes in it."""
-    if asked != "auto":
-        return asked
+    if setting != "auto":
+        return setting
     return "bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32"
 
 

@@ -45,19 +45,19 @@ def choose(nvidias: Sequence[Path], torchvisions: Iterable[Path]) -> list[Path]:
 
 def _below(folder: str) -> list[Path]:
     """The libraries in this folder of each place that Python imports from; imports nothing."""
-    return [path for place in sys.path for path in sorted(Path(place).glob(f"{folder}/{LIBRARY}"))]
+    return [path for entry in sys.path for path in sorted(Path(entry).glob(f"{folder}/{LIBRARY}"))]
 
 
 def mapped_nvjpegs() -> list[Path]:
     """The nvJPEG libraries in this process, the one first that answers to the name."""
-    found: list[Path] = []
+    libraries: list[Path] = []
 
     def see(loaded: "ctypes._Pointer[_Loaded]", _bytes: int, _data: int | None) -> int:
         path = Path(os.fsdecode(loaded.contents.name or b""))
         if path.match(LIBRARY):
-            found.append(path)
+            libraries.append(path)
         return 0
 
     kinds = (ctypes.c_int, ctypes.POINTER(_Loaded), ctypes.c_size_t, ctypes.c_void_p)
     ctypes.CDLL(None).dl_iterate_phdr(ctypes.CFUNCTYPE(*kinds)(see), None)
-    return found
+    return libraries

@@ -10,7 +10,9 @@ REPEAT_SECONDS = 2.0
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 and the first Ctrl-C set `asked`; a second Ctrl-C ends the process with 130.
+    """`first` is the name of the SIGTERM, SIGUSR1 or Ctrl-C that came first, "" until one does.
+
+    A second Ctrl-C ends the process with 130.
 
     A signal within two seconds of the first one is the same request: a terminal sends Ctrl-C to
     every process, and the launcher passes it on.
@@ -19,7 +21,7 @@ class StopSignals:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.asked: str = ""
+        self.first: str = ""
         self._seconds = 0.0
 
     def __enter__(self) -> StopSignals:
@@ -31,7 +33,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
-        if not self.asked:
-            self.asked, self._seconds = signal.Signals(number).name, time.monotonic()
+        if not self.first:
+            self.first, self._seconds = signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._seconds > REPEAT_SECONDS:
             os._exit(130)

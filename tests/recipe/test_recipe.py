@@ -34,10 +34,10 @@ def test_an_empty_recipe_is_the_defaults(tmp_path: Path) -> None:
 
 def test_an_unknown_key_is_refused_with_file_path_and_the_nearest_key(tmp_path: Path) -> None:
     path = write(tmp_path / "a.toml", "[optim]\nepoch = 3\n")
-    said = refusal(path)
-    assert said.startswith(f"{path}: unknown key optim.epoch")
-    assert "did you mean optim.epochs?" in said
-    assert "weight_decay" in said  # the keys that exist
+    message = refusal(path)
+    assert message.startswith(f"{path}: unknown key optim.epoch")
+    assert "did you mean optim.epochs?" in message
+    assert "weight_decay" in message  # the keys that exist
 
 
 def test_a_key_in_the_wrong_table_is_sent_to_the_right_one(tmp_path: Path) -> None:
@@ -47,17 +47,17 @@ def test_a_key_in_the_wrong_table_is_sent_to_the_right_one(tmp_path: Path) -> No
 
 def test_an_unknown_key_deep_in_a_view_is_named_with_its_index(tmp_path: Path) -> None:
     view = "[[views]]\n[views.blur]\nprobabilty = 0.5\n[[views]]\n"
-    said = refusal(write(tmp_path / "a.toml", view))
-    assert "unknown key views.0.blur.probabilty" in said
-    assert "did you mean views.0.blur.probability?" in said
+    message = refusal(write(tmp_path / "a.toml", view))
+    assert "unknown key views.0.blur.probabilty" in message
+    assert "did you mean views.0.blur.probability?" in message
 
 
 def test_an_unknown_key_of_the_base_is_blamed_on_the_base(tmp_path: Path) -> None:
     base = write(tmp_path / "base.toml", "[los]\nlambd = 0.1\n")
     top = write(tmp_path / "top.toml", 'extends = "base.toml"\n')
-    said = refusal(top)
-    assert said.startswith(f"{base}: unknown key los")
-    assert "did you mean loss?" in said
+    message = refusal(top)
+    assert message.startswith(f"{base}: unknown key los")
+    assert "did you mean loss?" in message
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,16 @@ def test_a_value_of_the_wrong_type_or_range_is_refused_by_name(
     tmp_path: Path, text: str, key: str
 ) -> None:
     path = write(tmp_path / "a.toml", text)
-    said = refusal(path)
-    assert said.startswith(f"{path}: ")
-    assert key in said
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert key in message
 
 
 def test_a_duplicate_key_is_refused_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "a.toml", "[optim]\nlr = 0.1\nlr = 0.2\n")
-    said = refusal(path)
-    assert str(path) in said
-    assert "line 3" in said
+    message = refusal(path)
+    assert str(path) in message
+    assert "line 3" in message
 
 
 def test_extends_merges_tables_and_replaces_arrays(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_views_may_be_many_and_small(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("views", "said"),
+    ("views", "message"),
     [
         ("[[views]]\n", "at least 2"),
         ("[[views]]\nsize = 96\n[[views]]\nsize = 96\n", "none has full size"),
@@ -163,16 +163,18 @@ def test_views_may_be_many_and_small(tmp_path: Path) -> None:
         ("[[views]]\n[[views]]\nsize = 8\n", "views.1.size: 8 is not 0 or from 16"),
     ],
 )
-def test_views_that_cannot_be_compared_are_refused(tmp_path: Path, views: str, said: str) -> None:
-    assert said in refusal(write(tmp_path / "a.toml", views))
+def test_views_that_cannot_be_compared_are_refused(
+    tmp_path: Path, views: str, message: str
+) -> None:
+    assert message in refusal(write(tmp_path / "a.toml", views))
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.toml", 'views = "simclr2"\n')
-    said = refusal(path)
-    assert said.startswith(f"{path}: views = 'simclr2'")
-    assert "one of barlow-twins, byol, simclr" in said
-    assert "did you mean simclr?" in said
+    message = refusal(path)
+    assert message.startswith(f"{path}: views = 'simclr2'")
+    assert "one of barlow-twins, byol, simclr" in message
+    assert "did you mean simclr?" in message
 
 
 def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
@@ -204,9 +206,9 @@ def test_an_override_that_is_wrong_is_blamed_on_the_command_line(tmp_path: Path)
 
 
 def test_a_recipe_that_does_not_exist_suggests_the_nearest_shipped_one(tmp_path: Path) -> None:
-    said = refusal(Path("recipes/imagnet.toml"))
-    assert "no such recipe" in said
-    assert "did you mean imagenet.toml?" in said
+    message = refusal(Path("recipes/imagnet.toml"))
+    assert "no such recipe" in message
+    assert "did you mean imagenet.toml?" in message
 
 
 def test_a_shipped_recipe_is_found_by_name_from_any_folder(
@@ -301,7 +303,7 @@ def test_every_bookkeeping_key_exists() -> None:
 
 def numeric_defaults(source: str, names: set[str]) -> list[str]:
     """Functions of a module that give a hyperparameter a number of their own."""
-    found = []
+    functions = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.FunctionDef):
             continue
@@ -310,14 +312,14 @@ def numeric_defaults(source: str, names: set[str]) -> list[str]:
             *zip(positional, node.args.defaults, strict=True),
             *zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True),
         ]
-        found += [
+        functions += [
             f"{node.name}({argument.arg}={default.value})"
             for argument, default in pairs
             if argument.arg in names
             and isinstance(default, ast.Constant)
             and isinstance(default.value, int | float)
         ]
-    return found
+    return functions
 
 
 def test_no_function_of_a_training_stage_has_a_default_for_a_hyperparameter() -> None:

@@ -70,8 +70,8 @@ def run(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 def test_without_btpipe_a_decoder_gets_the_one_that_torchvision_brought() -> None:
     """The defect itself, so that the next test cannot pass by seeing nothing."""
     assert version(OURS[0]) != version(THEIRS[0])
-    said = run(f"import torchvision\n{DALI}", **TELLING).stderr
-    assert f"nvJPEG version: {version(THEIRS[0])} " in said
+    output = run(f"import torchvision\n{DALI}", **TELLING).stderr
+    assert f"nvJPEG version: {version(THEIRS[0])} " in output
 
 
 @two_of_one_name

@@ -1,4 +1,4 @@
-"""Ranks as one machine: sums and their gradients, a place told by SLURM, a rank that is lost."""
+"""Ranks as one machine: sums and their gradients, a rank started by SLURM, a rank that is lost."""
 
 import time
 
@@ -7,7 +7,7 @@ import torch
 
 from btpipe import runtime
 from btpipe.errors import BtpipeError, MachineError
-from btpipe.runtime.place import find, first_host
+from btpipe.runtime.rank_env import find_rank_env, first_host
 
 EXACT = 1e-14  # float64: the same few terms in another order
 MERGED = 1e-12  # float64, means up to 30 and a variance of 100 of them
@@ -21,56 +21,56 @@ def rows(rank: int, seed: int, *shape: int) -> torch.Tensor:
 
 def check_collectives() -> None:
     """Runs on each rank: values and gradients against what one process computes of all of them."""
-    with runtime.start("cpu") as here:
-        everyone = range(here.world_size)
-        x = rows(here.rank, 1, 3, 2)
+    with runtime.start("cpu") as process:
+        everyone = range(process.world_size)
+        x = rows(process.rank, 1, 3, 2)
         expected = torch.stack([rows(r, 1, 3, 2) for r in everyone])
         torch.testing.assert_close(
             runtime.all_reduce_sum(x), expected.sum(0), rtol=EXACT, atol=EXACT
         )
         torch.testing.assert_close(runtime.gather(x), expected, rtol=0, atol=0)
-        check_moments(here)
+        check_moments(process)
 
-        assert runtime.any_rank(here.rank == here.world_size - 1)
+        assert runtime.any_rank(process.rank == process.world_size - 1)
         assert not runtime.any_rank(False)
-        check_gradients(here)
+        check_gradients(process)
 
 
-def check_moments(here: runtime.Runtime) -> None:
+def check_moments(process: runtime.Runtime) -> None:
     """Moments of rows that ranks share, and their gradient, against those of all rows at once."""
-    shares = [rows(r, 1, 5, 3) + 10 * r for r in range(here.world_size)]
+    shares = [rows(r, 1, 5, 3) + 10 * r for r in range(process.world_size)]
     whole = torch.cat(shares).requires_grad_()
-    own = shares[here.rank].requires_grad_()
-    variance, mean = torch.var_mean(own, 0, correction=0)
+    local = shares[process.rank].requires_grad_()
+    variance, mean = torch.var_mean(local, 0, correction=0)
     merged = runtime.merge_moments(torch.stack([mean, variance]))
     variance, mean = torch.var_mean(whole, 0, correction=0)
     expected = torch.stack([mean, variance])
     torch.testing.assert_close(merged, expected, rtol=MERGED, atol=MERGED)
     # Each rank's loss weighs the moments with its own weights; the whole loss is the sum of theirs.
-    weights = [rows(r, 2, 2, 3) for r in range(here.world_size)]
-    (merged * weights[here.rank]).sum().backward()  # type: ignore[no-untyped-call]
+    weights = [rows(r, 2, 2, 3) for r in range(process.world_size)]
+    (merged * weights[process.rank]).sum().backward()  # type: ignore[no-untyped-call]
     (expected * torch.stack(weights).sum(0)).sum().backward()  # type: ignore[no-untyped-call]
     assert whole.grad is not None
-    theirs = whole.grad.chunk(here.world_size)[here.rank]
-    torch.testing.assert_close(own.grad, theirs, rtol=MERGED, atol=MERGED)
+    theirs = whole.grad.chunk(process.world_size)[process.rank]
+    torch.testing.assert_close(local.grad, theirs, rtol=MERGED, atol=MERGED)
 
 
-def check_gradients(here: runtime.Runtime) -> None:
+def check_gradients(process: runtime.Runtime) -> None:
     """float32 gradients of two memory layouts: each the sum of all ranks'."""
     gradients = [
-        torch.stack([rows(r, s, 4, 3, 5, 5) for r in range(here.world_size)]) for s in (4, 5)
+        torch.stack([rows(r, s, 4, 3, 5, 5) for r in range(process.world_size)]) for s in (4, 5)
     ]
     parameters = [torch.nn.Parameter(torch.zeros(4, 3, 5, 5)) for _ in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient[here.rank].float()
-    last = gradients[-1][here.rank].float().to(memory_format=torch.channels_last)
+        parameter.grad = gradient[process.rank].float()
+    last = gradients[-1][process.rank].float().to(memory_format=torch.channels_last)
     parameters[-1].grad = last
     runtime.sum_gradients(parameters)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert parameter.grad is not None
         error = (parameter.grad.double() - gradient.sum(0)).abs()
         # One rounding of each rank's float32 and one in each sum: world_size of them at most.
-        bound = here.world_size * FLOAT32_ROUNDING * gradient.abs().sum(0)
+        bound = process.world_size * FLOAT32_ROUNDING * gradient.abs().sum(0)
         assert (error <= bound * (1 + FLOAT32_ROUNDING)).all()
 
 
@@ -79,9 +79,9 @@ def test_four_ranks_sum_gather_and_merge_like_one_process() -> None:
 
 
 def wait_for_a_rank_that_hangs() -> None:
-    with runtime.start("cpu", collective_seconds=2) as here:
+    with runtime.start("cpu", collective_seconds=2) as process:
         runtime.barrier()
-        if here.rank == 1:
+        if process.rank == 1:
             time.sleep(60)
         runtime.gather_rows(torch.ones(2))
 
@@ -92,9 +92,9 @@ def test_a_rank_that_does_not_answer_is_named() -> None:
 
 
 def divide_by_zero() -> None:
-    with runtime.start("cpu") as here:
+    with runtime.start("cpu") as process:
         runtime.barrier()
-        assert 1 / here.rank
+        assert 1 / process.rank
 
 
 def test_a_bug_in_one_rank_is_told_with_its_traceback() -> None:
@@ -121,7 +121,7 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str) -> None:
 
 
 def test_a_task_of_a_slurm_step_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {
+    variables = {
         "SLURM_JOB_ID": "20003",
         "SLURM_NTASKS": "8",
         "SLURM_PROCID": "5",
@@ -130,20 +130,21 @@ def test_a_task_of_a_slurm_step_is_a_rank(monkeypatch: pytest.MonkeyPatch) -> No
         "SLURM_STEP_NODELIST": "gpu[11-12]",
         "SLURM_CPUS_PER_TASK": "6",
     }
-    for name, value in told.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert find() is None  # the batch script, or a shell in an allocation
+    assert find_rank_env() is None  # the batch script, or a shell in an allocation
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    found = find()
-    assert found is not None
-    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (5, 8, 1, 4)
-    assert (found.address, found.local_cores) == ("tcp://gpu11:12003", 6)
+    rank_env = find_rank_env()
+    assert rank_env is not None
+    assert (rank_env.rank, rank_env.world_size) == (5, 8)
+    assert (rank_env.local_rank, rank_env.local_world_size) == (1, 4)
+    assert (rank_env.address, rank_env.local_cores) == ("tcp://gpu11:12003", 6)
     monkeypatch.setenv("MASTER_ADDR", "head")
     monkeypatch.setenv("MASTER_PORT", "4000")
-    assert (found := find()) is not None
-    assert found.address == "tcp://head:4000"
+    assert (rank_env := find_rank_env()) is not None
+    assert rank_env.address == "tcp://head:4000"
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert find() is None  # an interactive step of one task
+    assert find_rank_env() is None  # an interactive step of one task
 
 
 def test_the_device_is_the_gpu_where_the_driver_shows_one() -> None:
