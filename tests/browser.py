@@ -127,12 +127,12 @@ class Browser:
         while left:
             left = left[os.write(self._to_it, left) :]
         while True:
-            found = self._receive()
-            if found.get("id") == number:
-                assert "error" not in found, found
-                result: Message = found["result"]
+            answer = self._receive()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                result: Message = answer["result"]
                 return result
-            self._hear(found)
+            self._record(answer)
 
     def _receive(self) -> Message:
         while b"\0" not in self._waiting:
@@ -145,17 +145,17 @@ class Browser:
         message: Message = json.loads(text)
         return message
 
-    def _hear(self, message: Message) -> None:
-        said = message.get("params", {})
+    def _record(self, message: Message) -> None:
+        parameters = message.get("params", {})
         match message.get("method"):
             case "Runtime.exceptionThrown":
-                self.problems.append(str(said["exceptionDetails"]))
-            case "Runtime.consoleAPICalled" if said["type"] in ("error", "warning", "assert"):
-                self.problems.append(str(said["args"]))
-            case "Log.entryAdded" if said["entry"]["level"] in ("error", "warning"):
-                self.problems.append(str(said["entry"]))
+                self.problems.append(str(parameters["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" if parameters["type"] in ("error", "warning", "assert"):
+                self.problems.append(str(parameters["args"]))
+            case "Log.entryAdded" if parameters["entry"]["level"] in ("error", "warning"):
+                self.problems.append(str(parameters["entry"]))
             case "Network.requestWillBeSent":
-                address = said["request"]["url"]
+                address = parameters["request"]["url"]
                 if address != self._opened and not address.startswith(("data:", "blob:")):
                     self.requests.append(address)
 

@@ -46,10 +46,10 @@ Made from the classes: `python tests/event_schema.py > docs/events.md`.
 
 def read(lines: str) -> list[Record]:
     """What a command wrote with --json; every line is as its class says, or this is an error."""
-    found = [json.loads(line, parse_constant=_refuse) for line in lines.splitlines()]
-    for record in found:
+    records = [json.loads(line, parse_constant=_refuse) for line in lines.splitlines()]
+    for record in records:
         check(record)
-    return found
+    return records
 
 
 def check(record: Record) -> None:
@@ -111,8 +111,8 @@ def _check(value: object, kind: typing.Any, where: str) -> None:
         # None is a number that is not finite.
         assert value is None or type(value) in (int, float), f"{where}: {value!r}"
     else:
-        wanted = str if kind is Path else kind
-        assert type(value) is wanted, f"{where}: {value!r} is no {kind.__name__}"
+        expected = str if kind is Path else kind
+        assert type(value) is expected, f"{where}: {value!r} is no {kind.__name__}"
 
 
 def _fits(value: object, kind: typing.Any) -> bool:
@@ -146,13 +146,13 @@ def page() -> str:
 
 def _parts(holders: Sequence[type]) -> list[type]:
     """The records that are fields of others, each once."""
-    found: list[type] = []
+    parts: list[type] = []
     for kind in holders:
         for each in fields(kind).values():
             for part in _records(each):
-                if part not in found:
-                    found += [part, *(p for p in _parts([part]) if p not in found)]
-    return sorted(set(found), key=lambda part: part.__name__)
+                if part not in parts:
+                    parts += [part, *(p for p in _parts([part]) if p not in parts)]
+    return sorted(set(parts), key=lambda part: part.__name__)
 
 
 def _records(kind: typing.Any) -> list[type]:
@@ -164,31 +164,33 @@ def _records(kind: typing.Any) -> list[type]:
 def _section(kind: type) -> str:
     about = inspect.getdoc(kind) or ""
     rows = [
-        f"| `{name}` | {_said(each)} |" for name, each in fields(kind).items() if name != "time"
+        f"| `{name}` | {_type_text(each)} |"
+        for name, each in fields(kind).items()
+        if name != "time"
     ]
     head = "" if not issubclass(kind, Finished) else f" (`{kind.job}`)"
     table = "\n".join(["| field | type |", "|---|---|", *rows])
     return f"### {kind.__name__}{head}\n\n{about}\n\n{table}\n"
 
 
-def _said(kind: typing.Any) -> str:
+def _type_text(kind: typing.Any) -> str:
     """A type in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind in PLAIN:
-        said = PLAIN[kind]
+        text = PLAIN[kind]
     elif origin in (typing.Union, types.UnionType):
-        said = " or ".join(map(_said, arguments))
+        text = " or ".join(map(_type_text, arguments))
     elif origin is typing.Literal:
-        said = " or ".join(f"`{json.dumps(each)}`" for each in arguments)
+        text = " or ".join(f"`{json.dumps(each)}`" for each in arguments)
     elif origin is None:
-        said = f"[{kind.__name__}](#{kind.__name__.lower()})"
+        text = f"[{kind.__name__}](#{kind.__name__.lower()})"
     elif issubclass(origin, Mapping):
-        said = f"{_said(arguments[1])} by name"
+        text = f"{_type_text(arguments[1])} by name"
     elif arguments[-1] is ...:
-        said = f"list of {_said(arguments[0])}"
+        text = f"list of {_type_text(arguments[0])}"
     else:
-        said = f"list of {len(arguments)}: {', '.join(map(_said, arguments))}"
-    return said
+        text = f"list of {len(arguments)}: {', '.join(map(_type_text, arguments))}"
+    return text
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ def pages() -> list[Path]:
 def blocks(page: Path) -> Iterator[Block]:
     """Every fenced block of a page that names its language, in order."""
     text = page.read_text()
-    for found in FENCE.finditer(text):
-        line = text.count("\n", 0, found.start(2)) + 1
-        yield Block(page, line, found[1], found[2])
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start(2)) + 1
+        yield Block(page, line, match[1], match[2])
 
 
 def commands(block: Block) -> Iterator[Command]:

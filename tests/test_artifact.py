@@ -177,8 +177,8 @@ for name, write in writers.items():
 def test_a_limit_on_the_size_of_files_is_the_machines_fault_and_named(tmp_path: Path) -> None:
     """As `ulimit -f` sets it; each library that writes has its own words for it."""
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    for line, name in zip(said, ("plain", "parquet", "safetensors"), strict=True):
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, name in zip(output, ("plain", "parquet", "safetensors"), strict=True):
         assert line.startswith(f"5 {tmp_path / name}: a file may not grow this large")
         assert "ulimit -f" in line
     assert not (tmp_path / "plain").exists()

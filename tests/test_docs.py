@@ -90,15 +90,17 @@ def invoke(command: Command, more: Sequence[str]) -> str:
     return result.stdout
 
 
-def run_for_a_machine(command: Command, left: tuple[str, ...], told: set[tuple[str, ...]]) -> None:
+def run_for_a_machine(
+    command: Command, left: tuple[str, ...], checked: set[tuple[str, ...]]
+) -> None:
     """Runs it with --json where none of its name has; every line is as its class says."""
     with_json = {leaf for leaf, options in leaves(get_command(app)) if "--json" in options}
     names = [leaf for leaf in with_json if command.words[: len(leaf)] == leaf]
     if command.words[0] == "demo" or " ".join(command.words).startswith(left):
         return
     for name in names:
-        if name not in told:
-            told.add(name)
+        if name not in checked:
+            checked.add(name)
             assert event_schema.read(invoke(command, [*smaller(command.words), "--json"]))
 
 
@@ -121,7 +123,7 @@ def load_recipe(block: Block) -> None:
 def test_every_command_recipe_and_python_block_runs_as_shown(
     desk: Path, left: tuple[str, ...]
 ) -> None:
-    ran, told = set[str](), set[tuple[str, ...]]()
+    ran, checked = set[str](), set[tuple[str, ...]]()
     for page in pages():
         for block in blocks(page):
             if block.language == "python":
@@ -132,7 +134,7 @@ def test_every_command_recipe_and_python_block_runs_as_shown(
                 load_recipe(block)
             for command in commands(block):
                 if command.line not in ran:
-                    run_for_a_machine(command, left, told)
+                    run_for_a_machine(command, left, checked)
                     run_command(command, left)
                     ran.add(command.line)
     assert (desk / "vectors.parquet").is_file()

@@ -107,13 +107,13 @@ def back_edges(module: str, source: str) -> list[str]:
 
 def breaches(module: str, source: str) -> list[str]:
     """The uses of fenced things outside their part."""
-    found = []
+    uses = []
     for name in used(ast.parse(source)):
         plain = "os.environ" if name.startswith(SAME_AS_ENVIRON) else name
         for fence, owner in FENCES.items():
             if (plain == fence or plain.startswith(f"{fence}.")) and part_of(module) != owner:
-                found.append(f"{module} uses {name}, which is for {owner}")
-    return found
+                uses.append(f"{module} uses {name}, which is for {owner}")
+    return uses
 
 
 def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
@@ -129,11 +129,11 @@ def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
 
 def modules() -> dict[str, str]:
     """Dotted name to source, for every module of the package."""
-    found = {}
+    sources = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(part for part in parts if part != "__init__")] = path.read_text()
-    return found
+        sources[".".join(part for part in parts if part != "__init__")] = path.read_text()
+    return sources
 
 
 def modules_loaded_by_help(folder: Path) -> set[str]:

@@ -149,9 +149,9 @@ def test_the_effective_rank_is_within_a_hundredth_where_the_gram_matrix_is_blind
     singular = np.full(count, 0.9 * np.sqrt(count * np.finfo(np.float64).eps))
     singular[0] = 1
     vectors = turns[0] * singular @ turns[1]
-    found, expected = neighbours.effective_rank(vectors), decomposed_rank(vectors)
-    assert found == pytest.approx(expected, rel=0.01)
-    assert found != pytest.approx(expected, rel=GRAM)
+    rank, expected = neighbours.effective_rank(vectors), decomposed_rank(vectors)
+    assert rank == pytest.approx(expected, rel=0.01)
+    assert rank != pytest.approx(expected, rel=GRAM)
 
 
 def test_the_effective_rank_of_a_wide_batch_takes_seconds_at_most() -> None:

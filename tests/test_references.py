@@ -37,9 +37,9 @@ def test_the_second_default_view_differs_as_the_reference_says() -> None:
 
 def test_the_vectors_reference_has_every_column_and_footer_key() -> None:
     footer = table.Footer("b", "i", "{}", "fp32", "/", 8, shard="0/2")
-    wanted = {*table.schema(footer).names, *footer.metadata(), *table.rejects_schema(footer).names}
+    names = {*table.schema(footer).names, *footer.metadata(), *table.rejects_schema(footer).names}
     listed = {key for key, _, _ in rows("vectors.md")}
-    assert wanted <= listed
+    assert names <= listed
     assert {key for key in listed if key.startswith("btpipe.")} == set(footer.metadata())
 
 
@@ -59,15 +59,15 @@ def test_the_floors_of_the_loss_are_those_that_a_run_prints() -> None:
     assert len(widths) == 5
     assert len(lines) == 6
     for count, cells in lines:
-        said = [int(cell) for cell in cells.split("|")[:-1]]
+        floors = [int(cell) for cell in cells.split("|")[:-1]]
         lambd = recipe.Recipe().loss.lambd
-        assert said == [round(loss.floor(int(count), width, lambd)) for width in widths]
+        assert floors == [round(loss.floor(int(count), width, lambd)) for width in widths]
 
 
 def rows(name: str) -> list[tuple[str, str, str | None]]:
     """(key, mark, default) of each row of the tables."""
     return [
-        (found[1], found[2] or "", found[3]) for found in ROW.finditer((DOCS / name).read_text())
+        (match[1], match[2] or "", match[3]) for match in ROW.finditer((DOCS / name).read_text())
     ]
 
 

@@ -84,8 +84,8 @@ def test_whichever_dali_is_installed_is_recorded(python: Path, tmp_path: Path) -
 
 def test_the_install_line_for_older_drivers_names_everything_but_dali_for_cuda_13() -> None:
     """docs/start.md installs btpipe without its dependencies: none may be missing there."""
-    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    names = {re.split(r"[\s;<>=\[]", line)[0] for line in wanted}
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[\s;<>=\[]", line)[0] for line in dependencies}
     (block,) = re.findall(
         r"install torch .*?```sh\n(pip install .*?)```",
         (ROOT / "docs/start.md").read_text(),

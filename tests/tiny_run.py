@@ -50,10 +50,10 @@ def make_run(
     index.save(run / "index.parquet")
     (run / "recipe.toml").write_text(described.to_toml())
     core = step.build(described, torch.device("cpu"))
-    made = core.network
+    model = core.network
     pixels = torch.randint(0, 256, (16, SIZE, SIZE, 3), generator=torch.Generator().manual_seed(0))
     for _ in range(3):
-        made(pixels[:8].to(torch.uint8), pixels[8:].to(torch.uint8))
+        model(pixels[:8].to(torch.uint8), pixels[8:].to(torch.uint8))
     state = checkpoint.State(step=3, recipe=described.digest, data=index.fingerprint)
     checkpoint.save(run, state, core, described.run)
     return run

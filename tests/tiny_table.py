@@ -48,9 +48,9 @@ def part(
 def write(out: Path, rows: int, dtype: table.Dtype = "float32", piece: int = 700) -> pa.Table:
     """Writes the first rows in parts of `piece`; returns them as one table."""
     parts = [part(start, min(piece, rows - start), dtype) for start in range(0, rows, piece)]
-    beside = out.with_name("beside")
-    outputs.write(out, beside, footer(dtype), parts)
-    outputs.take_place(out, beside)
+    temporary = out.with_name("beside")
+    outputs.write(out, temporary, footer(dtype), parts)
+    outputs.take_place(out, temporary)
     return pa.concat_tables([table.schema(footer(dtype)).empty_table(), *parts])
 
 

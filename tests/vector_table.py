@@ -40,8 +40,8 @@ def write(
             "label": pa.array(list(labels) or [None] * count, pa.string()),
         }
     )
-    own = [hashlib.sha256(name.encode()).hexdigest() for name in names]
-    rows = table.rows(footer, listed, list(digests) or own, vectors)
+    name_digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
+    rows = table.rows(footer, listed, list(digests) or name_digests, vectors)
     outputs.write(path, path.with_name(f"beside{path.suffix}"), footer, [rows])
     outputs.take_place(path, path.with_name(f"beside{path.suffix}"))
     return path
