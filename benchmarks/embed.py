@@ -31,21 +31,21 @@ HALF = "the same, fp16 autocast"
 
 
 def run(
-    options: BenchOptions, data: Path | None, model: Path | None, report: Report, *, workers: int
+    options: BenchOptions, data: Path | None, model: Path | None, on_event: Report, *, workers: int
 ) -> None:
     """Measures and reports both tables; `workers` are the DataLoader's.
 
     Raises:
         UsageError: fewer images in `data` than a turn has, or no bundle under `model`.
     """
-    with bench.prepare(options, data, model, report) as setting:
+    with bench.prepare(options, data, model, on_event) as setting:
         user = functools.partial(embed_cases.user, setting.work, workers)
         named: dict[str, Prepare] = {USER: functools.partial(user, False)}
         if options.device == "cuda":
             named[HALF] = functools.partial(user, True)
         rows = bench.take(named | bench.parts(setting), options, lambda name: name in (USER, HALF))
-    report(Compared(_table(rows, setting, options)))
-    report(Compared(parts_table(bench.parts_of(rows, setting, options))))
+    on_event(Compared(_table(rows, setting, options)))
+    on_event(Compared(parts_table(bench.parts_of(rows, setting, options))))
 
 
 def _table(rows: dict[str, Measurement], setting: Setting, options: BenchOptions) -> TextTable:
@@ -86,8 +86,8 @@ def main(
 ) -> None:
     """Measure embedding against torchvision behind a DataLoader, and against its own limit."""
     options = bench.options(images, turns, backbone, size, device=device, quick=quick)
-    with progress.show("auto") as report:
-        run(options, data, model, report, workers=workers)
+    with progress.show("auto") as on_event:
+        run(options, data, model, on_event, workers=workers)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class LoaderOptions:
 QUICK = LoaderOptions(batch=4, image_size=32, workers=1, batches=2, turns=1)
 
 
-def run(options: LoaderOptions, data: Path | None, report: Report) -> None:
+def run(options: LoaderOptions, data: Path | None, on_event: Report) -> None:
     """Measures and reports: the whole loader, decoding alone, augmenting alone.
 
     Where there is a GPU also the loader that fills it, and decoders for it.
@@ -58,22 +58,22 @@ def run(options: LoaderOptions, data: Path | None, report: Report) -> None:
     Raises:
         UsageError: no images in `data`, or fewer than a batch.
     """
-    with _images(options, data, report) as (index, source):
+    with _images(options, data, on_event) as (index, source):
         work = LoaderWork(
             index, options.batch, options.batches, options.image_size, options.workers
         )
-        report(Compared(_loader_table(work, options, source)))
-        report(Compared(_parts_table(work, options, source)))
+        on_event(Compared(_loader_table(work, options, source)))
+        on_event(Compared(_parts_table(work, options, source)))
         if torch.cuda.is_available():
             longer = dataclasses.replace(work, batches=GPU_BATCHES * work.batches)
-            report(Compared(_gpu_loader_table(longer, options, source)))
-            report(Compared(_gpu_table(work, options, source)))
-    report(Note(f"{options.turns} turns a row, on {machine('cpu')}"))
+            on_event(Compared(_gpu_loader_table(longer, options, source)))
+            on_event(Compared(_gpu_table(work, options, source)))
+    on_event(Note(f"{options.turns} turns a row, on {machine('cpu')}"))
 
 
 @contextlib.contextmanager
 def _images(
-    options: LoaderOptions, data: Path | None, report: Report
+    options: LoaderOptions, data: Path | None, on_event: Report
 ) -> Iterator[tuple[Path, str]]:
     """An index's file and what its images are, as long as this is open."""
     with tempfile.TemporaryDirectory(prefix="btpipe-") as name:
@@ -87,7 +87,7 @@ def _images(
             source = f"drawn images, shorter side {shorter_side}"
         else:
             source = str(data)
-        index, _ = build(data or folder / "images", report)
+        index, _ = build(data or folder / "images", on_event)
         if len(index) < options.batch:
             what = f"{len(index)} images do not fill one batch of {options.batch}"
             raise UsageError(what, where=data or "", fix="add images, or set --batch")
@@ -215,8 +215,8 @@ def main(
 ) -> None:
     """Measure the loader against the published transform in a DataLoader, on the same images."""
     options = QUICK if quick else LoaderOptions(batch, size, workers, batches, turns)
-    with progress.show("auto") as report:
-        run(options, data, report)
+    with progress.show("auto") as on_event:
+        run(options, data, on_event)
 
 
 if __name__ == "__main__":

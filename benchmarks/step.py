@@ -57,20 +57,20 @@ QUICK = StepOptions(
 )
 
 
-def run(options: StepOptions, report: Report, *, compiled: bool, loss_only: bool) -> None:
+def run(options: StepOptions, on_event: Report, *, compiled: bool, loss_only: bool) -> None:
     """Measures and reports: the step, the loss alone, LARS.
 
     `compiled` adds rows under torch.compile; `loss_only` leaves the loss's table alone.
     """
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     if not loss_only:
-        report(Compared(_step_table(options, device, compiled=compiled)))
+        on_event(Compared(_step_table(options, device, compiled=compiled)))
         if compiled:
-            report(Compared(compile_cache.cache_table(options.sizes, device)))
-    report(Compared(_loss_table(options, device)))
+            on_event(Compared(compile_cache.cache_table(options.sizes, device)))
+    on_event(Compared(_loss_table(options, device)))
     if not loss_only:
-        report(Compared(_lars_table(options, device)))
-    report(Note(f"{options.turns} turns a row, on {machine(device)}"))
+        on_event(Compared(_lars_table(options, device)))
+    on_event(Note(f"{options.turns} turns a row, on {machine(device)}"))
 
 
 def options(sizes: Sizes, *, steps: int, grid: str) -> StepOptions:
@@ -287,8 +287,8 @@ def main(
 ) -> None:
     """Measure the training step, loss and LARS against the published formulation."""
     requested = options(sizes(backbone, size, batch, dimension), steps=steps, grid=grid)
-    with progress.show("auto") as report:
-        run(QUICK if quick else requested, report, compiled=compiled, loss_only=loss_only)
+    with progress.show("auto") as on_event:
+        run(QUICK if quick else requested, on_event, compiled=compiled, loss_only=loss_only)
 
 
 if __name__ == "__main__":

@@ -34,12 +34,12 @@ def _run_for_a_machine(words: list[str]) -> None:
     from btpipe import events, progress
     from btpipe.cli import app
 
-    with progress.show("json") as report:
+    with progress.show("json") as on_event:
         try:
             interrupted = app(words, standalone_mode=False) == INTERRUPTED
         except BtpipeError as error:
             parts = error.what, error.where, error.expected, error.fix
-            report(events.Error(error.exit_code, type(error).__name__, *parts))
+            on_event(events.Error(error.exit_code, type(error).__name__, *parts))
             if _is_bug(error):
                 raise
             sys.exit(error.exit_code)
@@ -47,12 +47,12 @@ def _run_for_a_machine(words: list[str]) -> None:
             # What typer raises at a wrong option has an exit code, and no public name.
             code = getattr(error, "exit_code", 0)
             message = error.format_message() if hasattr(error, "format_message") else str(error)
-            report(events.Error(code or 1, type(error).__name__, message))
+            on_event(events.Error(code or 1, type(error).__name__, message))
             if not code:
                 raise
             sys.exit(code)
         if interrupted:
-            report(events.Error(INTERRUPTED, "KeyboardInterrupt", "interrupted"))
+            on_event(events.Error(INTERRUPTED, "KeyboardInterrupt", "interrupted"))
             sys.exit(INTERRUPTED)
 
 

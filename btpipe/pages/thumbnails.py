@@ -25,7 +25,7 @@ REPORT_SECONDS = 1.0
 
 
 def make(
-    count: int, read: Read, report: Report, most_bytes: int = frame.THUMBNAIL_BYTES
+    count: int, read: Read, on_event: Report, most_bytes: int = frame.THUMBNAIL_BYTES
 ) -> dict[int, str]:
     """Row to WebP in base64, for as many rows as go into `most_bytes` of text.
 
@@ -45,7 +45,7 @@ def make(
             now = time.monotonic()
             if now - last_report > REPORT_SECONDS:
                 last_report, speed = now, per_second(done, now - started)
-                report(Progressed("thumbnails", done, count, speed, 0.0))
+                on_event(Progressed("thumbnails", done, count, speed, 0.0))
     return thumbnails
 
 

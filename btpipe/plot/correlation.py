@@ -58,7 +58,7 @@ class Matrix:
         )
 
 
-def measure(run: Path, selection: str, report: Report) -> list[Matrix]:
+def measure(run: Path, selection: str, on_event: Report) -> list[Matrix]:
     """The matrices of the checkpoints that `selection` names: "first,last" or steps, "0,300".
 
     "first" and 0 are the network that the run started from. Takes the views that training takes,
@@ -72,10 +72,10 @@ def measure(run: Path, selection: str, report: Report) -> list[Matrix]:
     steps = _steps(run, selection)
     size = min(described.data.batch_size, MOST_IMAGES, len(index))
     with runtime.start() as process:
-        pairs = view_pairs.read(index, described, size, process.device, report, known_bad={})
+        pairs = view_pairs.read(index, described, size, process.device, on_event, known_bad={})
         matrices = []
         for step in steps:
-            model = _network(run, described, step, report).to(process.device)
+            model = _network(run, described, step, on_event).to(process.device)
             with torch.no_grad():
                 z = model(pairs.first, pairs.second).z
             matrices.append(_matrix(run.resolve().name, step, z[0], z[1]))
@@ -140,10 +140,10 @@ def _is_step(part: str) -> bool:
     return part in ("first", "last") or part.isdecimal()
 
 
-def _network(run: Path, described: Recipe, step: int, report: Report) -> network.BarlowTwins:
+def _network(run: Path, described: Recipe, step: int, on_event: Report) -> network.BarlowTwins:
     model = network.initialise(described)
     if step == 0 and 0 not in checkpoint.steps(run):
-        init_from.load(run, described.network, model, report)
+        init_from.load(run, described.network, model, on_event)
         return model
     model.load_state_dict(checkpoint.model_state(checkpoint.folder_of(run, step)))
     return model

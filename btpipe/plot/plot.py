@@ -43,7 +43,7 @@ class Plotted(Finished):
 def make(
     runs: Sequence[Path],
     out: Path | None,
-    report: Report,
+    on_event: Report,
     *,
     tensorboard: Path | None = None,
     by: By = "step",
@@ -64,7 +64,7 @@ def make(
     started = time.monotonic()
     _require_picture(out, live=live, correlation=correlation)
     histories = [history.read(run) for run in runs]
-    matrices = [] if not correlation else _matrices(runs, correlation, report)
+    matrices = [] if not correlation else _matrices(runs, correlation, on_event)
     with contextlib.ExitStack() as ends:
         writers = [_writer(out, matrices, by)] if out else []
         if tensorboard:
@@ -77,13 +77,13 @@ def make(
         if live:
             if out:
                 text = f"{out}: open it; it shows what is new every {RELOAD_SECONDS} seconds"
-                report(Note(text))
-            histories = _follow(histories, write, report, patience_seconds)
+                on_event(Note(text))
+            histories = _follow(histories, write, on_event, patience_seconds)
         write(histories, False)
     if tensorboard:
-        report(Note(f"tensorboard --logdir {tensorboard}"))
+        on_event(Note(f"tensorboard --logdir {tensorboard}"))
     alarms = sum(len(run.alarms) for run in histories)
-    report(Plotted(time.monotonic() - started, out, tensorboard, len(histories), alarms))
+    on_event(Plotted(time.monotonic() - started, out, tensorboard, len(histories), alarms))
 
 
 def _require_picture(out: Path | None, *, live: bool, correlation: str) -> None:
@@ -122,7 +122,7 @@ def _board(folder: Path, ends: contextlib.ExitStack) -> Write:
 
 
 def _follow(
-    histories: list[History], write: Write, report: Report, patience_seconds: float
+    histories: list[History], write: Write, on_event: Report, patience_seconds: float
 ) -> list[History]:
     """Writes pages that read themselves again, until no run goes on or a signal came."""
     runs, gone = [run.path for run in histories], _Gone(patience_seconds)
@@ -132,7 +132,7 @@ def _follow(
         for run in histories:
             if not run.ended and not gone.holds(run.path):
                 text = "no process of this machine trains it now; Ctrl-C ends looking at it"
-                report(Note(f"{run.path}: {text}"))
+                on_event(Note(f"{run.path}: {text}"))
         while not signals.first and not all(
             run.ended or gone.is_gone(run.path) for run in histories
         ):
@@ -146,7 +146,7 @@ def _follow(
     for run in histories:
         if not run.ended and gone.is_gone(run.path):
             text = f"its process is gone; it stands at step {run.step:,} of {run.steps:,}"
-            report(Note(f"{run.path}: {text}"))
+            on_event(Note(f"{run.path}: {text}"))
     return histories
 
 
@@ -172,7 +172,7 @@ class _Gone:
         return time.monotonic() - self._held.get(run, math.inf) > self._patience
 
 
-def _matrices(runs: Sequence[Path], selection: str, report: Report) -> list[Matrix]:
+def _matrices(runs: Sequence[Path], selection: str, on_event: Report) -> list[Matrix]:
     from btpipe.plot import correlation  # noqa: PLC0415 - torch, for those who ask for it
 
-    return [matrix for run in runs for matrix in correlation.measure(run, selection, report)]
+    return [matrix for run in runs for matrix in correlation.measure(run, selection, on_event)]

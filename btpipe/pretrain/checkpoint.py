@@ -58,7 +58,7 @@ def save(run: Path, state: State, core: Core, settings: Run) -> Path:
     return folder
 
 
-def newest(run: Path, report: Report = ignore) -> Path | None:
+def newest(run: Path, on_event: Report = ignore) -> Path | None:
     """The newest undamaged checkpoint of a run; None where there is none at all.
 
     Damaged ones are passed over with one warning that names them and the one taken.
@@ -78,7 +78,7 @@ def newest(run: Path, report: Report = ignore) -> Path | None:
             damaged.append(f"{folder.name} is damaged ({'; '.join(str(error).splitlines())})")
             continue
         if damaged:
-            report(Warned(f"{'; '.join(damaged)}: passed over, {folder.name} is taken instead"))
+            on_event(Warned(f"{'; '.join(damaged)}: passed over, {folder.name} is taken instead"))
         return folder
     if damaged:
         raise IntegrityError(

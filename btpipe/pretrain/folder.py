@@ -28,7 +28,7 @@ REJECTS = "rejects.csv"
 
 
 def prepare(
-    folder: Path, recipe: Recipe, report: Report, accepted: Sequence[str] = ()
+    folder: Path, recipe: Recipe, on_event: Report, accepted: Sequence[str] = ()
 ) -> Mapping[str, str]:
     """Makes the run folder for this recipe, or makes sure that it is this recipe's.
 
@@ -51,7 +51,7 @@ def prepare(
         raise RefusedError("is not a run of btpipe", where=folder, fix="choose another --name")
     source = recipe.network.init_from
     adopted = foreign_weights.read_encoder(Path(source), recipe.network) if source else None
-    index, rejected = _index(recipe, report)
+    index, rejected = _index(recipe, on_event)
     with artifact.disk_errors(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     artifact.write_file(folder / RECIPE, recipe.to_toml().encode())
@@ -63,10 +63,10 @@ def prepare(
     return {}
 
 
-def _index(recipe: Recipe, report: Report) -> tuple[Index, list[Rejected]]:
+def _index(recipe: Recipe, on_event: Report) -> tuple[Index, list[Rejected]]:
     named = recipe.data.inputs
     try:
-        index, rejected = build(named, report)
+        index, rejected = build(named, on_event)
     except UsageError as error:
         fix = "put the training images there (any tree of folders), or: --set data.train=DIR"
         what = f"data.train = {' '.join(named)!r}: {error.what}"
@@ -118,14 +118,14 @@ def lock(folder: Path, wait_seconds: float = 0) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def log(folder: Path, report: Report) -> Iterator[Report]:
+def log(folder: Path, on_event: Report) -> Iterator[Report]:
     """A `Report` that also appends every event to the run's events.jsonl."""
     with (folder / EVENTS).open("a", buffering=1) as file:
 
         def both(event: Event) -> None:
             with artifact.disk_errors(folder / EVENTS):
                 file.write(json.dumps(event.record()) + "\n")
-            report(event)
+            on_event(event)
 
         yield both
 

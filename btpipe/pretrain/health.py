@@ -40,7 +40,7 @@ class HealthMonitor:
             ranks = effective_ranks(outcome.embedded, done)
         for event in (ranks, *self._alarms.update(logged, ranks)):
             if event:
-                run.report(event)
+                run.on_event(event)
         knn_steps = run.recipe.health.knn_epochs * run.steps_per_epoch
         if run.recipe.health.knn and (done % knn_steps == 0 or last):
             if self._judge:

@@ -65,7 +65,7 @@ def require_same(run: Path, network: Network) -> None:
         )
 
 
-def load(run: Path, settings: Network, network: BarlowTwins, report: Report) -> None:
+def load(run: Path, settings: Network, network: BarlowTwins, on_event: Report) -> None:
     """Puts the adopted encoder into a fresh network; without `network.init_from` does nothing.
 
     Raises:
@@ -78,7 +78,7 @@ def load(run: Path, settings: Network, network: BarlowTwins, report: Report) -> 
         network.encoder.load_state_dict(encoder_state(run))
     except RuntimeError as error:
         raise IntegrityError(f"does not fit the network: {error}", where=folder) from error
-    report(Note(str(artifact.read(folder, KIND).origin["text"])))
+    on_event(Note(str(artifact.read(folder, KIND).origin["text"])))
 
 
 def encoder_state(run: Path) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ BATCH = 64
 """Images that pass through the encoder together."""
 
 
-def labelled_images(recipe: Recipe, report: Report) -> Index | None:
+def labelled_images(recipe: Recipe, on_event: Report) -> Index | None:
     """What `health.knn` names, as an index; None where it names nothing.
 
     Raises:
@@ -43,7 +43,7 @@ def labelled_images(recipe: Recipe, report: Report) -> Index | None:
     )
     fix = "or train without judging: --set health.knn="
     try:
-        index, _ = build(named, report)
+        index, _ = build(named, on_event)
     except UsageError as error:
         what = f"health.knn = {named!r}: {error.what}"
         raise UsageError(what, where=error.where, expected=expected, fix=fix) from error
@@ -78,7 +78,7 @@ class Judge:
             return
         accuracy = leave_one_out_accuracy(vectors, self._labels[rows])
         run = self._run
-        run.report(
+        run.on_event(
             events.KnnJudged(
                 step=run.state.step,
                 epoch=run.state.step / run.steps_per_epoch,
@@ -120,7 +120,7 @@ class Judge:
         """Names an unreadable image once."""
         for row in rejected.keys() - self._reported:
             self._reported.add(row)
-            self._run.report(dataclasses.replace(rejected[row], stage="knn"))
+            self._run.on_event(dataclasses.replace(rejected[row], stage="knn"))
 
 
 def judged(images: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

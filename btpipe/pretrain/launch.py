@@ -37,7 +37,7 @@ def pretrain(
         _one_of_many(run, recipe, mode, accepted)
         return
     require_divisible(recipe, count)
-    with progress.show(mode) as report, _open(run, recipe, report, 0, accepted) as finished:
+    with progress.show(mode) as on_event, _open(run, recipe, on_event, 0, accepted) as finished:
         pass  # refuses what is wrong before any rank starts; the first rank takes the folder again
     if not finished:
         runtime.launch(count, _one_of_many, (run, recipe, mode, accepted))
@@ -54,11 +54,11 @@ def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode, accepted: tuple
         # Alone, a second start is told at once that the folder is taken.
         wait_seconds = PREDECESSOR_SECONDS if process.world_size > 1 else 0
         with (
-            progress.show(mode) as report,
-            _open(run, recipe, report, wait_seconds, accepted) as finished,
+            progress.show(mode) as on_event,
+            _open(run, recipe, on_event, wait_seconds, accepted) as finished,
         ):
             if not runtime.any_rank(finished):
-                with folder.log(run, report) as logged:
+                with folder.log(run, on_event) as logged:
                     train.fit(run, recipe, process, logged)
 
 
@@ -66,7 +66,7 @@ def _one_of_many(run: Path, recipe: Recipe, mode: progress.Mode, accepted: tuple
 def _open(
     run: Path,
     recipe: Recipe,
-    report: events.Report,
+    on_event: events.Report,
     wait_seconds: float,
     accepted: tuple[str, ...],
 ) -> Iterator[bool]:
@@ -74,21 +74,21 @@ def _open(
 
     Accepted changes are made in its recipe, unless it is finished: nothing is trained under them.
     """
-    started, labelled = time.monotonic(), knn.labelled_images(recipe, report)
+    started, labelled = time.monotonic(), knn.labelled_images(recipe, on_event)
     if not run.exists():
-        folder.prepare(run, recipe, report, accepted)
+        folder.prepare(run, recipe, on_event, accepted)
     with folder.lock(run, wait_seconds):
         # Sweeps what a killed process left: only with the lock.
-        before = folder.prepare(run, recipe, report, accepted)
+        before = folder.prepare(run, recipe, on_event, accepted)
         step = _position(run)
         finished = step == recipe.steps(len(open_index(run / folder.INDEX)))
         if finished:
             seconds = time.monotonic() - started
-            report(Pretrained(seconds, str(run), step or 0, 0, nothing_to_do=True))
+            on_event(Pretrained(seconds, str(run), step or 0, 0, nothing_to_do=True))
         else:
             folder.require_same_images(run)
             if before:
-                with folder.log(run, report) as logged:
+                with folder.log(run, on_event) as logged:
                     changes.write(run, recipe, before, step or 0, logged)
             if labelled:
                 labelled.save(run / knn.INDEX)

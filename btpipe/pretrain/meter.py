@@ -65,14 +65,14 @@ class Meter:
             self._first = False
             if run.core.compiled:
                 float(outcome.terms.on_diagonal)
-                run.report(events.Compiled(time.perf_counter() - self._started))
+                run.on_event(events.Compiled(time.perf_counter() - self._started))
                 self._restart()
                 return None
         done = run.state.step
         if done % run.recipe.run.log_steps and done != run.steps:
             return None
         logged = self._measure(outcome.terms)
-        run.report(logged)
+        run.on_event(logged)
         self._restart()
         return logged
 

@@ -17,7 +17,7 @@ class TrainingRun:
     recipe: Recipe
     folder: Path
     runtime: Runtime
-    report: Report
+    on_event: Report
     core: step.Core
     state: checkpoint.State
     index: Index

@@ -28,7 +28,7 @@ NOTABLE_FLOOR = 0.05
 PRECISION_FIX = "go on with --set run.precision=fp32 --accept-change run.precision"
 
 
-def fit(folder: Path, recipe: Recipe, process: Runtime, report: Report) -> None:
+def fit(folder: Path, recipe: Recipe, process: Runtime, on_event: Report) -> None:
     """Trains a prepared run folder to its end, from its newest checkpoint.
 
     Raises:
@@ -40,7 +40,7 @@ def fit(folder: Path, recipe: Recipe, process: Runtime, report: Report) -> None:
     """
     runtime.require_float32_products(process.device)
     index = open_index(folder / "index.parquet")
-    run = _open(folder, recipe, process, report, index)
+    run = _open(folder, recipe, process, on_event, index)
     _announce(run)
     rejects = RunRejects(folder, index)
     loader = TrainingLoader(
@@ -50,7 +50,7 @@ def fit(folder: Path, recipe: Recipe, process: Runtime, report: Report) -> None:
         world_size=process.world_size,
         start_step=run.state.step,
         device=process.device,
-        on_event=report,
+        on_event=on_event,
         rejected=rejects.by_row(),
     )
     with runtime.StopSignals() as signals, loader:
@@ -61,27 +61,27 @@ def fit(folder: Path, recipe: Recipe, process: Runtime, report: Report) -> None:
 
 
 def _open(
-    folder: Path, recipe: Recipe, process: Runtime, report: Report, index: Index
+    folder: Path, recipe: Recipe, process: Runtime, on_event: Report, index: Index
 ) -> TrainingRun:
     """Network, optimiser and position, as the newest checkpoint left them."""
     core = step.build(recipe, process.device)
     state = checkpoint.State(0, recipe.digest, index.fingerprint)
-    newest = checkpoint.newest(folder, report)
+    newest = checkpoint.newest(folder, on_event)
     if newest is not None:
         at = checkpoint.position(newest, index.fingerprint)
         state = dataclasses.replace(state, step=at)
         checkpoint.load(newest, core)
     else:
-        init_from.load(folder, recipe.network, core.network, report)
+        init_from.load(folder, recipe.network, core.network, on_event)
     if core.compiled:
         step.compile(core)
-    return TrainingRun(recipe, folder, process, report, core, state, index)
+    return TrainingRun(recipe, folder, process, on_event, core, state, index)
 
 
 def _announce(run: TrainingRun) -> None:
     recipe, dimension = run.recipe, run.recipe.network.projector[-1]
     floor = loss.floor(recipe.data.batch_size, dimension, recipe.loss.lambd)
-    run.report(
+    run.on_event(
         events.RunStarted(
             run=str(run.folder),
             recipe=recipe.digest,
@@ -102,7 +102,7 @@ def _announce(run: TrainingRun) -> None:
             f"with {recipe.data.batch_size} images and {dimension} dimensions the loss cannot go"
             f" below {floor:.0f}, however good the encoder: do not judge it by that number"
         )
-        run.report(events.Warned(text))
+        run.on_event(events.Warned(text))
 
 
 def _loop(run: TrainingRun, supply: Supply, signals: runtime.StopSignals) -> None:
@@ -139,7 +139,7 @@ def _loop(run: TrainingRun, supply: Supply, signals: runtime.StopSignals) -> Non
     if run.steps == 0 and checkpoint.newest(run.folder) is None:
         _save(run)
     seconds = time.perf_counter() - started
-    run.report(Pretrained(seconds, str(run.folder), run.state.step, run.state.step - before))
+    run.on_event(Pretrained(seconds, str(run.folder), run.state.step, run.state.step - before))
 
 
 def _save(run: TrainingRun) -> None:
@@ -160,7 +160,7 @@ def _save(run: TrainingRun) -> None:
     if run.runtime.is_first:
         path = checkpoint.save(run.folder, run.state, run.core, run.recipe.run)
         seconds = time.perf_counter() - started
-        run.report(events.CheckpointSaved(run.state.step, str(path), seconds))
+        run.on_event(events.CheckpointSaved(run.state.step, str(path), seconds))
     runtime.barrier()
 
 

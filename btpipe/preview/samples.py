@@ -61,7 +61,7 @@ def color(number: int) -> str:
     return COLORS[number % len(COLORS)]
 
 
-def draw_samples(recipe: Recipe, report: Report, *, count: int, epoch: int) -> list[Sample]:
+def draw_samples(recipe: Recipe, on_event: Report, *, count: int, epoch: int) -> list[Sample]:
     """The first `count` images of an epoch, seen as a run of this recipe sees them on a CPU.
 
     Raises:
@@ -70,7 +70,7 @@ def draw_samples(recipe: Recipe, report: Report, *, count: int, epoch: int) -> l
     if not recipe.data.train:
         fix = "name the images: --data DIR, or data.train in the recipe"
         raise UsageError("no images are named", where="data.train", fix=fix)
-    images, _ = index.build(recipe.data.train, report)
+    images, _ = index.build(recipe.data.train, on_event)
     count = min(count, len(images))
     step = count_steps(len(images), count, epoch)
     with TrainingLoader(
@@ -80,7 +80,7 @@ def draw_samples(recipe: Recipe, report: Report, *, count: int, epoch: int) -> l
         world_size=1,
         start_step=step,
         device=torch.device("cpu"),
-        on_event=report,
+        on_event=on_event,
         rejected={},
     ) as loader:
         batch = next(iter(loader))

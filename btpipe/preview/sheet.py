@@ -45,7 +45,7 @@ class ViewsDrawn(Finished):
 
 
 def make(
-    recipe: Recipe, name: str, out: Path, report: Report, *, count: int, epoch: int, page: bool
+    recipe: Recipe, name: str, out: Path, on_event: Report, *, count: int, epoch: int, page: bool
 ) -> None:
     """Writes the sheet of the first `count` images of an epoch, and its page beside it if asked.
 
@@ -56,7 +56,7 @@ def make(
     if out.suffix.lower() != ".png":
         raise UsageError(f"--out {out}", expected="a name that ends in .png")
     started = time.monotonic()
-    samples = draw_samples(recipe, report, count=count, epoch=epoch)
+    samples = draw_samples(recipe, on_event, count=count, epoch=epoch)
     about = (
         f"seed {recipe.seed}, epoch {epoch}, {recipe.data.image_size} pixels, {recipe.data.train}"
     )
@@ -66,7 +66,7 @@ def make(
     page_path = out.with_suffix(".html") if page else None
     if page_path is not None:
         write_page(page_path, samples, f"Views of {name}", about, recipe.to_toml())
-    report(ViewsDrawn(time.monotonic() - started, out, page_path, len(samples), epoch))
+    on_event(ViewsDrawn(time.monotonic() - started, out, page_path, len(samples), epoch))
 
 
 def draw(samples: Sequence[Sample], title: str) -> Image.Image:
