@@ -24,18 +24,18 @@ def reasons(rejected: list[Rejected]) -> dict[str, str]:
     return {event.path: event.reason for event in rejected}
 
 
-def paths(made: index.Index) -> list[str]:
-    return list(made.table["path"].to_pylist())
+def paths(images: index.Index) -> list[str]:
+    return list(images.table["path"].to_pylist())
 
 
 def test_every_image_is_a_row_sorted_by_path(tmp_path: Path) -> None:
     for name in ("b/2.jpg", "a/9.jpg", "a/10.jpg", "B/1.jpg"):
         write(tmp_path / name)
-    made, rejected = index.build(tmp_path)
-    assert paths(made) == ["B/1.jpg", "a/10.jpg", "a/9.jpg", "b/2.jpg"]
-    assert made.labels == ["B", "a", "a", "b"]
+    images, rejected = index.build(tmp_path)
+    assert paths(images) == ["B/1.jpg", "a/10.jpg", "a/9.jpg", "b/2.jpg"]
+    assert images.labels == ["B", "a", "a", "b"]
     assert rejected == []
-    assert made.read_bytes(2) == (tmp_path / "a/9.jpg").read_bytes()
+    assert images.read_bytes(2) == (tmp_path / "a/9.jpg").read_bytes()
 
 
 def test_an_image_beside_the_class_folders_takes_all_labels_away(tmp_path: Path) -> None:
@@ -49,18 +49,18 @@ def test_sizes_are_those_of_the_upright_image(tmp_path: Path, orientation: int) 
     exif = Image.Exif()
     exif[0x0112] = orientation
     write(tmp_path / "1.jpg", 40, 30, exif=exif)
-    made, _ = index.build(tmp_path)
+    images, _ = index.build(tmp_path)
     upright = (40, 30) if orientation < 5 else (30, 40)
-    assert (made.widths[0], made.heights[0]) == upright
-    assert made.table["orientation"].to_pylist() == [orientation]
+    assert (images.widths[0], images.heights[0]) == upright
+    assert images.table["orientation"].to_pylist() == [orientation]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000"])
 def test_content_decides_what_is_an_image(tmp_path: Path, kind: str) -> None:
     write(tmp_path / "x.dat", kind=kind)
     write(tmp_path / "y.gif", kind=kind)
-    made, rejected = index.build(tmp_path)
-    assert (paths(made), rejected) == (["x.dat", "y.gif"], [])
+    images, rejected = index.build(tmp_path)
+    assert (paths(images), rejected) == (["x.dat", "y.gif"], [])
 
 
 def test_what_never_claimed_to_be_an_image_is_passed_over_in_silence(tmp_path: Path) -> None:
@@ -69,8 +69,8 @@ def test_what_never_claimed_to_be_an_image_is_passed_over_in_silence(tmp_path: P
     write(tmp_path / ".thumbnails/1.jpg")
     (tmp_path / "labels.csv").write_text("1.jpg,cat")
     (tmp_path / "empty.txt").touch()
-    made, rejected = index.build(tmp_path)
-    assert (paths(made), rejected) == (["1.jpg"], [])
+    images, rejected = index.build(tmp_path)
+    assert (paths(images), rejected) == (["1.jpg"], [])
 
 
 def test_each_unusable_file_is_rejected_with_its_own_reason(tmp_path: Path) -> None:
@@ -81,16 +81,16 @@ def test_each_unusable_file_is_rejected_with_its_own_reason(tmp_path: Path) -> N
     (tmp_path / "page.jpg").write_text("<html>not found</html>")
     (tmp_path / "script.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     (tmp_path / "start.jpg").write_bytes((tmp_path / "good.jpg").read_bytes()[:40])
-    made, rejected = index.build(tmp_path)
-    found = reasons(rejected)
-    assert paths(made) == ["good.jpg"]
-    assert found["animation.gif"].startswith("GIF is not supported")
-    assert found["disguised.jpg"].startswith("GIF is not supported")
-    assert found["empty.png"] == "empty file"
-    assert found["page.jpg"] == "not an image"
-    assert found["script.jpg"].startswith("PostScript is not supported")
-    assert found["start.jpg"].startswith("damaged JPEG header")
-    assert len(found) == 6
+    images, rejected = index.build(tmp_path)
+    reason_of = reasons(rejected)
+    assert paths(images) == ["good.jpg"]
+    assert reason_of["animation.gif"].startswith("GIF is not supported")
+    assert reason_of["disguised.jpg"].startswith("GIF is not supported")
+    assert reason_of["empty.png"] == "empty file"
+    assert reason_of["page.jpg"] == "not an image"
+    assert reason_of["script.jpg"].startswith("PostScript is not supported")
+    assert reason_of["start.jpg"].startswith("damaged JPEG header")
+    assert len(reason_of) == 6
     assert all(event.stage == "index" for event in rejected)
 
 
@@ -114,16 +114,16 @@ def test_pipes_and_links_never_hang_the_walk_and_have_a_reason_each(tmp_path: Pa
     (root / "circle.jpg").symlink_to("circle.jpg")
     (root / "a/up").symlink_to(root)
     (root / "folder.jpg").mkdir()
-    made, rejected = index.build(root)
-    found = reasons(rejected)
-    assert paths(made) == ["a/1.jpg", "to_inside.jpg"]
-    assert found["pipe.jpg"].startswith("not a regular file")
-    assert found["to_outside.jpg"].startswith("a link that leads out of the folder")
-    assert found["to_nothing.jpg"] == "a link to nothing"
-    assert found["circle.jpg"] == "a link in a circle"
-    assert found["folder.jpg"].startswith("a folder")
-    assert "a/up" in found
-    assert len(found) == 6
+    images, rejected = index.build(root)
+    reason_of = reasons(rejected)
+    assert paths(images) == ["a/1.jpg", "to_inside.jpg"]
+    assert reason_of["pipe.jpg"].startswith("not a regular file")
+    assert reason_of["to_outside.jpg"].startswith("a link that leads out of the folder")
+    assert reason_of["to_nothing.jpg"] == "a link to nothing"
+    assert reason_of["circle.jpg"] == "a link in a circle"
+    assert reason_of["folder.jpg"].startswith("a folder")
+    assert "a/up" in reason_of
+    assert len(reason_of) == 6
 
 
 STRANGE_NAMES = [
@@ -140,27 +140,27 @@ STRANGE_NAMES = [
 def test_a_row_opens_the_file_it_names_whatever_the_name(tmp_path: Path) -> None:
     for width, name in enumerate(STRANGE_NAMES, 20):
         write(tmp_path / os.fsdecode(name), width=width)
-    made, rejected = index.build(tmp_path)
+    images, rejected = index.build(tmp_path)
     assert rejected == []
-    assert len(made) == len(STRANGE_NAMES)
-    for row in range(len(made)):
-        with Image.open(io.BytesIO(made.read_bytes(row))) as image:
-            assert image.width == made.widths[row]
-    row = paths(made).index("latin-%E9.jpg")
-    assert made.table["path_bytes"][row].as_py() == b"latin-\xe9.jpg"
-    assert made.table["path_bytes"].null_count == len(made) - 1
+    assert len(images) == len(STRANGE_NAMES)
+    for row in range(len(images)):
+        with Image.open(io.BytesIO(images.read_bytes(row))) as image:
+            assert image.width == images.widths[row]
+    row = paths(images).index("latin-%E9.jpg")
+    assert images.table["path_bytes"][row].as_py() == b"latin-\xe9.jpg"
+    assert images.table["path_bytes"].null_count == len(images) - 1
 
 
 def test_an_index_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     write(tmp_path / "images/a/1.jpg")
     write(tmp_path / "images/b/caf\xe9.png", kind="PNG")
-    made, _ = index.build(tmp_path / "images")
-    made.save(tmp_path / "index.parquet")
+    images, _ = index.build(tmp_path / "images")
+    images.save(tmp_path / "index.parquet")
     again = index.open_index(tmp_path / "index.parquet")
-    assert again.root == made.root
-    assert again.table.equals(made.table)
-    assert again.fingerprint == made.fingerprint
-    np.testing.assert_array_equal(again.widths, made.widths)
+    assert again.root == images.root
+    assert again.table.equals(images.table)
+    assert again.fingerprint == images.fingerprint
+    np.testing.assert_array_equal(again.widths, images.widths)
     assert again.file(0) == tmp_path / "images/a/1.jpg"
 
 
@@ -205,11 +205,11 @@ def test_rejects_are_reported_as_they_are_returned(tmp_path: Path) -> None:
 
 def test_a_pipe_that_takes_a_files_place_is_an_error_and_no_wait(tmp_path: Path) -> None:
     image = write(tmp_path / "1.jpg")
-    made, _ = index.build(tmp_path)
+    images, _ = index.build(tmp_path)
     image.unlink()
     os.mkfifo(image)
     with pytest.raises(BadInputError, match="not a regular file"):
-        made.read_bytes(0)
+        images.read_bytes(0)
 
 
 def test_a_reject_names_its_content_only_where_that_was_read(tmp_path: Path) -> None:

@@ -87,15 +87,15 @@ def first_batches(images: index.Index, events: list[Event]) -> list[Batch]:
 
 def test_a_disk_that_stumbles_costs_no_image(tmp_path: Path) -> None:
     paths = draw_images(tmp_path / "images", 16)
-    made, _ = index.build(tmp_path / "images")
-    healthy = first_batches(made, [])
+    images, _ = index.build(tmp_path / "images")
+    healthy = first_batches(images, [])
     aside = tmp_path / "aside.jpg"
     paths[5].rename(aside)
     paths[5].symlink_to(FAILING)
     healing = threading.Timer(HEALS_AFTER_SECONDS, os.replace, (aside, paths[5]))
     events: list[Event] = []
     healing.start()
-    got = first_batches(made, events)
+    got = first_batches(images, events)
     healing.join()
     assert events == []
     for one, other in zip(healthy, got, strict=True):
@@ -111,18 +111,18 @@ def test_a_disk_that_stumbles_while_images_are_listed_costs_none(tmp_path: Path)
     path.symlink_to(FAILING)
     healing = threading.Timer(HEALS_AFTER_SECONDS, os.replace, (aside, path))
     healing.start()
-    made, rejected = index.build(tmp_path / "list.txt")
+    images, rejected = index.build(tmp_path / "list.txt")
     healing.join()
-    assert (len(made), rejected) == (1, [])
+    assert (len(images), rejected) == (1, [])
 
 
 def test_a_disk_that_stays_broken_is_named_after_all_tries(tmp_path: Path) -> None:
     paths = draw_images(tmp_path, 4)
-    made, _ = index.build(tmp_path)
+    images, _ = index.build(tmp_path)
     paths[0].unlink()
     paths[0].symlink_to(FAILING)
-    row = made.table["path"].to_pylist().index(paths[0].relative_to(tmp_path).as_posix())
+    row = images.table["path"].to_pylist().index(paths[0].relative_to(tmp_path).as_posix())
     started = time.monotonic()
     with pytest.raises(BadInputError, match="Input/output error"):
-        made.read_bytes(row)
+        images.read_bytes(row)
     assert time.monotonic() - started >= sum(RETRY_SECONDS)

@@ -85,17 +85,17 @@ def test_every_input_is_an_image_of_the_index_or_a_reject_with_a_reason(
 ) -> None:
     done = decode(images, tmp_path / "i.parquet")
     assert paths(done) == [f"a/{i}.jpg" for i in range(8)]
-    found = reasons(done)
-    assert found.pop("b/cut.jpg").startswith("truncated or damaged JPEG")
-    assert found == {"b/empty.png": "empty file", "b/page.jpg": "not an image"}
+    reason_of = reasons(done)
+    assert reason_of.pop("b/cut.jpg").startswith("truncated or damaged JPEG")
+    assert reason_of == {"b/empty.png": "empty file", "b/page.jpg": "not an image"}
     assert [r.stage for r in done.rejects] == ["decode", "index", "index"]
 
 
 def test_files_beside_each_other_hold_what_was_returned(images: Path, tmp_path: Path) -> None:
     done = decode(images, tmp_path / "i.parquet")
-    made = open_index(tmp_path / "i.parquet")
-    assert made.table.equals(done.index.table)
-    assert made.read_bytes(3) == (images / "a/3.jpg").read_bytes()
+    index = open_index(tmp_path / "i.parquet")
+    assert index.table.equals(done.index.table)
+    assert index.read_bytes(3) == (images / "a/3.jpg").read_bytes()
     assert rejects.read(tmp_path / "i.rejects.csv") == done.rejects
     with (tmp_path / "i.rejects.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -179,7 +179,7 @@ def test_the_report_counts_rejects_by_reason_and_says_what_to_do(
 
 
 def test_every_reason_that_a_file_can_have_comes_with_advice() -> None:
-    known = [
+    examples = [
         *(header.damage(content).reason for content in (b"", b"text", b"\xff\xd8\xff\xe0")),
         "GIF is not supported (JPEG, PNG are)",
         "pixel bomb: 20000 x 20000 pixels, at most 178956970 are decoded",
@@ -191,10 +191,10 @@ def test_every_reason_that_a_file_can_have_comes_with_advice() -> None:
         "decoding ended the process (SIGSEGV)",
     ]
     rows = file_checks.advice(
-        Rejected(str(i), "x", "content", reason) for i, reason in enumerate(known)
+        Rejected(str(i), "x", "content", reason) for i, reason in enumerate(examples)
     )
     assert "look at it" not in {row.to_do for row in rows}
-    assert len(rows) == len(known) - 1  # both kinds that cannot be read are one
+    assert len(rows) == len(examples) - 1  # both kinds that cannot be read are one
 
 
 def test_a_second_scan_reads_only_what_is_new_or_changed_and_drops_what_is_gone(
@@ -260,9 +260,9 @@ def test_a_tar_or_a_table_that_is_as_it_was_stays_closed(
                 for path in part:
                     tar.add(path, path.name)
         else:
-            made = pa.table({"image": [path.read_bytes() for path in part]})
+            image_table = pa.table({"image": [path.read_bytes() for path in part]})
             plain = {"use_dictionary": False, "write_statistics": False}
-            pq.write_table(made, table, compression="none", **plain)
+            pq.write_table(image_table, table, compression="none", **plain)
     first = scan(tables, tmp_path / "i.parquet", ignore)
     content = tables[1].read_bytes()
     image = content.index(b"\xff\xd8\xff")  # the first one would be no image any more
@@ -340,8 +340,8 @@ def test_the_command_ends_with_3_when_strict_and_0_otherwise(images: Path, tmp_p
     words = ["scan", str(images), "--out", str(tmp_path / "i.parquet"), "--depth", "decode"]
     lenient = CliRunner().invoke(cli.app, [*words, "--json"])
     assert lenient.exit_code == 0
-    *_, told = event_schema.read(lenient.stdout)
-    assert (told["event"], told["images"], told["rejects"]) == ("Scanned", 8, 3)
+    *_, event = event_schema.read(lenient.stdout)
+    assert (event["event"], event["images"], event["rejects"]) == ("Scanned", 8, 3)
     strict = CliRunner().invoke(cli.app, [*words, "--strict"])
     assert isinstance(strict.exception, BudgetError)
     assert strict.exception.exit_code == 3
@@ -379,10 +379,10 @@ def test_a_stopped_scan_keeps_what_it_decoded_and_goes_on(tmp_path: Path) -> Non
     assert (running.returncode, error["code"], error["kind"]) == (75, 75, "Stopped")
     assert "run the same command again" in error["fix"]
     half = open_index(out)
-    known = len(half) - half.table["digest"].null_count
-    assert 0 < known < MANY
+    digest_count = len(half) - half.table["digest"].null_count
+    assert 0 < digest_count < MANY
     rest = decode(folder, out)
-    assert (rest.kept, rest.read) == (known, MANY - known)
+    assert (rest.kept, rest.read) == (digest_count, MANY - digest_count)
     assert rest.index.table.equals(decode(folder, tmp_path / "fresh.parquet").index.table)
 
 
@@ -399,10 +399,10 @@ def test_a_killed_scan_keeps_what_it_saved_every_few_moments(tmp_path: Path) -> 
             time.sleep(0.01)
         running.kill()
     half = open_index(out)
-    known = len(half) - half.table["digest"].null_count
-    assert 0 < known < MANY
+    digest_count = len(half) - half.table["digest"].null_count
+    assert 0 < digest_count < MANY
     rest = decode(folder, out)
-    assert (rest.kept, rest.read) == (known, MANY - known)
+    assert (rest.kept, rest.read) == (digest_count, MANY - digest_count)
 
 
 OFTEN = """
@@ -446,10 +446,10 @@ def test_files_and_folders_that_nobody_may_read_are_rejects_with_a_reason(
     assert done.returncode == 0, done.stderr
     kept = ["open/1.jpg", *(["secret.jpg"] if depth == "list" else [])]
     assert open_index(out).table["path"].to_pylist() == kept
-    found = {r.path: r.reason for r in rejects.read(rejects.path_beside(out))}
-    assert found.pop("closed") == "folder cannot be read: Permission denied"
+    reason_of = {r.path: r.reason for r in rejects.read(rejects.path_beside(out))}
+    assert reason_of.pop("closed") == "folder cannot be read: Permission denied"
     unread = {} if depth == "list" else {"secret.jpg": "cannot be read: Permission denied"}
-    assert found == unread
+    assert reason_of == unread
     mended = scan(tmp_path / "images", out, ignore)
     assert paths(mended) == ["closed/2.jpg", "open/1.jpg", "secret.jpg"]
     assert mended.rejects == []
@@ -478,9 +478,9 @@ def test_a_decode_that_does_not_end_costs_its_time_limit_and_no_other_file(tmp_p
 def test_pipes_and_links_are_rejected_when_listed(images: Path, tmp_path: Path) -> None:
     os.mkfifo(images / "pipe.jpg")
     (images / "circle.jpg").symlink_to("circle.jpg")
-    found = reasons(decode(images, tmp_path / "i.parquet"))
-    assert found["pipe.jpg"].startswith("not a regular file")
-    assert found["circle.jpg"] == "a link in a circle"
+    reason_of = reasons(decode(images, tmp_path / "i.parquet"))
+    assert reason_of["pipe.jpg"].startswith("not a regular file")
+    assert reason_of["circle.jpg"] == "a link in a circle"
 
 
 MEASURED = """
@@ -551,15 +551,15 @@ STRANGE_NAMES = [
 def test_names_of_any_bytes_are_scanned_kept_and_open_the_same_file(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path / "images")
     for i, name in enumerate(STRANGE_NAMES):
-        for place in (b"a", b"b"):
-            draw(Path(os.fsdecode(folder + b"/" + place + b"/" + name)), seed=i, size=(40 + i, 30))
-            cut(draw(Path(os.fsdecode(folder + b"/" + place + b"/cut" + name[:200] + b".jpg"))))
+        for parent in (b"a", b"b"):
+            draw(Path(os.fsdecode(folder + b"/" + parent + b"/" + name)), seed=i, size=(40 + i, 30))
+            cut(draw(Path(os.fsdecode(folder + b"/" + parent + b"/cut" + name[:200] + b".jpg"))))
     first = decode(tmp_path / "images", tmp_path / "i.parquet")
-    made = open_index(tmp_path / "i.parquet")
-    assert len(made) == len(first.rejects) == 2 * len(STRANGE_NAMES)
-    for row in range(len(made)):
-        content = made.file(row).read_bytes()
-        assert made.table["digest"][row].as_py() == hashlib.sha256(content).hexdigest()
+    index = open_index(tmp_path / "i.parquet")
+    assert len(index) == len(first.rejects) == 2 * len(STRANGE_NAMES)
+    for row in range(len(index)):
+        content = index.file(row).read_bytes()
+        assert index.table["digest"][row].as_py() == hashlib.sha256(content).hexdigest()
     assert rejects.read(tmp_path / "i.rejects.csv") == first.rejects
     again = decode(tmp_path / "images", tmp_path / "i.parquet")
     assert (again.read, again.kept) == (0, 4 * len(STRANGE_NAMES))
@@ -616,8 +616,8 @@ def test_several_inputs_are_one_index_and_tar_members_are_scanned_where_they_are
 
 def test_the_index_is_an_input_whose_rejects_stay_rejected(images: Path, tmp_path: Path) -> None:
     done = decode(images, tmp_path / "i.parquet")
-    made, refused = build(tmp_path / "i.parquet")
-    assert made.table.equals(done.index.table)
+    index, refused = build(tmp_path / "i.parquet")
+    assert index.table.equals(done.index.table)
     assert [(r.path, r.stage, r.reason) for r in refused] == [
         (r.path, r.stage, r.reason) for r in done.rejects
     ]

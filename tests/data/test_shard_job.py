@@ -49,8 +49,8 @@ def folder(tmp_path: Path) -> Path:
 
 def sharded(images: Path, out: Path, options: ShardOptions = SMALL) -> tuple[Index, list[Event]]:
     events: list[Event] = []
-    made, refused = index.build(images)
-    shard_job.write(made, refused, out, options, events.append)
+    source_images, refused = index.build(images)
+    shard_job.write(source_images, refused, out, options, events.append)
     return open_index(out / "index.parquet"), events
 
 
@@ -59,37 +59,37 @@ def hashes(out: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
 
 
-def content(made: Index, row: int) -> bytes:
+def content(images: Index, row: int) -> bytes:
     """Read by tarfile, which knows nothing of the index."""
-    name, _, member = made.table["path"][row].as_py().partition("::")
-    with tarfile.open(made.root / name) as tar:
+    name, _, member = images.table["path"][row].as_py().partition("::")
+    with tarfile.open(images.root / name) as tar:
         file = tar.extractfile(member)
         assert file is not None
         return file.read()
 
 
-def original(made: Index, row: int) -> Path:
-    name, _, member = made.table["path"][row].as_py().partition("::")
-    with tarfile.open(made.root / name) as tar:
+def original(images: Index, row: int) -> Path:
+    name, _, member = images.table["path"][row].as_py().partition("::")
+    with tarfile.open(images.root / name) as tar:
         file = tar.extractfile(member.replace(".jpg", ".json"))
         assert file is not None
         about = json.loads(file.read())
-    assert about["label"] == made.table["label"][row].as_py()
+    assert about["label"] == images.table["label"][row].as_py()
     return Path(about["path"])
 
 
 def test_every_image_is_in_one_shard_or_in_the_rejects(folder: Path, tmp_path: Path) -> None:
-    made, events = sharded(folder, tmp_path / "out")
-    paths = [original(made, row).as_posix() for row in range(len(made))]
+    images, events = sharded(folder, tmp_path / "out")
+    paths = [original(images, row).as_posix() for row in range(len(images))]
     assert len(set(paths)) == len(paths) == 30
     assert [e.path for e in events if isinstance(e, Rejected)] == ["a/99.jpg"]
     rejects = (tmp_path / "out" / "rejects.csv").read_text()
     assert rejects.startswith(
         "path,stage,kind,reason,bytes,mtime_ns\na/99.jpg,shard,content,truncated or damaged JPEG"
     )
-    assert len(made.sources) > 3
+    assert len(images.sources) > 3
     tars = sorted((tmp_path / "out").glob("*.tar"))
-    assert [Path(source.place) for source in made.sources] == tars
+    assert [Path(source.place) for source in images.sources] == tars
     for path in tars:
         assert path.stat().st_size < 2 * SMALL.shard_bytes
     assert paths != sorted(paths)  # in a random order
@@ -97,40 +97,40 @@ def test_every_image_is_in_one_shard_or_in_the_rejects(folder: Path, tmp_path: P
 
 
 def test_the_index_says_what_is_there(folder: Path, tmp_path: Path) -> None:
-    made, _ = sharded(folder, tmp_path / "out")
-    for row in range(len(made)):
-        found = content(made, row)
-        entry = {name: made.table[name][row].as_py() for name in made.table.column_names}
-        source = made.sources[entry["source"]]
+    images, _ = sharded(folder, tmp_path / "out")
+    for row in range(len(images)):
+        expected = content(images, row)
+        entry = {name: images.table[name][row].as_py() for name in images.table.column_names}
+        source = images.sources[entry["source"]]
         with Path(source.place).open("rb") as file:
             file.seek(entry["offset"])
-            assert file.read(entry["bytes"]) == found
-        assert made.read_bytes(row) == found
-        assert hashlib.sha256(found).hexdigest() == entry["digest"]
-        with Image.open(io.BytesIO(found)) as image:
+            assert file.read(entry["bytes"]) == expected
+        assert images.read_bytes(row) == expected
+        assert hashlib.sha256(expected).hexdigest() == entry["digest"]
+        with Image.open(io.BytesIO(expected)) as image:
             assert image.size == (entry["width"], entry["height"])
             assert image.format == entry["format"] == "JPEG"
     artifact.verify(tmp_path / "out", shard_job.KIND)
     scanned, _ = index.build(tmp_path / "out" / "shard-00000.tar")
     for name in ("offset", "bytes", "width", "height", "mode", "label", "mtime_ns"):
         count = len(scanned)
-        assert scanned.table[name].to_pylist() == made.table[name].to_pylist()[:count], name
+        assert scanned.table[name].to_pylist() == images.table[name].to_pylist()[:count], name
 
 
 def test_images_are_upright_and_no_larger_and_small_ones_are_the_same_bytes(
     folder: Path, tmp_path: Path
 ) -> None:
-    made, _ = sharded(folder, tmp_path / "out")
+    images, _ = sharded(folder, tmp_path / "out")
     copied = 0
-    for row in range(len(made)):
-        file = folder / original(made, row)
+    for row in range(len(images)):
+        file = folder / original(images, row)
         was = decode.decode(np.frombuffer(file.read_bytes(), np.uint8))
         height, width = was.shape[:2]
-        got = made.read_bytes(row)
+        got = images.read_bytes(row)
         if min(width, height) <= SMALL.shorter_side:
-            assert (made.widths[row], made.heights[row]) == (width, height)
+            assert (images.widths[row], images.heights[row]) == (width, height)
         else:
-            assert min(made.widths[row], made.heights[row]) == SMALL.shorter_side
+            assert min(images.widths[row], images.heights[row]) == SMALL.shorter_side
         with Image.open(file) as image:
             turned, jpeg = image.getexif().get(0x0112, 1) != 1, image.format == "JPEG"
         if jpeg and not turned and min(width, height) <= SMALL.shorter_side:
@@ -175,15 +175,15 @@ def test_other_settings_or_another_folder_are_refused(folder: Path, tmp_path: Pa
 
 
 def test_training_reads_the_images_of_the_shards(folder: Path, tmp_path: Path) -> None:
-    made, _ = sharded(folder, tmp_path / "out")
+    images, _ = sharded(folder, tmp_path / "out")
     data = recipe.Data(
         batch_size=8, image_size=32, threads=2, shuffle="blocks", block_images=4, mixed_blocks=3
     )
     chosen = recipe.Recipe(data=data, optim=recipe.Optim(epochs=1, warmup_epochs=0))
     rejected: dict[int, Rejected] = {}
     with TrainingLoader(
-        made,
-        LoaderSettings.of(chosen, len(made)),
+        images,
+        LoaderSettings.of(chosen, len(images)),
         rank=0,
         world_size=1,
         start_step=0,
@@ -199,31 +199,31 @@ def test_training_reads_the_images_of_the_shards(folder: Path, tmp_path: Path) -
 def test_the_folder_itself_is_an_input_also_where_it_was_moved(
     folder: Path, tmp_path: Path
 ) -> None:
-    made, _ = sharded(folder, tmp_path / "out")
-    found, _ = index.build(tmp_path / "out")
-    assert found.table.equals(made.table)
+    images, _ = sharded(folder, tmp_path / "out")
+    from_folder, _ = index.build(tmp_path / "out")
+    assert from_folder.table.equals(images.table)
     shutil.copytree(tmp_path / "out", tmp_path / "copy")
     (tmp_path / "out").rename(tmp_path / "moved")
-    for place in ("moved", "moved/index.parquet", "copy", "copy/index.parquet"):
-        moved, refused = index.build(tmp_path / place)
+    for name in ("moved", "moved/index.parquet", "copy", "copy/index.parquet"):
+        moved, refused = index.build(tmp_path / name)
         assert not refused
-        assert moved.table.equals(made.table)
-        assert moved.root == (tmp_path / place.partition("/")[0])
-        for row, digest in enumerate(made.table["digest"].to_pylist()):
+        assert moved.table.equals(images.table)
+        assert moved.root == (tmp_path / name.partition("/")[0])
+        for row, digest in enumerate(images.table["digest"].to_pylist()):
             assert hashlib.sha256(moved.read_bytes(row)).hexdigest() == digest
         assert not change_detection.changes(moved, frozenset())
     both, _ = index.build([tmp_path / "moved", tmp_path / "copy" / "index.parquet"])
-    assert len(both) == 2 * len(made)
+    assert len(both) == 2 * len(images)
     assert {source.place.split("/")[-2] for source in both.sources} == {"moved", "copy"}
     next((tmp_path / "moved").glob("*.tar")).write_bytes(b"cut")
-    for place in ("moved", "moved/index.parquet"):
+    for name in ("moved", "moved/index.parquet"):
         with pytest.raises(IntegrityError, match="found 3 bytes"):
-            index.build(tmp_path / place)
+            index.build(tmp_path / name)
 
 
 def write_slowly(images: Path, out: Path) -> None:
-    made, refused = index.build(images)
-    shard_job.write(made, refused, out, SMALL, ignore)
+    source_images, refused = index.build(images)
+    shard_job.write(source_images, refused, out, SMALL, ignore)
 
 
 def test_a_killed_job_goes_on_at_its_last_finished_shard(folder: Path, tmp_path: Path) -> None:

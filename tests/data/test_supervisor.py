@@ -91,9 +91,9 @@ def test_the_second_try_has_the_machine_and_a_process_for_itself(tmp_path: Path)
         if task == "log-kill":
             tries.append((process, begun - {process}))
             begun = begun - {process}
-    (first, _), (second, beside) = tries
+    (first, _), (second, neighbours) = tries
     assert first != second
-    assert beside == set()
+    assert neighbours == set()
 
 
 def test_many_that_hang_and_die_leave_the_others_answered() -> None:

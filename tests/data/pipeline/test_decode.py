@@ -58,18 +58,16 @@ def test_a_thousand_damaged_headers_beside_good_files_cost_no_process_and_no_nei
             for _ in range(draws.randint(1, 3)):
                 content[draws.randrange(min(HEADER_BYTES, len(content)))] = draws.randrange(256)
             spoilt.append(decode.parse(array(bytes(content))))
-        refused += sum(found is None for found in spoilt)
+        refused += sum(file is None for file in spoilt)
         neighbours = [decode.parse(array(good[i % DIFFERENT][0])) for i in range(BATCH // 2)]
-        entering = [
-            found for pair in zip(neighbours, spoilt, strict=True) for found in pair if found
-        ]
-        made = decoder.decode(entering)
-        reasons = [image.reason for image in made if isinstance(image, BadInputError)]
+        entering = [file for pair in zip(neighbours, spoilt, strict=True) for file in pair if file]
+        images = decoder.decode(entering)
+        reasons = [image.reason for image in images if isinstance(image, BadInputError)]
         assert all(reasons), "a reason without words"
         rejected += len(reasons)
         for i, neighbour in enumerate(neighbours):
             assert neighbour
-            image = made[entering.index(neighbour)]
+            image = images[entering.index(neighbour)]
             assert not isinstance(image, BadInputError)
             np.testing.assert_array_equal(pixels_of(image), good[i % DIFFERENT][1])
     assert refused > FUZZED // 20
@@ -88,8 +86,8 @@ def test_the_batch_gives_the_pixels_of_the_file_alone(decoder: decode.BatchDecod
     ]
     parsed = [decode.parse(array(content)) for content in files]
     assert all(parsed)
-    made = decoder.decode([found for found in parsed if found])
-    for content, image in zip(files, made, strict=True):
+    images = decoder.decode([file for file in parsed if file])
+    for content, image in zip(files, images, strict=True):
         assert not isinstance(image, BadInputError)
         np.testing.assert_array_equal(pixels_of(image), decode.decode(array(content)))
 
@@ -127,7 +125,7 @@ def test_a_file_that_fails_in_decoding_costs_no_neighbour(decoder: decode.BatchD
     broken = bytearray(encoded("PNG", 2))
     broken[len(broken) // 2] ^= 0xFF
     parsed = [decode.parse(array(bytes(content))) for content in (good, broken, good)]
-    first, middle, last = decoder.decode([found for found in parsed if found])
+    first, middle, last = decoder.decode([file for file in parsed if file])
     assert isinstance(middle, BadInputError)
     assert middle.reason.startswith("truncated or damaged PNG")
     for image in (first, last):
@@ -139,7 +137,7 @@ def test_a_decoder_that_fails_for_every_file_costs_no_good_image() -> None:
     """As a GPU without memory does: this one may use a GPU alone, and is given none."""
     failing = decode.BatchDecoder(None, threads=2, backends=[Backend(BackendKind.GPU_ONLY)])
     files = [encoded("JPEG", 1), encoded("PNG", 2)]
-    parsed = [found for content in files if (found := decode.parse(array(content)))]
+    parsed = [file for content in files if (file := decode.parse(array(content)))]
     for content, image in zip(files, failing.decode(parsed), strict=True):
         assert not isinstance(image, BadInputError), image
         np.testing.assert_array_equal(pixels_of(image), decode.decode(array(content)))

@@ -151,11 +151,11 @@ def expected(kind: str, outcome: str) -> tuple[int, int, int]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind under a name that says nothing of it."""
-    made = tmp_path_factory.mktemp("formats") / "images"
-    made.mkdir()
+    path = tmp_path_factory.mktemp("formats") / "images"
+    path.mkdir()
     for i, make in enumerate(KINDS.values()):
-        (made / f"{i:02}.jpg").write_bytes(make())
-    return made
+        (path / f"{i:02}.jpg").write_bytes(make())
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -166,15 +166,15 @@ def scanned(folder: Path) -> Scan:
 @pytest.fixture(scope="module")
 def seen(folder: Path) -> dict[str, NDArray[np.uint8] | str]:
     """Path to the middle pixel of its evaluation view, or to the reason that there is none."""
-    made, refused = index.build(folder)
-    found: dict[str, NDArray[np.uint8] | str] = {event.path: event.reason for event in refused}
-    names, rows = made.table["path"].to_pylist(), np.arange(len(made))
+    images, refused = index.build(folder)
+    results: dict[str, NDArray[np.uint8] | str] = {event.path: event.reason for event in refused}
+    names, rows = images.table["path"].to_pylist(), np.arange(len(images))
     geometry = Geometry.for_size(32)
-    for batch in evaluation_batches(made, rows, geometry, batch_size=16, threads=2):
-        found |= {names[row]: bad.reason for row, bad in batch.rejected.items()}
+    for batch in evaluation_batches(images, rows, geometry, batch_size=16, threads=2):
+        results |= {names[row]: bad.reason for row, bad in batch.rejected.items()}
         good = zip(batch.rows.tolist(), batch.pixels, strict=True)
-        found |= {names[row]: pixels[16, 16].copy() for row, pixels in good}
-    return found
+        results |= {names[row]: pixels[16, 16].copy() for row, pixels in good}
+    return results
 
 
 def test_the_table_has_a_line_for_each_kind_that_is_drawn() -> None:

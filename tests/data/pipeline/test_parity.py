@@ -30,16 +30,16 @@ Table = dict[tuple[str, str], Measured]
 def measured() -> Table:
     """What each row of the table is here."""
     rows = parity_table.rows(parity.pictures(**parity.UPRIGHT))
-    return {(operation, reference): found for operation, reference, found in rows}
+    return {(operation, reference): levels for operation, reference, levels in rows}
 
 
 @pytest.mark.parametrize("case", parity_table.CASES, ids=lambda c: f"{c.operation}, {c.reference}")
 def test_an_operation_is_its_reference_but_for_the_grey_levels_allowed(
     case: Case, measured: Table
 ) -> None:
-    found = measured[case.operation, case.reference]
-    assert found.mean <= case.mean_levels
-    assert found.largest <= case.largest_levels
+    levels = measured[case.operation, case.reference]
+    assert levels.mean <= case.mean_levels
+    assert levels.largest <= case.largest_levels
 
 
 @pytest.mark.parametrize("name", parity_table.VIEWS)
@@ -66,14 +66,14 @@ def test_the_table_in_the_documentation_holds_here(measured: Table) -> None:
         for operation, reference, mean, largest in re.findall(row, text, re.MULTILINE)
     }
     assert written.keys() == measured.keys()
-    for name, found in measured.items():
-        assert abs(found.mean - written[name].mean) <= DOCUMENTED_LEVELS, name
-        assert abs(found.largest - written[name].largest) <= DOCUMENTED_LARGEST, name
+    for name, levels in measured.items():
+        assert abs(levels.mean - written[name].mean) <= DOCUMENTED_LEVELS, name
+        assert abs(levels.largest - written[name].largest) <= DOCUMENTED_LARGEST, name
 
 
 def test_clipping_between_the_factors_is_what_colours_lack_beside_hue(measured: Table) -> None:
-    found = measured["brightness, contrast, saturation as drawn", "without rounding"]
-    assert found.mean < CLIPPING_LEVELS
+    levels = measured["brightness, contrast, saturation as drawn", "without rounding"]
+    assert levels.mean < CLIPPING_LEVELS
     images = [parity.photograph(parity.SIZE, parity.SIZE, seed) for seed in range(3)]
     faded = [image.point(lambda value: value // 2 + 64) for image in images]  # nothing clips
     assert parity.measure_clipping(faded).largest <= 1

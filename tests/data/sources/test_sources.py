@@ -49,21 +49,21 @@ def file(path: Path, content: bytes) -> Path:
     return path
 
 
-def paths(made: index.Index) -> list[str]:
-    return list(made.table["path"].to_pylist())
+def paths(images: index.Index) -> list[str]:
+    return list(images.table["path"].to_pylist())
 
 
 def reasons(rejected: list[Rejected]) -> dict[str, str]:
     return {event.path: event.reason for event in rejected}
 
 
-def require_readable(made: index.Index) -> None:
+def require_readable(images: index.Index) -> None:
     """Every row's bytes are an image of the width that the index says."""
-    for row in range(len(made)):
-        content = made.read_bytes(row)
-        assert len(content) == made.table["bytes"][row].as_py()
+    for row in range(len(images)):
+        content = images.read_bytes(row)
+        assert len(content) == images.table["bytes"][row].as_py()
         with Image.open(io.BytesIO(content)) as opened:
-            assert opened.width == made.widths[row]
+            assert opened.width == images.widths[row]
 
 
 # Tar files
@@ -71,12 +71,12 @@ def require_readable(made: index.Index) -> None:
 
 def test_members_of_a_tar_are_read_where_they_lie(tmp_path: Path) -> None:
     tar = shard(tmp_path / "a.tar", ("0.JPG", image(40)), ("d/1.png", image(41, "PNG")))
-    made, rejected = index.build(tar)
-    assert paths(made) == ["a.tar::0.JPG", "a.tar::d/1.png"]
-    assert (rejected, made.root, made.labels) == ([], tmp_path, [None, None])
-    assert made.table["offset"].to_pylist()[0] == 512
-    require_readable(made)
-    assert [found.name for found in tmp_path.iterdir()] == ["a.tar"]
+    images, rejected = index.build(tar)
+    assert paths(images) == ["a.tar::0.JPG", "a.tar::d/1.png"]
+    assert (rejected, images.root, images.labels) == ([], tmp_path, [None, None])
+    assert images.table["offset"].to_pylist()[0] == 512
+    require_readable(images)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
 def test_labels_come_from_the_cls_or_json_member_of_the_same_key(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_labels_come_from_the_cls_or_json_member_of_the_same_key(tmp_path: Path)
         ("z.json", b"[1, 2]"),
         ("z.txt", b"a caption"),
     )
-    made, rejected = index.build(tar)
-    assert paths(made) == ["a.tar::x.jpg", "a.tar::y.front.jpg", "a.tar::z.jpg"]
-    assert made.labels == ["7", "cat", None]
+    images, rejected = index.build(tar)
+    assert paths(images) == ["a.tar::x.jpg", "a.tar::y.front.jpg", "a.tar::z.jpg"]
+    assert images.labels == ["7", "cat", None]
     assert rejected == []
 
 
@@ -102,11 +102,11 @@ def test_long_and_strange_names_survive_in_a_tar(tmp_path: Path, kind: int) -> N
     names = ["l" * 300 + ".jpg", "\N{SNOWMAN} \n.jpg", "../up.jpg", "/etc/absolute.jpg", "./d.jpg"]
     raw = os.fsdecode(b"latin-\xe9.jpg")
     members = [(name, image(40 + i)) for i, name in enumerate([*names, raw])]
-    made, rejected = index.build(shard(tmp_path / "in/a.tar", *members, kind=kind))
-    assert paths(made) == [f"a.tar::{name}" for name in [*names, "latin-%E9.jpg"]]
-    assert made.table["path_bytes"].to_pylist()[-1] == b"a.tar::latin-\xe9.jpg"
+    images, rejected = index.build(shard(tmp_path / "in/a.tar", *members, kind=kind))
+    assert paths(images) == [f"a.tar::{name}" for name in [*names, "latin-%E9.jpg"]]
+    assert images.table["path_bytes"].to_pylist()[-1] == b"a.tar::latin-\xe9.jpg"
     assert rejected == []
-    require_readable(made)
+    require_readable(images)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar", "in"]
 
 
@@ -133,11 +133,11 @@ def test_every_thing_in_a_tar_that_is_no_image_has_its_reason(tmp_path: Path) ->
             tar.addfile(member(name, kind=kind))
         tar.addfile(member("folder.jpg", kind=tarfile.DIRTYPE))
         tar.addfile(member("last.jpg", image(60)), io.BytesIO(image(60)))
-    made, rejected = index.build(tmp_path / "a.tar")
-    assert paths(made) == ["a.tar::good.jpg", "a.tar::last.jpg"]
-    assert made.widths.tolist() == [40, 60]
+    images, rejected = index.build(tmp_path / "a.tar")
+    assert paths(images) == ["a.tar::good.jpg", "a.tar::last.jpg"]
+    assert images.widths.tolist() == [40, 60]
     again = 512 + -(-len(image()) // 512) * 512
-    found = {path.removeprefix("a.tar::"): reason for path, reason in reasons(rejected).items()}
+    actual = {path.removeprefix("a.tar::"): reason for path, reason in reasons(rejected).items()}
     expected = {
         f"good.jpg (again at byte {again})": "a second member of this name",
         "cut.jpg": "damaged JPEG header",
@@ -149,8 +149,8 @@ def test_every_thing_in_a_tar_that_is_no_image_has_its_reason(tmp_path: Path) ->
         "tty.jpg": "not a regular file",
         "pipe.jpg": "not a regular file",
     }
-    assert found.keys() == expected.keys()
-    assert all(found[name].startswith(reason) for name, reason in expected.items())
+    assert actual.keys() == expected.keys()
+    assert all(actual[name].startswith(reason) for name, reason in expected.items())
 
 
 def test_a_tar_cut_in_a_member_gives_the_members_before_it(tmp_path: Path) -> None:
@@ -159,28 +159,28 @@ def test_a_tar_cut_in_a_member_gives_the_members_before_it(tmp_path: Path) -> No
     with tarfile.open(tar) as opened:
         inside = opened.getmember("2.jpg").offset_data + 10
     os.truncate(tar, inside)
-    made, rejected = index.build(tar)
-    assert paths(made) == ["a.tar::0.jpg", "a.tar::1.jpg"]
+    images, rejected = index.build(tar)
+    assert paths(images) == ["a.tar::0.jpg", "a.tar::1.jpg"]
     missing = len(members[2][1]) - 10
     assert reasons(rejected) == {
         "a.tar::2.jpg": f"cut: the tar file ends {missing} bytes too early"
     }
-    require_readable(made)
+    require_readable(images)
 
 
 @pytest.mark.parametrize("more_bytes", [0, 100, 600])
 def test_a_tar_cut_behind_a_member_gives_that_member_too(tmp_path: Path, more_bytes: int) -> None:
     tar = shard(tmp_path / "a.tar", ("0.jpg", image()), ("1.jpg", image()), ("2.jpg", image()))
     with tarfile.open(tar) as opened:
-        found = opened.getmember("1.jpg")
-    end = found.offset_data + found.size
+        info = opened.getmember("1.jpg")
+    end = info.offset_data + info.size
     assert end % 512, "there is padding to be cut"
     os.truncate(tar, end + more_bytes)
-    made, rejected = index.build(tar)
-    assert paths(made) == ["a.tar::0.jpg", "a.tar::1.jpg"]
+    images, rejected = index.build(tar)
+    assert paths(images) == ["a.tar::0.jpg", "a.tar::1.jpg"]
     assert list(reasons(rejected)) == ["a.tar"]
     assert reasons(rejected)["a.tar"].startswith("cut at byte")
-    require_readable(made)
+    require_readable(images)
 
 
 def lying(path: Path, size: bytes) -> Path:
@@ -209,8 +209,8 @@ def lying(path: Path, size: bytes) -> Path:
 def test_a_size_that_lies_costs_what_lies_behind_it(
     tmp_path: Path, size: bytes, reason: str
 ) -> None:
-    made, rejected = index.build(lying(tmp_path / "a.tar", size))
-    assert paths(made) == ["a.tar::0.jpg"]
+    images, rejected = index.build(lying(tmp_path / "a.tar", size))
+    assert paths(images) == ["a.tar::0.jpg"]
     assert any(text.startswith(reason) for text in reasons(rejected).values())
 
 
@@ -223,8 +223,8 @@ def test_an_extended_header_that_claims_gigabytes_is_not_read(tmp_path: Path) ->
         opened.seek(1536)
         opened.write(liar.tobuf(tarfile.GNU_FORMAT))
         opened.truncate(1 << 34)  # a sparse file: 16 GB that are not there
-    made, rejected = index.build(tar)
-    assert paths(made) == ["a.tar::0.jpg"]
+    images, rejected = index.build(tar)
+    assert paths(images) == ["a.tar::0.jpg"]
     assert "a name of 8589934592 bytes" in reasons(rejected)["a.tar"]
 
 
@@ -234,8 +234,8 @@ def test_a_tar_without_images_is_refused_with_its_reason(tmp_path: Path, content
     good = file(tmp_path / "good.jpg", image())
     with pytest.raises(UsageError, match="no image in"):
         index.build(tmp_path / "a.tar")
-    made, rejected = index.build([tmp_path / "a.tar", good])
-    assert paths(made) == ["good.jpg"]
+    images, rejected = index.build([tmp_path / "a.tar", good])
+    assert paths(images) == ["good.jpg"]
     is_empty_archive = content == b"\0" * 1024
     assert list(reasons(rejected)) == ([] if is_empty_archive else ["a.tar"])
 
@@ -252,83 +252,85 @@ def test_memory_stays_flat_over_a_large_tar(tmp_path: Path) -> None:
     large = image() + bytes(20 << 20)
     tar = shard(tmp_path / "a.tar", *((f"{i}.jpg", large) for i in range(10)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    made, _ = index.build(tar)
-    assert len(made) == 10
+    images, _ = index.build(tar)
+    assert len(images) == 10
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < MEMORY_BYTES
 
 
 def test_a_tar_that_was_cut_since_it_was_indexed_is_a_read_error(tmp_path: Path) -> None:
     tar = shard(tmp_path / "a.tar", ("0.jpg", image()))
-    made, _ = index.build(tar)
+    images, _ = index.build(tar)
     os.truncate(tar, 600)
     with pytest.raises(BadInputError, match="shorter than it was"):
-        made.read_bytes(0)
+        images.read_bytes(0)
 
 
 @pytest.mark.parametrize("pattern", ["s-{000..002}.tar", "s-*.tar", "s-{000,001,002}.tar"])
 def test_braces_and_globs_name_shards(tmp_path: Path, pattern: str) -> None:
     for i in range(3):
         shard(tmp_path / f"s-{i:03d}.tar", (f"{i}.jpg", image()))
-    made, _ = index.build(str(tmp_path / pattern))
-    assert paths(made) == [f"s-{i:03d}.tar::{i}.jpg" for i in range(3)]
-    assert made.table["source"].to_pylist() == [0, 1, 2]
-    require_readable(made)
+    images, _ = index.build(str(tmp_path / pattern))
+    assert paths(images) == [f"s-{i:03d}.tar::{i}.jpg" for i in range(3)]
+    assert images.table["source"].to_pylist() == [0, 1, 2]
+    require_readable(images)
 
 
 # Parquet with images
 
 
-def table(path: Path, images: Sequence[bytes | None], rows: int = 2, **columns: list[int]) -> Path:
-    structs = [{"bytes": content, "path": f"{i}.jpg"} for i, content in enumerate(images)]
+def table(
+    path: Path, contents: Sequence[bytes | None], rows: int = 2, **columns: list[int]
+) -> Path:
+    structs = [{"bytes": content, "path": f"{i}.jpg"} for i, content in enumerate(contents)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    made = pa.table({"image": pa.array(structs, kind), **columns})
+    arrow_table = pa.table({"image": pa.array(structs, kind), **columns})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(made, path, row_group_size=rows)
+    pq.write_table(arrow_table, path, row_group_size=rows)
     return path
 
 
 def test_rows_of_a_hugging_face_parquet_are_images_with_named_labels(tmp_path: Path) -> None:
-    made = table(tmp_path / "a.parquet", [image(40 + i) for i in range(5)], label=[0, 1, 1, -1, 2])
+    path = table(tmp_path / "a.parquet", [image(40 + i) for i in range(5)], label=[0, 1, 1, -1, 2])
     features = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
-    content = pq.read_table(made).replace_schema_metadata({"huggingface": json.dumps(features)})
-    pq.write_table(content, made, row_group_size=2)
-    found, rejected = index.build(made)
-    assert paths(found) == [f"a.parquet#{i}" for i in range(5)]
-    assert found.labels == ["cat", "dog", "dog", None, "2"]
+    content = pq.read_table(path).replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(content, path, row_group_size=2)
+    images, rejected = index.build(path)
+    assert paths(images) == [f"a.parquet#{i}" for i in range(5)]
+    assert images.labels == ["cat", "dog", "dog", None, "2"]
     assert rejected == []
-    require_readable(found)
+    require_readable(images)
 
 
 def test_a_binary_column_holds_images_too(tmp_path: Path) -> None:
     content = pa.table({"jpg": [image(40), image(41)], "label": ["a", "b"], "n": [1, 2]})
     pq.write_table(content, tmp_path / "a.parquet")
-    found, _ = index.build(tmp_path / "a.parquet")
-    assert found.labels == ["a", "b"]
-    require_readable(found)
+    images, _ = index.build(tmp_path / "a.parquet")
+    assert images.labels == ["a", "b"]
+    require_readable(images)
 
 
 def test_a_parquet_row_without_an_image_is_a_reject(tmp_path: Path) -> None:
-    images = [image(), None, b"<html>", b"", image(60)]
-    found, rejected = index.build(table(tmp_path / "a.parquet", images))
-    assert paths(found) == ["a.parquet#0", "a.parquet#4"]
+    contents = [image(), None, b"<html>", b"", image(60)]
+    images, rejected = index.build(table(tmp_path / "a.parquet", contents))
+    assert paths(images) == ["a.parquet#0", "a.parquet#4"]
     assert reasons(rejected) == {
         "a.parquet#1": "no image bytes in this row",
         "a.parquet#2": "not an image",
         "a.parquet#3": "empty file",
     }
-    require_readable(found)
+    require_readable(images)
 
 
 def test_a_file_is_read_with_the_time_that_it_has_then(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(image(1))
     os.utime(path, ns=(1, 1_000_000_001))
-    made, _ = index.build(tmp_path)
-    assert made.read(0) == (path.read_bytes(), 1_000_000_001)
+    images, _ = index.build(tmp_path)
+    assert images.read(0) == (path.read_bytes(), 1_000_000_001)
     path.write_bytes(image(2))
     os.utime(path, ns=(1, 2_000_000_002))
-    assert made.read(0) == (path.read_bytes(), 2_000_000_002)
-    assert made.table["mtime_ns"].to_pylist() == [1_000_000_001]
+    assert images.read(0) == (path.read_bytes(), 2_000_000_002)
+    assert images.table["mtime_ns"].to_pylist() == [1_000_000_001]
 
 
 def test_a_part_of_a_container_has_the_containers_time(tmp_path: Path) -> None:
@@ -336,16 +338,16 @@ def test_a_part_of_a_container_has_the_containers_time(tmp_path: Path) -> None:
     table(tmp_path / "t.parquet", [image(43)])
     for name, content in (("s.tar", image(42)), ("t.parquet", image(43))):
         os.utime(tmp_path / name, ns=(1, 3_000_000_003))
-        made, _ = index.build(tmp_path / name)
-        assert made.read(0) == (content, 3_000_000_003)
+        images, _ = index.build(tmp_path / name)
+        assert images.read(0) == (content, 3_000_000_003)
 
 
 def test_only_the_row_groups_used_last_stay_in_memory(tmp_path: Path) -> None:
     content = [image(40 + i) + bytes(100_000) for i in range(8)]
-    found, _ = index.build(table(tmp_path / "a.parquet", content, rows=2))
+    images, _ = index.build(table(tmp_path / "a.parquet", content, rows=2))
     groups = RowGroups(most_bytes=450_000)
     for row in [0, 7, 3, 5, 1, 0, 6]:
-        assert groups.read(found.sources[0], row) == content[row]
+        assert groups.read(images.sources[0], row) == content[row]
         assert groups.bytes < 450_000
 
 
@@ -378,14 +380,14 @@ def test_a_list_names_files_from_its_own_folder(tmp_path: Path) -> None:
         "pipe.jpg",
     ]
     content = "\n".join(lines).encode() + b"\r\n" + os.fsencode(strange.name) + b"\n"
-    made, rejected = index.build(file(tmp_path / "lists/a.txt", content))
-    assert paths(made) == ["near.jpg", "../far.jpg", str(far), "latin-%E9.jpg"]
+    images, rejected = index.build(file(tmp_path / "lists/a.txt", content))
+    assert paths(images) == ["near.jpg", "../far.jpg", str(far), "latin-%E9.jpg"]
     assert reasons(rejected) == {
         "gone.jpg": "cannot be read: No such file or directory",
         "notes.dat": "not an image",
         "pipe.jpg": "cannot be read: not a regular file",
     }
-    require_readable(made)
+    require_readable(images)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -393,20 +395,20 @@ def test_a_list_with_columns_may_name_labels(tmp_path: Path, kind: str) -> None:
     names = ["a, b.jpg", "c.jpg", "d.jpg"]
     for i, name in enumerate(names):
         file(tmp_path / name, image(40 + i))
-    listed = tmp_path / f"l.{kind}"
+    list_path = tmp_path / f"l.{kind}"
     if kind == "csv":
-        listed.write_text('label,path\ncat,"a, b.jpg"\n,c.jpg\ndog,d.jpg\n')
+        list_path.write_text('label,path\ncat,"a, b.jpg"\n,c.jpg\ndog,d.jpg\n')
     else:
-        pq.write_table(pa.table({"path": names, "label": ["cat", None, "dog"]}), listed)
-    made, rejected = index.build(listed)
-    assert (paths(made), made.labels, rejected) == (names, ["cat", None, "dog"], [])
-    require_readable(made)
+        pq.write_table(pa.table({"path": names, "label": ["cat", None, "dog"]}), list_path)
+    images, rejected = index.build(list_path)
+    assert (paths(images), images.labels, rejected) == (names, ["cat", None, "dog"], [])
+    require_readable(images)
 
 
 def test_a_csv_without_paths_is_refused_with_its_columns(tmp_path: Path) -> None:
-    listed = file(tmp_path / "a.csv", b"file,label\n1.jpg,cat\n")
+    list_path = file(tmp_path / "a.csv", b"file,label\n1.jpg,cat\n")
     with pytest.raises(UsageError, match=r"no column `path` \(there is: file, label\)"):
-        index.build(listed)
+        index.build(list_path)
 
 
 # Several
@@ -435,18 +437,18 @@ EVERYTHING = [
 
 
 def test_several_inputs_have_paths_from_the_folder_that_holds_them_all(tmp_path: Path) -> None:
-    made, rejected = index.build(everything(tmp_path))
-    assert (paths(made), made.root, rejected) == (EVERYTHING, tmp_path, [])
-    assert made.labels == ["cat", "cat", None, None, None, None]
-    assert made.widths.tolist() == [40, 41, 42, 43, 44, 45]
-    require_readable(made)
+    images, rejected = index.build(everything(tmp_path))
+    assert (paths(images), images.root, rejected) == (EVERYTHING, tmp_path, [])
+    assert images.labels == ["cat", "cat", None, None, None, None]
+    assert images.widths.tolist() == [40, 41, 42, 43, 44, 45]
+    require_readable(images)
 
 
 def test_an_index_is_an_input_alone_and_among_others(tmp_path: Path) -> None:
-    made, _ = index.build(everything(tmp_path / "data"))
-    made.save(tmp_path / "index.parquet")
+    images, _ = index.build(everything(tmp_path / "data"))
+    images.save(tmp_path / "index.parquet")
     alone, _ = index.build(tmp_path / "index.parquet")
-    assert alone.fingerprint == made.fingerprint
+    assert alone.fingerprint == images.fingerprint
     require_readable(alone)
     more = file(tmp_path / "more/1.jpg", image(50))
     both, _ = index.build([tmp_path / "index.parquet", more.parent])
@@ -458,9 +460,9 @@ def test_an_index_is_an_input_alone_and_among_others(tmp_path: Path) -> None:
 
 def test_a_file_that_several_inputs_name_is_one_image(tmp_path: Path) -> None:
     file(tmp_path / "images/1.jpg", image())
-    listed = file(tmp_path / "l.txt", b"images/1.jpg\nimages/1.jpg\n")
-    made, rejected = index.build([tmp_path / "images", listed])
-    assert (paths(made), rejected) == (["images/1.jpg"], [])
+    list_path = file(tmp_path / "l.txt", b"images/1.jpg\nimages/1.jpg\n")
+    images, rejected = index.build([tmp_path / "images", list_path])
+    assert (paths(images), rejected) == (["images/1.jpg"], [])
 
 
 def test_what_is_missing_or_unknown_is_refused_with_what_is_known(tmp_path: Path) -> None:
@@ -476,29 +478,29 @@ def test_what_is_missing_or_unknown_is_refused_with_what_is_known(tmp_path: Path
 
 
 def test_changes_are_seen_in_every_kind_of_source(tmp_path: Path) -> None:
-    made, _ = index.build(everything(tmp_path))
-    assert not change_detection.changes(made, frozenset())
+    images, _ = index.build(everything(tmp_path))
+    assert not change_detection.changes(images, frozenset())
     file(tmp_path / "train/cat/2.jpg", image(46))
     (tmp_path / "val/cat/1.jpg").write_bytes(image(41) + b"\0")
     shard(tmp_path / "shards/a.tar", ("1.jpg", image(42)), ("2.jpg", image(42)))
     table(tmp_path / "shards/a.parquet", [image(430)])
     (tmp_path / "listed/l.txt").write_text("1.jpg\n../train/cat/2.jpg\n")
     (tmp_path / "one.png").unlink()
-    found = change_detection.changes(made, frozenset())
+    changes = change_detection.changes(images, frozenset())
     added = ["train/cat/2.jpg", "shards/a.tar::2.jpg", "listed/../train/cat/2.jpg"]
-    assert found.added == added
-    assert found.removed == ["one.png"]
-    assert found.resized == ["val/cat/1.jpg", "shards/a.parquet#0"]
+    assert changes.added == added
+    assert changes.removed == ["one.png"]
+    assert changes.resized == ["val/cat/1.jpg", "shards/a.parquet#0"]
 
 
 def test_a_container_that_was_only_touched_is_as_it_was(tmp_path: Path) -> None:
     tar = shard(tmp_path / "a.tar", ("0.jpg", image()), ("1.jpg", image()))
-    made, _ = index.build(tar)
+    images, _ = index.build(tar)
     os.utime(tar, (1, 1))
-    assert not change_detection.changes(made, frozenset())
+    assert not change_detection.changes(images, frozenset())
     tar.unlink()
     with pytest.raises(MachineError, match="are not there"):
-        change_detection.changes(made, frozenset())
+        change_detection.changes(images, frozenset())
 
 
 # URLs
@@ -526,29 +528,31 @@ def test_folders_shards_and_tables_are_read_from_urls(tmp_path: Path, bucket: st
     put(f"{bucket}/s-0.tar", shard(tmp_path / "s.tar", ("x.jpg", image(42))).read_bytes())
     put(f"{bucket}/t.parquet", table(tmp_path / "t.parquet", [image(43)]).read_bytes())
     inputs = [f"{bucket}/images", f"{bucket}/s-{{0..0}}.tar", f"{bucket}/t.parquet"]
-    made, rejected = index.build(inputs)
-    assert paths(made) == [
+    images, rejected = index.build(inputs)
+    assert paths(images) == [
         "memory://bucket/images/cat/1.jpg",
         "memory://bucket/images/dog/2.png",
         "memory://bucket/s-0.tar::x.jpg",
         "memory://bucket/t.parquet#0",
     ]
-    assert made.labels == ["cat", "dog", None, None]
+    assert images.labels == ["cat", "dog", None, None]
     assert list(reasons(rejected)) == ["memory://bucket/images/dog/bad.jpg"]
-    require_readable(made)
-    assert not change_detection.changes(made, frozenset())
+    require_readable(images)
+    assert not change_detection.changes(images, frozenset())
     put(f"{bucket}/images/cat/3.jpg", image(44))
-    assert change_detection.changes(made, frozenset()).added == ["memory://bucket/images/cat/3.jpg"]
+    assert change_detection.changes(images, frozenset()).added == [
+        "memory://bucket/images/cat/3.jpg"
+    ]
 
 
 def test_a_list_may_name_urls(tmp_path: Path, bucket: str) -> None:
     put(f"{bucket}/1.jpg", image(40))
-    made, rejected = index.build(
+    images, rejected = index.build(
         file(tmp_path / "l.txt", f"{bucket}/1.jpg\n{bucket}/2.jpg\n".encode())
     )
-    assert paths(made) == [f"{bucket}/1.jpg"]
+    assert paths(images) == [f"{bucket}/1.jpg"]
     assert reasons(rejected)[f"{bucket}/2.jpg"].startswith("cannot be read")
-    require_readable(made)
+    require_readable(images)
 
 
 def test_a_url_of_an_unknown_kind_says_what_to_install() -> None:
@@ -561,19 +565,19 @@ def test_a_url_of_an_unknown_kind_says_what_to_install() -> None:
 
 def large(tmp_path: Path) -> index.Index:
     file(tmp_path / "images/1.jpg", image())
-    made, _ = index.build(tmp_path / "images")
-    table = pa.concat_tables([made.table] * index.MAPPED_ROWS).combine_chunks()
-    return index.Index(made.root, table, made.sources)
+    images, _ = index.build(tmp_path / "images")
+    table = pa.concat_tables([images.table] * index.MAPPED_ROWS).combine_chunks()
+    return index.Index(images.root, table, images.sources)
 
 
 def test_a_large_index_is_mapped_and_not_read(tmp_path: Path) -> None:
-    made = large(tmp_path)
-    made.save(tmp_path / "index.parquet")
+    images = large(tmp_path)
+    images.save(tmp_path / "index.parquet")
     before = pa.total_allocated_bytes()
     again = index.open_index(tmp_path / "index.parquet")
     taken = pa.total_allocated_bytes() - before
-    assert taken < made.table.nbytes // 10
-    assert again.table.equals(made.table)
+    assert taken < images.table.nbytes // 10
+    assert again.table.equals(images.table)
     require_readable(index.Index(again.root, again.table.slice(7, 1), again.sources))
 
 
@@ -581,24 +585,24 @@ def test_a_large_index_is_mapped_and_not_read(tmp_path: Path) -> None:
 def test_without_its_mapped_table_a_large_index_is_read_from_parquet(
     tmp_path: Path, damage: str
 ) -> None:
-    made = large(tmp_path)
-    made.save(tmp_path / "index.parquet")
+    images = large(tmp_path)
+    images.save(tmp_path / "index.parquet")
     mapped = tmp_path / "index.arrow"
     if damage == "cut":
         os.truncate(mapped, 1000)
     elif damage == "gone":
         mapped.unlink()
     else:
-        index.Index(made.root, pa.concat_tables([made.table] * 2), made.sources).save(
+        index.Index(images.root, pa.concat_tables([images.table] * 2), images.sources).save(
             tmp_path / "other.parquet"
         )
         (tmp_path / "other.arrow").replace(mapped)
-    assert index.open_index(tmp_path / "index.parquet").table.equals(made.table)
+    assert index.open_index(tmp_path / "index.parquet").table.equals(images.table)
 
 
 def test_listing_alone_opens_no_file_and_knows_no_sizes(tmp_path: Path) -> None:
     file(tmp_path / "cat/1.jpg", b"no image, but who looks")
     file(tmp_path / "cat/notes.txt", b"")
-    made, rejected = index.build(tmp_path, depth="list")
-    assert (paths(made), rejected, made.widths.tolist()) == (["cat/1.jpg"], [], [0])
-    assert made.labels == ["cat"]
+    images, rejected = index.build(tmp_path, depth="list")
+    assert (paths(images), rejected, images.widths.tolist()) == (["cat/1.jpg"], [], [0])
+    assert images.labels == ["cat"]

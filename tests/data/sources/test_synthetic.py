@@ -14,25 +14,27 @@ from btpipe.recipe import VIEW_A, VIEW_B
 
 
 def test_synthetic_images_are_indexed_as_they_are() -> None:
-    made, refused = index.build("synthetic:70x48")
-    assert (len(made), refused) == (70, [])
+    images, refused = index.build("synthetic:70x48")
+    assert (len(images), refused) == (70, [])
     for row in (0, 1, 33, 69):
-        content = made.read_bytes(row)
-        assert len(content) == made.table["bytes"][row].as_py()
+        content = images.read_bytes(row)
+        assert len(content) == images.table["bytes"][row].as_py()
         with Image.open(io.BytesIO(content)) as image:
-            assert image.size == (made.widths[row], made.heights[row])
+            assert image.size == (images.widths[row], images.heights[row])
             assert min(image.size) == 48
-    assert made.read_bytes(1) == made.read_bytes(1 + synthetic.DIFFERENT) != made.read_bytes(3)
-    assert not change_detection.changes(made, set())
+    assert (
+        images.read_bytes(1) == images.read_bytes(1 + synthetic.DIFFERENT) != images.read_bytes(3)
+    )
+    assert not change_detection.changes(images, set())
 
 
 def test_a_training_loader_takes_them_from_memory() -> None:
-    made, _ = index.build("synthetic:20x48")
+    images, _ = index.build("synthetic:20x48")
     chosen = LoaderSettings(
         seed=0, views=(VIEW_A, VIEW_B), view_sizes=(32, 32), batch_size=8, steps=2, threads=1
     )
     with TrainingLoader(
-        made,
+        images,
         chosen,
         rank=0,
         world_size=1,

@@ -33,7 +33,7 @@ class Stumbling(http.server.SimpleHTTPRequestHandler):
     """Gives files, and parts of them; fails as often as `failures` says for a path."""
 
     failures: dict[str, tuple[int, int]]  # path to how often, and with which status
-    asked: list[str]
+    requests: list[str]
     gives_parts = True
 
     def do_GET(self) -> None:
@@ -43,7 +43,7 @@ class Stumbling(http.server.SimpleHTTPRequestHandler):
         self.answer(super().do_HEAD)
 
     def answer(self, plainly: Callable[[], None]) -> None:
-        self.asked.append(f"{self.command} {self.path}")
+        self.requests.append(f"{self.command} {self.path}")
         times, status = self.failures.get(self.path, (0, 0))
         if times:
             self.failures[self.path] = times - 1, status
@@ -73,9 +73,9 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path, type[Stumbling]]]:
     pytest.importorskip("aiohttp", reason="the extra [remote] is not installed")
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = type("Handler", (Stumbling,), {"failures": {}, "asked": []})
-    made = functools.partial(handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), made) as server:
+    handler = type("Handler", (Stumbling,), {"failures": {}, "requests": []})
+    make_handler = functools.partial(handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make_handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", folder, handler
@@ -83,11 +83,11 @@ def served(tmp_path: Path) -> Iterator[tuple[str, Path, type[Stumbling]]]:
         thread.join()
 
 
-def require_same(made: index.Index, files: list[Path]) -> None:
+def require_same(images: index.Index, files: list[Path]) -> None:
     """The rows' bytes are those of the files, in their order."""
-    assert len(made) == len(files)
+    assert len(images) == len(files)
     for row, path in enumerate(files):
-        assert made.read_bytes(row) == path.read_bytes()
+        assert images.read_bytes(row) == path.read_bytes()
 
 
 def pad(path: Path) -> Path:
@@ -109,17 +109,17 @@ def test_images_lists_shards_and_tables_are_read_over_http(
     contents = [path.read_bytes() for path in files]
     pq.write_table(pa.table({"image": contents}), folder / "t.parquet", row_group_size=2)
     in_order = sorted(files)
-    for named, expected in (
+    for inputs, expected in (
         ([f"{url}/images/"], in_order),
         ([f"{url}/{path.relative_to(folder)}" for path in files], files),
         ([f"{url}/list.txt"], files),
         ([f"{url}/a.tar"], files),
         ([f"{url}/t.parquet"], files),
     ):
-        made, rejected = index.build(named)
+        images, rejected = index.build(inputs)
         assert rejected == []
-        require_same(made, expected)
-        assert not change_detection.changes(made, frozenset())
+        require_same(images, expected)
+        assert not change_detection.changes(images, frozenset())
     assert index.build(f"{url}/images/")[0].labels == ["a", "a", "a", "b", "b", "b"]
 
 
@@ -133,13 +133,13 @@ def test_a_server_that_fails_twice_costs_no_image(
     (folder / "l.txt").write_text("\n".join(names))
     for path in ("l.txt", *names):
         handler.failures[f"/{path}"] = 2, 503
-    made, rejected = index.build(f"{url}/l.txt")
+    images, rejected = index.build(f"{url}/l.txt")
     assert rejected == []
     assert [handler.failures[f"/{path}"][0] for path in ("l.txt", *names)] == [0, 0, 0]
     for path in names:
         handler.failures[f"/{path}"] = 2, 503
     started = time.monotonic()
-    require_same(made, [small, large])
+    require_same(images, [small, large])
     assert time.monotonic() - started >= 2 * sum(RETRY_SECONDS[:2])
 
 
@@ -149,15 +149,15 @@ def test_what_the_server_will_not_give_is_a_reject_at_once(
     url, folder, handler = served
     good, secret = draw_images(folder, 2)
     handler.failures[f"/{secret.relative_to(folder)}"] = 99, 403
-    named = [path.relative_to(folder).as_posix() for path in (good, secret)]
-    (folder / "l.txt").write_text("\n".join([*named, "gone.jpg"]))
+    names = [path.relative_to(folder).as_posix() for path in (good, secret)]
+    (folder / "l.txt").write_text("\n".join([*names, "gone.jpg"]))
     started = time.monotonic()
-    made, rejected = index.build(f"{url}/l.txt")
+    images, rejected = index.build(f"{url}/l.txt")
     assert time.monotonic() - started < RETRY_SECONDS[-1]
-    require_same(made, [good])
-    told = {bad.path.removeprefix(f"{url}/"): (bad.kind, bad.reason) for bad in rejected}
-    assert told == {
-        named[1]: ("machine", "cannot be read: HTTP status 403"),
+    require_same(images, [good])
+    actual = {bad.path.removeprefix(f"{url}/"): (bad.kind, bad.reason) for bad in rejected}
+    assert actual == {
+        names[1]: ("machine", "cannot be read: HTTP status 403"),
         "gone.jpg": ("gone", "cannot be read: no such file"),
     }
     with pytest.raises(UsageError, match="no image in 0 files"):
@@ -171,14 +171,14 @@ def test_a_server_that_keeps_failing_is_the_machines_fault_and_a_file_it_lost_is
     failing, lost = draw_images(folder, 2)
     names = [path.relative_to(folder).as_posix() for path in (failing, lost)]
     (folder / "l.txt").write_text("\n".join(names))
-    made, _ = index.build(f"{url}/l.txt")
+    images, _ = index.build(f"{url}/l.txt")
     handler.failures[f"/{names[0]}"] = 99, 503
     lost.unlink()
     kinds = []
     for row in range(2):
         with pytest.raises(BadInputError) as caught:
-            made.read_bytes(row)
-        kinds.append(made.reject(row, "decode", caught.value).kind)
+            images.read_bytes(row)
+        kinds.append(images.reject(row, "decode", caught.value).kind)
     assert kinds == ["machine", "gone"]
 
 
@@ -201,21 +201,23 @@ def test_a_second_scan_asks_for_no_content_until_the_server_tells_of_another_tim
     files = draw_images(folder / "images", 3)
     first = scan(f"{url}/images/", tmp_path / "i.parquet", ignore)
     assert min(first.index.table["mtime_ns"].to_pylist()) > 0
-    handler.asked.clear()
+    handler.requests.clear()
     second = scan(f"{url}/images/", tmp_path / "i.parquet", ignore)
     assert second.index.table.equals(first.index.table)
-    assert not [asked for asked in handler.asked if asked.startswith("GET") and ".jpg" in asked]
+    assert not [
+        request for request in handler.requests if request.startswith("GET") and ".jpg" in request
+    ]
     files[1].write_bytes(bytes(files[1].stat().st_size))
     os.utime(files[1], (1e9, 1e9))
     assert len(scan(f"{url}/images/", tmp_path / "i.parquet", ignore).index) == 2
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"),
+    ("missing", "message"),
     [("fsspec", "URLs need fsspec"), ("aiohttp", "cannot be read: HTTPFileSystem requires")],
 )
 def test_without_a_driver_a_url_ends_with_2_and_what_to_install(
-    tmp_path: Path, missing: str, said: str
+    tmp_path: Path, missing: str, message: str
 ) -> None:
     """In a process whose site-packages are these ones without one package."""
     site = tmp_path / "site"
@@ -233,7 +235,7 @@ def test_without_a_driver_a_url_ends_with_2_and_what_to_install(
         check=False,
     )
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "pip install 'btpipe[remote]'" in done.stderr
     assert list(tmp_path.glob("i.*")) == []
 
