@@ -181,7 +181,7 @@ def export(
     from btpipe.export import bundle
 
     del onnx, safetensors  # a bundle always holds both
-    wanted = bundle.Wanted(
+    options = bundle.BundleOptions(
         bundle.parse_precisions(precision or ()), onnx_input == "float-nchw", license_name
     )
     with progress.show("json" if as_json else "auto") as report:
@@ -195,7 +195,7 @@ def export(
                 images=images,
                 size=size,
                 overwrite=overwrite,
-                wanted=wanted,
+                options=options,
             )
             return
         if untrained and step is not None:
@@ -211,7 +211,7 @@ def export(
             step=step,
             images=images,
             overwrite=overwrite,
-            wanted=wanted,
+            options=options,
         )
 
 

@@ -45,9 +45,9 @@ def pixels(
             part = images[start : start + batch_size]
             contents = list(pool.map(read, range(start, start + len(part)), part))
             decoded = decoder.decode(contents) if decoder else contents
-            made = [_whole(content, image) for content, image in zip(decoded, part, strict=True)]
-            inputs = dali_graphs.evaluation_inputs(geometry, dali_runner.sizes_of(made))
-            yield dali_runner.DaliBatch(number, np.arange(len(made)), made, inputs)
+            arrays = [_whole(content, image) for content, image in zip(decoded, part, strict=True)]
+            inputs = dali_graphs.evaluation_inputs(geometry, dali_runner.sizes_of(arrays))
+            yield dali_runner.DaliBatch(number, np.arange(len(arrays)), arrays, inputs)
 
     def build() -> Pipeline:
         return dali_graphs.evaluation_pipeline(
@@ -68,12 +68,12 @@ def _whole(content: Encoded | Pixels | BadInputError, image: Image) -> Pixels:
     return content
 
 
-def _read(place: int, image: Image, *, in_batches: bool) -> Encoded | NDArray[np.uint8]:
+def _read(position: int, image: Image, *, in_batches: bool) -> Encoded | NDArray[np.uint8]:
     """Upright RGB pixels `(H, W, 3)`, or a file that is decoded in a batch."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UsageError(
-                f"image {place} is {image.dtype} {image.shape}", expected="uint8 (H, W, 3)"
+                f"image {position} is {image.dtype} {image.shape}", expected="uint8 (H, W, 3)"
             )
         return np.ascontiguousarray(image)
     if isinstance(image, PIL.Image.Image):

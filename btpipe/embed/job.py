@@ -15,7 +15,7 @@ from btpipe import artifact, runtime
 from btpipe.data.index import build
 from btpipe.data.limits import DECODE_SECONDS
 from btpipe.embed import outputs, resolve, table, vector_cache, work_folder
-from btpipe.embed.messages import Decode, WorkerConfig
+from btpipe.embed.messages import FileDecoder, WorkerConfig
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.embed.ray_pool import RayPool
 from btpipe.embed.shares import Share
@@ -55,7 +55,7 @@ class JobOptions:
     repair: bool = False
     part_rows: int = PART_ROWS
     limit_seconds: float = DECODE_SECONDS
-    decode: Decode | None = None
+    decode: FileDecoder | None = None
 
 
 DEFAULTS = JobOptions()

@@ -15,8 +15,8 @@ from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
 from btpipe.events import Rejected
 
-Decode = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""`decoding.decode`, or a function of a module that stands in for it."""
+FileDecoder = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""`decode.decode`, or a function of a module that stands in for it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class WorkerConfig:
     encoder: EncoderConfig
     cores: tuple[int, ...] = ()
     gpu: int | None = None
-    decode: Decode | None = None
+    decode: FileDecoder | None = None
 
 
 @dataclasses.dataclass(frozen=True)

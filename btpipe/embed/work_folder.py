@@ -1,6 +1,6 @@
 """`X.parquet.work/`: the plan of a job, its finished parts, and the lock that one process holds.
 
-    lock  plan.json  index.parquet  commits.jsonl  part-000000.parquet ...  known-* (see known.py)
+    lock  plan.json  index.parquet  commits.jsonl  part-000000.parquet ...  known-*
 
 A part counts when its line stands in commits.jsonl; the line is written after the part has its
 name and is on the disk. A line that was torn by a kill is no line.

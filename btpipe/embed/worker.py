@@ -81,7 +81,7 @@ class _Worker:
         self._connection, self._encoder = connection, encoder
         self._folder, self._footer = job.folder, job.footer
         self._index = open_index(job.folder / work_folder.INDEX)
-        self._known = VectorCache(job.folder, job.footer)
+        self._cache = VectorCache(job.folder, job.footer)
         self._reused: dict[int, NDArray[np.float32]] = {}  # vectors of rows that are read ahead
         self._bytes = self._index.table["bytes"]
         self._batch_size = job.batch_size or encoder.batch_size
@@ -132,8 +132,8 @@ class _Worker:
         while isinstance(task, PartTask):
             self._parts.append(_PartProgress(task, rejects=dict(task.excluded)))
             self._apart |= task.apart
-            every = range(task.first, task.end)
-            rows = np.fromiter((row for row in every if row not in task.excluded), np.int64)
+            span = range(task.first, task.end)
+            rows = np.fromiter((row for row in span if row not in task.excluded), np.int64)
             for start in range(0, len(rows), self._batch_size):
                 yield rows[start : start + self._batch_size]
             self._send(TaskRequest())
@@ -157,7 +157,7 @@ class _Worker:
 
     def _is_known(self, row: int, digest: str, count: int) -> bool:
         """Whether the vector is known; a file that is not as listed is decoded for its size."""
-        vector = self._known.find(digest) if count == self._bytes[row].as_py() else None
+        vector = self._cache.find(digest) if count == self._bytes[row].as_py() else None
         if vector is None:
             return False
         self._reused[row] = vector
@@ -168,16 +168,16 @@ class _Worker:
         for part in self._parts:
             inside = range(part.task.first, part.task.end)
             good = np.flatnonzero((batch.rows >= inside.start) & (batch.rows < inside.stop))
-            known = {row: file for row, file in batch.cached_files.items() if row in inside}
-            rows = np.fromiter(known, np.int64)
+            cached_files = {row: file for row, file in batch.cached_files.items() if row in inside}
+            rows = np.fromiter(cached_files, np.int64)
             part.rows += [batch.rows[good], rows]
             listed = np.stack([self._index.heights[rows], self._index.widths[rows]], axis=1)
             part.sizes += [batch.sizes[good], listed.astype(np.int64)]
             part.files += [batch.files[i] for i in good]
-            part.files += known.values()
-            part.vectors += [vectors[good], *(self._reused.pop(row)[None] for row in known)]
+            part.files += cached_files.values()
+            part.vectors += [vectors[good], *(self._reused.pop(row)[None] for row in cached_files)]
             part.rejects |= {row: why for row, why in batch.rejected.items() if row in inside}
-            part.reused += len(known)
+            part.reused += len(cached_files)
 
     def _write(self, part: _PartProgress) -> None:
         """Writes a part and says so."""
@@ -246,11 +246,11 @@ class _Clock:
 
     def watch(self, batches: Iterator[EvaluationBatch]) -> Iterator[EvaluationBatch]:
         """The same batches."""
-        asked = time.monotonic()
+        start = time.monotonic()
         for batch in batches:
-            self._waited += time.monotonic() - asked
+            self._waited += time.monotonic() - start
             yield batch
-            asked = time.monotonic()
+            start = time.monotonic()
 
     def taken(self) -> float:
         """Seconds waited since it was last asked."""

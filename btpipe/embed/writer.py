@@ -126,8 +126,8 @@ class Writer:
         """Streams the parts into the table, writes the rejects, and gives both their names."""
         vectors, rejects = self.folder / f"vectors{out.suffix}", self.folder / "rejects.tmp"
         outputs.write(out, vectors, self.footer, self._parts())
-        every = [*self.refused, *(r for commit in self.done.values() for r in commit.rejects)]
-        table.write_rejects(rejects, self.footer, every)
+        reject_rows = [*self.refused, *(r for commit in self.done.values() for r in commit.rejects)]
+        table.write_rejects(rejects, self.footer, reject_rows)
         # The vectors last: a table that is there has its rejects beside it.
         table.take_place(rejects, table.rejects_path(out))
         outputs.take_place(out, vectors)

@@ -20,7 +20,7 @@ from btpipe.errors import IntegrityError, UsageError
 from btpipe.evaluate import label_free
 from btpipe.evaluate.checkpoint_report import By, CheckpointRow, Selected
 from btpipe.events import Note, Progressed, Rejected, Report, Warned, per_second
-from btpipe.export import source
+from btpipe.export import encoder_source
 from btpipe.plot import history
 from btpipe.pretrain import checkpoint, knn, network
 from btpipe.pretrain.folder import INDEX, RunRejects
@@ -203,7 +203,7 @@ def _encoders(
         report(Progressed("select", i * each, len(steps) * each, rate, 0.0))
         try:
             kept = None if step == 0 else step
-            made = source.of_run(folder, report, untrained=step == 0, step=kept)
+            made = encoder_source.of_run(folder, report, untrained=step == 0, step=kept)
         except IntegrityError as error:
             report(Warned(f"step {step} is left out: {error}"))
             continue

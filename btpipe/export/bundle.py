@@ -14,7 +14,6 @@ from btpipe.data.index import Index, build
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Report
 from btpipe.export import contract, golden, onnx_model, samples, session, verify, weights
-from btpipe.export import source as sources
 from btpipe.export.card import Card
 from btpipe.export.contract import (
     FLOAT_MODEL,
@@ -24,18 +23,18 @@ from btpipe.export.contract import (
     newest_bundle,
     newest_run,
 )
+from btpipe.export.encoder_source import EncoderSource, of_file, of_run
 from btpipe.export.samples import Samples
-from btpipe.export.source import EncoderSource
 from btpipe.results import Exported
 
-__all__ = ["Wanted", "export_file", "export_run", "newest_bundle", "newest_run", "publish"]
+__all__ = ["BundleOptions", "export_file", "export_run", "newest_bundle", "newest_run", "publish"]
 
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 """An SPDX identifier, or a model hub's: apache-2.0, cc-by-nc-4.0, other."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class BundleOptions:
     """What a bundle is to hold: fp32 always, the other precisions where asked.
 
     `float_input`: also the model that takes normalised float32 (n, 3, S, S). `license_name`: what
@@ -50,8 +49,8 @@ class Wanted:
     license_name: str = ""
 
     def __post_init__(self) -> None:
-        known = [name for name in PRECISIONS if name == "fp32" or name in self.precisions]
-        object.__setattr__(self, "precisions", tuple(known))
+        names = [name for name in PRECISIONS if name == "fp32" or name in self.precisions]
+        object.__setattr__(self, "precisions", tuple(names))
         if self.license_name and not LICENCE.fullmatch(self.license_name):
             expected = "a short name such as apache-2.0 or cc-by-nc-4.0"
             raise UsageError(f"--license {self.license_name!r}", expected=expected)
@@ -62,7 +61,7 @@ class Wanted:
         return [MODELS[name] for name in self.precisions] + [FLOAT_MODEL] * self.float_input
 
 
-PLAIN = Wanted()
+PLAIN = BundleOptions()
 
 
 def parse_precisions(texts: Sequence[str]) -> tuple[Precision, ...]:
@@ -87,7 +86,7 @@ def export_run(
     step: int | None = None,
     images: Path | None = None,
     overwrite: bool = False,
-    wanted: Wanted = PLAIN,
+    options: BundleOptions = PLAIN,
 ) -> Path:
     """The bundle `out` from the newest checkpoint of `run`, checked on real images; returns `out`.
 
@@ -100,8 +99,8 @@ def export_run(
         RefusedError: `out` holds something else, and `overwrite` was not asked for.
         NumericsError: an exported model disagrees with the network; nothing is published.
     """
-    source = sources.of_run(run, report, untrained=untrained, step=step)
-    return _export(source, out, report, images=images, overwrite=overwrite, wanted=wanted)
+    source = of_run(run, report, untrained=untrained, step=step)
+    return _export(source, out, report, images=images, overwrite=overwrite, options=options)
 
 
 def export_file(
@@ -112,7 +111,7 @@ def export_file(
     images: Path | None,
     size: int = 224,
     overwrite: bool = False,
-    wanted: Wanted = PLAIN,
+    options: BundleOptions = PLAIN,
 ) -> Path:
     """The bundle `out` from the weights of others, for images of `size` pixels; returns `out`.
 
@@ -122,8 +121,8 @@ def export_file(
             `out` holds something else, and `overwrite` was not asked for.
         NumericsError: an exported model disagrees with the network; nothing is published.
     """
-    source = sources.of_file(file, size, report)
-    return _export(source, out, report, images=images, overwrite=overwrite, wanted=wanted)
+    source = of_file(file, size, report)
+    return _export(source, out, report, images=images, overwrite=overwrite, options=options)
 
 
 def _export(
@@ -133,7 +132,7 @@ def _export(
     *,
     images: Path | None,
     overwrite: bool,
-    wanted: Wanted,
+    options: BundleOptions,
 ) -> Path:
     started = time.monotonic()
     index = _images(source, images, out)
@@ -141,18 +140,18 @@ def _export(
         **source.origin,
         "encoder": weights.digest(source.encoder.state_dict()),
         "preprocessing": source.preprocessing.record(),
-        "models": wanted.models,
-        "license": wanted.license_name,
+        "models": options.models,
+        "license": options.license_name,
     }
-    calibrate = "int8" in wanted.precisions
+    calibrate = "int8" in options.precisions
     if calibrate:
         origin["calibration"] = index.fingerprint
     is_there = _stands(out, origin, overwrite=overwrite)
     if not is_there:
         artifact.sweep(out.parent, out.name)
         chosen = samples.choose(index, source.preprocessing, report, calibrate=calibrate)
-        publish(source, chosen, out, origin, report, wanted)
-    size, models = source.preprocessing.size, tuple(wanted.models)
+        publish(source, chosen, out, origin, report, options)
+    size, models = source.preprocessing.size, tuple(options.models)
     report(Exported(time.monotonic() - started, out, size, models, is_there))
     return out
 
@@ -163,7 +162,7 @@ def publish(
     out: Path,
     origin: dict[str, object],
     report: Report,
-    wanted: Wanted = PLAIN,
+    options: BundleOptions = PLAIN,
 ) -> None:
     """Writes the bundle, reads it back, and gives it its name if all its models agree.
 
@@ -175,21 +174,21 @@ def publish(
     complete = dict(origin)  # the gates join it before the manifest is written
     with artifact.publish(out, contract.KIND, complete) as folder:
         weights.write(source.encoder.state_dict(), prepared, folder / contract.WEIGHTS)
-        _write_models(source, chosen, folder, wanted)
+        _write_models(source, chosen, folder, options)
         # The reference is the network that the published weights make, not the one at hand.
         reference = weights.load(folder / contract.WEIGHTS, described)
         vectors = verify.reference(reference, prepared, chosen.pixels)
-        gates = _gates(vectors, source, chosen, folder, wanted)
+        gates = _gates(vectors, source, chosen, folder, options)
         report(verify.Gates(tuple(gates.values())))
         verify.require(list(gates.values()), out)
         complete["gates"] = {name: gate.record() for name, gate in gates.items()}
         dimension = vectors.shape[1]
         config = contract.config(
-            described.backbone, described.stem, dimension, prepared, wanted.precisions
+            described.backbone, described.stem, dimension, prepared, options.precisions
         )
         artifact.write_json(folder / contract.CONFIG, config)
         artifact.write_json(folder / contract.PREPROCESSOR, contract.preprocessor(prepared))
-        golden.write(folder, prepared, wanted.precisions)
+        golden.write(folder, prepared, options.precisions)
         card = Card(
             name=out.name,
             source=source,
@@ -201,9 +200,11 @@ def publish(
         artifact.write_file(folder / contract.CARD, card.text().encode())
 
 
-def _write_models(source: EncoderSource, chosen: Samples, folder: Path, wanted: Wanted) -> None:
-    encoder, prepared, name = source.encoder, source.preprocessing, wanted.license_name
-    for precision in wanted.precisions:
+def _write_models(
+    source: EncoderSource, chosen: Samples, folder: Path, options: BundleOptions
+) -> None:
+    encoder, prepared, name = source.encoder, source.preprocessing, options.license_name
+    for precision in options.precisions:
         path = folder / MODELS[precision]
         if precision == "int8":
             # Its importer takes a second, and parts of onnxruntime that nothing else needs.
@@ -213,7 +214,7 @@ def _write_models(source: EncoderSource, chosen: Samples, folder: Path, wanted: 
             quantize.write(float_model, chosen.calibration, prepared, path, license_name=name)
         else:
             onnx_model.write(encoder, prepared, path, precision=precision, license_name=name)
-    if wanted.float_input:
+    if options.float_input:
         onnx_model.write_float(encoder, prepared, folder / FLOAT_MODEL, license_name=name)
 
 
@@ -222,12 +223,12 @@ def _gates(
     source: EncoderSource,
     chosen: Samples,
     folder: Path,
-    wanted: Wanted,
+    options: BundleOptions,
 ) -> dict[str, verify.Gate]:
     """Each model's gate: fp16 on a GPU where onnxruntime can use one, the others on the CPU."""
     gates: dict[str, verify.Gate] = {}
     half: session.Device = "auto" if session.is_built_for_gpus() else "cpu"
-    for precision in wanted.precisions:
+    for precision in options.precisions:
         device = half if precision == "fp16" else "cpu"
         opened = session.Session(folder / MODELS[precision], device=device)
         gates[precision] = verify.compare(
@@ -238,7 +239,7 @@ def _gates(
             model=MODELS[precision],
             provider=opened.device,
         )
-    if wanted.float_input:
+    if options.float_input:
         floats = session.FloatSession(folder / FLOAT_MODEL, source.preprocessing)
         gates["float-nchw"] = verify.compare(
             vectors,
@@ -278,21 +279,21 @@ def _stands(out: Path, origin: dict[str, object], *, overwrite: bool) -> bool:
         )
     fix = "export under another name with --out, or replace it with --overwrite"
     try:
-        found = dict(contract.open_bundle(out).manifest.origin)
+        previous = dict(contract.open_bundle(out).manifest.origin)
     except IntegrityError as error:
         if overwrite:
             return False
         raise RefusedError(f"is damaged or no bundle: {error.what}", where=out, fix=fix) from error
-    if all(found.get(key) == value for key, value in origin.items()):
+    if all(previous.get(key) == value for key, value in origin.items()):
         return True
     if overwrite:
         return False
-    raise RefusedError(f"holds {_named(found)}", where=out, expected=_named(origin), fix=fix)
+    raise RefusedError(f"holds {_named(previous)}", where=out, expected=_named(origin), fix=fix)
 
 
 def _named(origin: dict[str, object]) -> str:
     """What a bundle is from and what is in it, as far as two of one name may differ."""
-    place = (
+    source = (
         f"{origin['source']}"
         if "source" in origin
         else f"run {origin.get('run')} at step {origin.get('step')}"
@@ -301,4 +302,4 @@ def _named(origin: dict[str, object]) -> str:
     held = ", ".join(map(str, models)) if isinstance(models, list) else contract.MODEL
     licence = f", licence {origin['license']}" if origin.get("license") else ""
     images = f", calibrated on {origin['calibration']}" if "calibration" in origin else ""
-    return f"{place}, encoder {origin.get('encoder')}, {held}{images}{licence}"
+    return f"{source}, encoder {origin.get('encoder')}, {held}{images}{licence}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from btpipe import __version__
 from btpipe.export.contract import FLOAT_MODEL, MODEL, MODELS, WEIGHTS
-from btpipe.export.source import EncoderSource
+from btpipe.export.encoder_source import EncoderSource
 
 HOW_TO_USE = """\
 ```python
@@ -93,7 +93,7 @@ class Card:
         )
         return (
             f"# {self.name}\n\n"
-            f"A {described.backbone} encoder (stem: {described.stem}), {self.source.made}.\n"
+            f"A {described.backbone} encoder (stem: {described.stem}), {self.source.provenance}.\n"
             f"It turns an image into a vector of {self.dimension} numbers.\n\n"
             "Intended use: search, grouping, near-duplicates and simple classifiers on images\n"
             "like those it was trained on. Not intended for decisions about people; what its\n"

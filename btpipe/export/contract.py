@@ -221,14 +221,14 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     Raises:
         UsageError: no run has a checkpoint yet.
     """
-    found = [path for path in runs.glob("*/checkpoints/step-*/manifest.json") if _final(path)]
-    if not found:
+    manifests = [path for path in runs.glob("*/checkpoints/step-*/manifest.json") if _final(path)]
+    if not manifests:
         raise UsageError(
             "no run with a checkpoint",
             where=runs,
             fix="train one first: btpipe pretrain recipes/folder.toml --set data.train=FOLDER",
         )
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path)).parents[2]
+    return max(manifests, key=lambda path: (path.stat().st_mtime_ns, path)).parents[2]
 
 
 def newest_bundle(exports: Path = Path("exports")) -> Path:
@@ -237,10 +237,10 @@ def newest_bundle(exports: Path = Path("exports")) -> Path:
     Raises:
         UsageError: nothing was exported yet.
     """
-    found = [path for path in exports.glob(f"*/{artifact.MANIFEST}") if _final(path)]
-    if not found:
+    manifests = [path for path in exports.glob(f"*/{artifact.MANIFEST}") if _final(path)]
+    if not manifests:
         raise UsageError("no bundle", where=exports, fix="make one first: btpipe export --onnx")
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path)).parent
+    return max(manifests, key=lambda path: (path.stat().st_mtime_ns, path)).parent
 
 
 def _final(manifest: Path) -> bool:

@@ -39,15 +39,15 @@ def write(folder: Path, preprocessing: Preprocessing, precisions: Sequence[Preci
     Raises:
         MachineError: no space, or no permission.
     """
-    place = folder / FOLDER
-    place.mkdir()
+    golden_folder = folder / FOLDER
+    golden_folder.mkdir()
     for name, content in _drawn().items():
-        artifact.write_file(place / name, content)
-    pixels = _pixels(place, preprocessing, None)
+        artifact.write_file(golden_folder / name, content)
+    pixels = _pixels(golden_folder, preprocessing, None)
     vectors: dict[str, NDArray[np.float32]] = {
         name: Session(folder / MODELS[name], device="cpu").run(pixels) for name in precisions
     }
-    artifact.write_file(place / VECTORS, safetensors.numpy.save(vectors))
+    artifact.write_file(golden_folder / VECTORS, safetensors.numpy.save(vectors))
 
 
 def compare(
@@ -64,17 +64,17 @@ def compare(
     Raises:
         MachineError: the device was asked for and cannot be used.
     """
-    place = bundle.folder / FOLDER
-    if not (place / VECTORS).is_file():
+    golden_folder = bundle.folder / FOLDER
+    if not (golden_folder / VECTORS).is_file():
         return {}
-    wanted = safetensors.numpy.load_file(place / VECTORS)
+    references = safetensors.numpy.load_file(golden_folder / VECTORS)
     gpu = 0 if runtime.resolve_device(device) == "cuda" else None
-    pixels = _pixels(place, bundle.preprocessing, gpu)
+    pixels = _pixels(golden_folder, bundle.preprocessing, gpu)
     least: dict[str, float] = {}
     for precision in bundle.precisions if precisions is None else precisions:
-        found = Session(bundle.model_of(precision), device=device).run(pixels)
+        vectors = Session(bundle.model_of(precision), device=device).run(pixels)
         with np.errstate(invalid="ignore"):  # vectors of zeros have no cosine: not a number
-            a, b = neighbours.normalize(found), neighbours.normalize(wanted[precision])
+            a, b = neighbours.normalize(vectors), neighbours.normalize(references[precision])
         least[precision] = float((a * b).sum(axis=1).min())
     return least
 
@@ -127,9 +127,9 @@ def _drawn() -> dict[str, bytes]:
     return files
 
 
-def _pixels(place: Path, preprocessing: Preprocessing, gpu: int | None) -> NDArray[np.uint8]:
+def _pixels(folder: Path, preprocessing: Preprocessing, gpu: int | None) -> NDArray[np.uint8]:
     """The images in the evaluation view, in the order of their names: (n, S, S, 3)."""
-    index, _ = build(place)
+    index, _ = build(folder)
     rows = np.arange(len(index), dtype=np.int64)
     geometry = Geometry.for_size(preprocessing.size)
     batches = evaluation_batches(index, rows, geometry, batch_size=len(rows), threads=1, gpu=gpu)

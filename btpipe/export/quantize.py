@@ -60,10 +60,10 @@ def write(
     proto = onnx.load(str(model), load_external_data=False)
     onnx.helper.set_model_props(proto, dict([MARK]))
     with tempfile.TemporaryDirectory(prefix="btpipe-int8-") as folder, artifact.disk_errors(path):
-        made = Path(folder) / "int8.onnx"
+        temporary = Path(folder) / "int8.onnx"
         quantize_static(
             proto,
-            made,
+            temporary,
             Calibration(calibration),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTISED),
@@ -72,5 +72,5 @@ def write(
             activation_type=QuantType.QUInt8,
             calibrate_method=CalibrationMethod.MinMax,
         )
-        quantised = onnx.load(str(made), load_external_data=False)
+        quantised = onnx.load(str(temporary), load_external_data=False)
     artifact.write_file(path, onnx_model.finished(quantised, preprocessing, license_name))

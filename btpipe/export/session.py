@@ -66,10 +66,10 @@ class Session:
 
     def _check_provider(self) -> None:
         # onnxruntime falls back to the CPU with no more than a log line.
-        found = self._session.get_providers()[0]
-        if found != PROVIDERS[self.device]:
+        provider = self._session.get_providers()[0]
+        if provider != PROVIDERS[self.device]:
             raise MachineError(
-                f"onnxruntime runs on {found}",
+                f"onnxruntime runs on {provider}",
                 expected=PROVIDERS[self.device],
                 fix="install the CUDA and cuDNN libraries of onnxruntime-gpu, or ask for the CPU",
             )

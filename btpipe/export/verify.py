@@ -74,14 +74,14 @@ class Gate:
 
     def cells(self) -> tuple[str, ...]:
         """The gate as a row of a table."""
-        wanted, labels = self.thresholds, self.label_agreement
+        limits, labels = self.thresholds, self.label_agreement
         return (
             self.model,
             self.provider,
-            f"{self.mean_cosine:.7f} ({wanted.cosine})",
+            f"{self.mean_cosine:.7f} ({limits.cosine})",
             f"{self.min_cosine:.7f}",
             f"{self.max_difference:.2e}",
-            f"{self.agreement:.4f} ({wanted.agreement})",
+            f"{self.agreement:.4f} ({limits.agreement})",
             "-" if labels is None else f"{labels:.4f}",
             "yes" if self.passed else "NO",
         )
@@ -130,7 +130,7 @@ def reference(
 
 
 def compare(
-    wanted: NDArray[np.float32],
+    references: NDArray[np.float32],
     embed: Embed,
     samples: Samples,
     thresholds: Thresholds,
@@ -138,7 +138,7 @@ def compare(
     model: str,
     provider: str,
 ) -> Gate:
-    """`embed` on the samples' pixels against the vectors `wanted` of them, (n, D), n at least 2."""
+    """`embed` on the samples' pixels against the `references` of them, (n, D), n at least 2."""
     pixels = samples.pixels
     assert len(pixels) >= 2, "neighbours need two images"
     cosines, differences = [], []
@@ -146,21 +146,21 @@ def compare(
         # The last batch size embeds everything; the small ones a few batches, which prove as much.
         count = len(pixels) if batch == BATCHES[-1] else min(len(pixels), 8 * batch)
         starts = range(0, count, batch)
-        found = np.concatenate([embed(pixels[i : min(i + batch, count)]) for i in starts])
-        cosines.append(_cosine(wanted[:count], found))
-        differences.append(np.abs(wanted[:count] - found).max())
+        vectors = np.concatenate([embed(pixels[i : min(i + batch, count)]) for i in starts])
+        cosines.append(_cosine(references[:count], vectors))
+        differences.append(np.abs(references[:count] - vectors).max())
     k = min(NEIGHBOURS, len(pixels) - 1)
-    every = np.concatenate(cosines)
+    cosine = np.concatenate(cosines)
     return Gate(
         model=model,
         images=len(pixels),
         provider=provider,
-        mean_cosine=float(every.mean()),
-        min_cosine=float(every.min()),
+        mean_cosine=float(cosine.mean()),
+        min_cosine=float(cosine.min()),
         max_difference=float(np.max(differences)),
-        agreement=_agreement(wanted, found, k),
+        agreement=_agreement(references, vectors, k),
         neighbours=k,
-        label_agreement=_label_agreement(wanted, found, samples.labels, k),
+        label_agreement=_label_agreement(references, vectors, samples.labels, k),
         thresholds=thresholds,
     )
 
@@ -191,15 +191,15 @@ def _cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float6
     return cosine
 
 
-def _agreement(wanted: NDArray[np.float32], found: NDArray[np.float32], k: int) -> float:
-    """Mean share of the k nearest by `found` that are so by `wanted`, ties allowed."""
-    if not (np.isfinite(wanted).all() and np.isfinite(found).all()):
+def _agreement(references: NDArray[np.float32], vectors: NDArray[np.float32], k: int) -> float:
+    """Mean share of the k nearest by `vectors` that are so by `references`, ties allowed."""
+    if not (np.isfinite(references).all() and np.isfinite(vectors).all()):
         return 0.0
-    unit = neighbours.normalize(wanted)
-    true, _ = neighbours.leave_one_out(wanted, k)
-    got, _ = neighbours.leave_one_out(found, k)
+    unit = neighbours.normalize(references)
+    true, _ = neighbours.leave_one_out(references, k)
+    got, _ = neighbours.leave_one_out(vectors, k)
     shares = []
-    for row in range(len(wanted)):
+    for row in range(len(references)):
         similarity = unit @ unit[row]
         weakest = similarity[true[row]].min()
         shares.append(float((similarity[got[row]] >= weakest - TIE).mean()))
@@ -207,19 +207,19 @@ def _agreement(wanted: NDArray[np.float32], found: NDArray[np.float32], k: int) 
 
 
 def _label_agreement(
-    wanted: NDArray[np.float32], found: NDArray[np.float32], labels: NDArray[np.int64], k: int
+    references: NDArray[np.float32], vectors: NDArray[np.float32], labels: NDArray[np.int64], k: int
 ) -> float | None:
     """Share of labelled images whose k labelled neighbours vote for one label in both."""
-    known = labels >= 0
-    classes = len(np.unique(labels[known]))
+    has_label = labels >= 0
+    classes = len(np.unique(labels[has_label]))
     if classes < 2:
         return None
-    if not np.isfinite(found).all():
+    if not np.isfinite(vectors).all():
         return 0.0
     votes = []
-    for vectors in (wanted[known], found[known]):
+    for matrix in (references[has_label], vectors[has_label]):
         scores = neighbours.vote(
-            *neighbours.leave_one_out(vectors, k), labels[known], int(labels.max()) + 1
+            *neighbours.leave_one_out(matrix, k), labels[has_label], int(labels.max()) + 1
         )
         votes.append(scores.argmax(axis=1))
     return float((votes[0] == votes[1]).mean())

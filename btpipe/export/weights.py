@@ -88,14 +88,14 @@ def folded(encoder: nn.Module) -> nn.Module:
 
     w' = w g / sqrt(v + e), b' = b - m g / sqrt(v + e), for batch norm's g, b, m, v and e.
     """
-    made = copy.deepcopy(encoder).eval()
-    for parent in list(made.modules()):
+    clone = copy.deepcopy(encoder).eval()
+    for parent in list(clone.modules()):
         children = list(parent.named_children())
         for (name, first), (next_name, second) in itertools.pairwise(children):
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(first, second))
                 setattr(parent, next_name, nn.Identity())
-    return made
+    return clone
 
 
 def calibrate(

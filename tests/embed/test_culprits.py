@@ -27,8 +27,8 @@ def test_the_files_that_end_a_process_are_found_and_no_other(
     files[13] += CRASH
     files[21] += KILL
     config = WorkerConfig(EncoderConfig(tmp_path, threads=1), gpu=gpu, decode=decode)
-    found = culprits.find(files, config, limit_seconds=LIMIT_SECONDS, should_stop=lambda: False)
-    assert {row: error.reason for row, error in found.items()} == {
+    errors = culprits.find(files, config, limit_seconds=LIMIT_SECONDS, should_stop=lambda: False)
+    assert {row: error.reason for row, error in errors.items()} == {
         13: "decoding ended the process (SIGSEGV)",
         21: "decoding ended the process (SIGKILL)",
     }

@@ -71,11 +71,11 @@ def test_only_new_and_changed_content_is_embedded_and_the_table_is_that_of_a_fre
     (images / "a" / "006.jpg").write_bytes(donors[-1].read_bytes())
     (images / "b" / "new.jpg").write_bytes(donors[-2].read_bytes())
     events: list[Event] = []
-    made = run(images, out, bundle, events)
+    result = run(images, out, bundle, events)
     # Dropped are paths: the one that was removed, and the old name of the one that moved.
-    assert (made.rows, made.reused, made.dropped) == (IMAGES, IMAGES - 2, 2)
-    told = [event.text for event in events if isinstance(event, Finished)]
-    assert "2 embedded, 22 as they were, 2 dropped" in told[-1]
+    assert (result.rows, result.reused, result.dropped) == (IMAGES, IMAGES - 2, 2)
+    messages = [event.text for event in events if isinstance(event, Finished)]
+    assert "2 embedded, 22 as they were, 2 dropped" in messages[-1]
     assert bytes_of(out) == fresh(images, tmp_path / "fresh.parquet", bundle)
 
 
@@ -86,9 +86,9 @@ def test_unchanged_content_is_not_decoded(images: Path, bundle: Path, tmp_path: 
     # The vectors are not those of the images: whoever decodes them shows it.
     swapped = pq.read_table(out)
     column = before.take(list(reversed(range(IMAGES))))
-    place = swapped.schema.get_field_index("embedding")
+    position = swapped.schema.get_field_index("embedding")
     schema = swapped.schema
-    pq.write_table(swapped.set_column(place, schema.field(place), column).cast(schema), out)
+    pq.write_table(swapped.set_column(position, schema.field(position), column).cast(schema), out)
     (images / "a" / "000.jpg").unlink()
     run(images, out, bundle)
     assert pq.read_table(out)["embedding"].to_pylist() == column.to_pylist()[1:]
@@ -118,8 +118,8 @@ def test_finished_parts_of_a_job_whose_images_changed_are_kept(
     assert subprocess.run(command, check=False).returncode < 0
     bad.write_bytes(whole)
     events: list[Event] = []
-    made = run(images, out, bundle, events)
-    assert (made.rows, made.reused) == (IMAGES, 16)
+    result = run(images, out, bundle, events)
+    assert (result.rows, result.reused) == (IMAGES, 16)
     assert any(isinstance(event, Warned) and "afresh" in event.text for event in events)
     assert bytes_of(out) == fresh(images, tmp_path / "fresh.parquet", bundle)
 
@@ -215,14 +215,14 @@ def test_a_list_on_standard_input_is_an_input(
 ) -> None:
     names = [b"images/b/001.jpg", b"images/a/000.jpg", os.fsencode(images / "a" / "002.jpg")]
     command = [sys.executable, "-m", "btpipe", "embed", "-", "--out", "v.parquet"]
-    made = subprocess.run(
+    process = subprocess.run(
         [*command, "--model", str(bundle)],
         input=end.join(names) + end,
         cwd=tmp_path,
         capture_output=True,
         check=False,
     )
-    assert made.returncode == 0, made.stderr
+    assert process.returncode == 0, process.stderr
     rows = pq.read_table(tmp_path / "v.parquet")["path"].to_pylist()
     assert rows == [os.fsdecode(name) for name in names]
 
@@ -249,8 +249,8 @@ def test_files_that_change_or_vanish_while_a_job_runs_are_told(
         meddle,
         JobOptions(part_rows=8, batch_size=4),
     )
-    told = [event.text for event in events if isinstance(event, Warned)]
-    assert [text.partition(":")[0] for text in told] == ["b/119.jpg"]
+    warnings = [event.text for event in events if isinstance(event, Warned)]
+    assert [text.partition(":")[0] for text in warnings] == ["b/119.jpg"]
     rejects = pq.read_table(tmp_path / "v.rejects.parquet").to_pylist()
     assert [(entry["path"], entry["reason"]) for entry in rejects] == [
         ("b/117.jpg", "cannot be read: No such file or directory")

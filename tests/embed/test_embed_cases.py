@@ -52,9 +52,9 @@ def mark(text):
         file.write(text + "\\n")
 
 def decode(content):
-    from btpipe.data.pipeline import decode as decoding
+    import btpipe.data.pipeline.decode
     mark("decoded")
-    return decoding.decode(content)
+    return btpipe.data.pipeline.decode.decode(content)
 
 def outlive(*_):
     kernel, number = ctypes.CDLL(None), ctypes.c_int()
@@ -167,8 +167,8 @@ def test_a_second_ctrl_c_ends_a_job_that_cannot_stop_and_the_same_command_goes_o
         EncoderConfig(bundle, device="cpu"),
         events.append,
     )
-    told = f"goes on: {done * PART_ROWS} of {IMAGES} images are done"
-    assert told in [event.text for event in events if isinstance(event, Note)]
+    message = f"goes on: {done * PART_ROWS} of {IMAGES} images are done"
+    assert message in [event.text for event in events if isinstance(event, Note)]
     assert pq.read_metadata(tmp_path / "v.parquet").num_rows == PART_ROWS
     assert pq.read_metadata(tmp_path / "v.rejects.parquet").num_rows == IMAGES - PART_ROWS
 
@@ -243,16 +243,18 @@ def avif() -> bytes:
 def draw_kinds(folder: Path) -> dict[str, str]:
     """Every kind of docs/formats.md under a name that says nothing of it; returns its outcome."""
     folder.mkdir()
-    made = {**{kind: make() for kind, make in KINDS.items()}, "AVIF": avif()}
-    for i, content in enumerate(made.values()):
+    contents = {**{kind: make() for kind, make in KINDS.items()}, "AVIF": avif()}
+    for i, content in enumerate(contents.values()):
         (folder / f"{i:02}.jpg").write_bytes(content)
-    return {f"{i:02}.jpg": kind for i, kind in enumerate(made)}
+    return {f"{i:02}.jpg": kind for i, kind in enumerate(contents)}
 
 
 def draw_colours(folder: Path) -> list[tuple[int, int, int]]:
     """A PNG of each colour that a kind of image has, and of those that it must not have."""
-    said = {expected(kind, line.outcome) for kind, line in lines().items() if not line.rejected}
-    colours = sorted({*said, SECOND, (0, 0, 0), (255, 255, 255)})
+    colours_of_kinds = {
+        expected(kind, line.outcome) for kind, line in lines().items() if not line.rejected
+    }
+    colours = sorted({*colours_of_kinds, SECOND, (0, 0, 0), (255, 255, 255)})
     for i, colour in enumerate(colours):
         Image.new("RGB", (40, 30), colour).save(folder / f"colour-{i:02}.png")
     return colours

@@ -140,17 +140,17 @@ class Watched:
                     text = Path(f"/proc/{child}/status").read_text()
                 except OSError:
                     continue
-                found = re.search(r"RssAnon:\s+(\d+)", text)
-                self.peak = max(self.peak, int(found[1]) << 10 if found else 0)
+                match = re.search(r"RssAnon:\s+(\d+)", text)
+                self.peak = max(self.peak, int(match[1]) << 10 if match else 0)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[bytes], set[bytes]]:
+def embedding(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[bytes], set[bytes]]:
     """`images/` with its table, and the names of the good and of the bad files in it."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "images").mkdir()
-    wanted = good(folder / "images")
-    refused = nasty(folder / "images") - {name.split(b"/")[0] for name in wanted}
+    good_names = good(folder / "images")
+    refused = nasty(folder / "images") - {name.split(b"/")[0] for name in good_names}
     bundle = shared_home(tmp_path_factory) / "exports" / "tiny"
     with contextlib.chdir(folder):  # where a script in an image would leave its mark
         embed(
@@ -160,7 +160,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[bytes], se
             ignore,
             JobOptions(part_rows=16),
         )
-    return folder, wanted, refused
+    return folder, good_names, refused
 
 
 def rows_of(folder: Path) -> dict[bytes, dict[str, object]]:
@@ -169,28 +169,28 @@ def rows_of(folder: Path) -> dict[bytes, dict[str, object]]:
 
 
 def test_every_file_is_a_row_or_a_reject_with_a_reason(
-    made: tuple[Path, set[bytes], set[bytes]],
+    embedding: tuple[Path, set[bytes], set[bytes]],
 ) -> None:
-    folder, wanted, refused = made
-    assert set(rows_of(folder)) == wanted
+    folder, good_names, refused = embedding
+    assert set(rows_of(folder)) == good_names
     rejects = pq.read_table(folder / "v.rejects.parquet").to_pylist()
     assert sorted(entry["path"].encode() for entry in rejects) == sorted(refused)
     assert all(entry["reason"] for entry in rejects)
 
 
 def test_the_path_of_each_row_opens_the_same_file(
-    made: tuple[Path, set[bytes], set[bytes]],
+    embedding: tuple[Path, set[bytes], set[bytes]],
 ) -> None:
-    folder, _, _ = made
+    folder, _, _ = embedding
     for name, row in rows_of(folder).items():
         content = Path(os.fsdecode(os.fsencode(folder / "images") + b"/" + name)).read_bytes()
         assert hashlib.sha256(content).hexdigest() == row["digest"]
 
 
 def test_a_picture_has_one_vector_however_the_camera_was_held(
-    made: tuple[Path, set[bytes], set[bytes]],
+    embedding: tuple[Path, set[bytes], set[bytes]],
 ) -> None:
-    folder, _, _ = made
+    folder, _, _ = embedding
     rows = rows_of(folder)
     vectors = np.array([rows[f"exif-{i}.jpg".encode()]["embedding"] for i in range(1, 9)])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -198,8 +198,8 @@ def test_a_picture_has_one_vector_however_the_camera_was_held(
     assert {(rows[f"exif-{i}.jpg".encode()]["width"]) for i in range(1, 9)} == {96}
 
 
-def test_nothing_in_a_file_is_executed(made: tuple[Path, set[bytes], set[bytes]]) -> None:
-    folder, _, _ = made
+def test_nothing_in_a_file_is_executed(embedding: tuple[Path, set[bytes], set[bytes]]) -> None:
+    folder, _, _ = embedding
     assert {path.name for path in folder.iterdir()} == {
         "images",
         "v.parquet",

@@ -93,10 +93,10 @@ def test_a_bad_file_changes_no_other_row(images: Path, bundle: Path, tmp_path: P
     run(images, tmp_path / "bad.parquet", bundle)
     good = pq.read_table(tmp_path / "good.parquet")
     kept = good.filter(pa.array([path not in bad for path in good.column("path").to_pylist()]))
-    found = pq.read_table(tmp_path / "bad.parquet")
-    assert found.column("path").to_pylist() == kept.column("path").to_pylist()
-    vectors, wanted = (np.stack(t.column("embedding").to_numpy()) for t in (found, kept))
-    assert np.array_equal(vectors, wanted)
+    rows = pq.read_table(tmp_path / "bad.parquet")
+    assert rows.column("path").to_pylist() == kept.column("path").to_pylist()
+    vectors, expected = (np.stack(t.column("embedding").to_numpy()) for t in (rows, kept))
+    assert np.array_equal(vectors, expected)
 
 
 def test_a_row_says_which_bytes_of_what_time_it_is_of(
@@ -157,12 +157,12 @@ def test_pandas_polars_and_duckdb_open_the_table_with_the_right_shape(
 ) -> None:
     out = tmp_path / "v.parquet"
     run(images, out, bundle)
-    wanted = np.stack(pq.read_table(out).column("embedding").to_numpy())
+    vectors = np.stack(pq.read_table(out).column("embedding").to_numpy())
     frame = pd.read_parquet(out)
-    assert np.array_equal(np.stack(list(frame["embedding"])), wanted)
+    assert np.array_equal(np.stack(list(frame["embedding"])), vectors)
     polars = pl.read_parquet(out)
     assert polars.schema["embedding"] == pl.Array(pl.Float32, 512)
-    assert np.array_equal(polars["embedding"].to_numpy(), wanted)
+    assert np.array_equal(polars["embedding"].to_numpy(), vectors)
     with duckdb.connect() as connection:
         question = "SELECT typeof(embedding::FLOAT[512]), count(*) FROM read_parquet(?) GROUP BY 1"
         assert connection.execute(question, [str(out)]).fetchall() == [("FLOAT[512]", IMAGES)]

@@ -41,9 +41,9 @@ def rows(out: Path) -> pa.Table:
 
 
 def vectors(out: Path) -> NDArray[np.floating]:
-    found = outputs.footer_of(out)
-    assert found is not None
-    return arrays.matrix(rows(out)["embedding"], int(found["btpipe.dimension"]))
+    metadata = outputs.footer_of(out)
+    assert metadata is not None
+    return arrays.matrix(rows(out)["embedding"], int(metadata["btpipe.dimension"]))
 
 
 @pytest.mark.parametrize("ending", ["", ".npy"])
@@ -53,8 +53,8 @@ def test_another_ending_holds_the_rows_of_the_table_and_is_rerun_like_one(
     out = tmp_path / f"v{ending}"
     run(images, out, bundle)
     draw_images(images, MANY)  # the first ones again, with another time of change
-    *_, told = run(images, out, bundle)
-    assert (told["embedded"], told["reused"], told["dropped"]) == (MANY - FEW, FEW, 0)
+    *_, summary = run(images, out, bundle)
+    assert (summary["embedded"], summary["reused"], summary["dropped"]) == (MANY - FEW, FEW, 0)
     paths = rows(out)["path"].to_pylist()
     assert paths == sorted(path.relative_to(images).as_posix() for path in images.rglob("*.jpg"))
     encoder = load(bundle, device="cpu")
@@ -98,13 +98,13 @@ def test_float16_halves_the_table_and_auto_says_what_it_chose(
     images: Path, bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "v.safetensors"
-    told = run(images, out, bundle, "--dtype", "float16")
-    notes = [event["text"] for event in told if event["event"] == "Note"]
+    events = run(images, out, bundle, "--dtype", "float16")
+    notes = [event["text"] for event in events if event["event"] == "Note"]
     assert notes[0].startswith("fp32: the bundle has no int8 model")
     paths = [images / path for path in rows(out)["path"].to_pylist()]
-    wanted = load(bundle, device="cpu").embed(paths).astype(np.float16)
+    expected = load(bundle, device="cpu").embed(paths).astype(np.float16)
     assert vectors(out).dtype == np.float16
-    assert np.array_equal(vectors(out), wanted)
+    assert np.array_equal(vectors(out), expected)
 
 
 def test_vectors_made_otherwise_are_not_mixed_into_a_table(

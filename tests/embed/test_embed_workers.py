@@ -205,14 +205,14 @@ def test_a_killed_worker_is_replaced_and_the_table_is_the_same(
     whole: Path, bundle: Path, tmp_path: Path
 ) -> None:
     with start(tmp_path, whole / "images", bundle) as job:
-        known: set[int] = set()
+        killed: set[int] = set()
         for _ in range(2):
-            wait_for(lambda: set(workers_of(job)) - known or job.poll() is not None)
-            for worker in set(workers_of(job)) - known:
+            wait_for(lambda: set(workers_of(job)) - killed or job.poll() is not None)
+            for worker in set(workers_of(job)) - killed:
                 os.kill(worker, signal.SIGKILL)
-                known.add(worker)
+                killed.add(worker)
         assert job.stdout is not None
-        told = job.stdout.read().decode()
-        assert job.wait(60) == 0, told
-    assert "a worker was lost (SIGKILL)" in told
+        output = job.stdout.read().decode()
+        assert job.wait(60) == 0, output
+    assert "a worker was lost (SIGKILL)" in output
     assert bytes_of(tmp_path / "v.parquet") == bytes_of(whole / "v.parquet")

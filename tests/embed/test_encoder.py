@@ -54,10 +54,10 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 def test_files_give_the_vectors_of_an_embedding_job(bundle: Path, tmp_path: Path) -> None:
     paths = sorted(draw_images(tmp_path / "images", 6))
     embed(tmp_path / "images", tmp_path / "v.parquet", EncoderConfig(bundle, device="cpu"), ignore)
-    wanted = np.stack(pq.read_table(tmp_path / "v.parquet").column("embedding").to_numpy())
+    expected = np.stack(pq.read_table(tmp_path / "v.parquet").column("embedding").to_numpy())
     encoder = load(str(bundle), device="cpu")
-    assert np.array_equal(encoder.embed(paths), wanted)
-    assert np.array_equal(encoder.embed([str(paths[3])]), wanted[3:4])
+    assert np.array_equal(encoder.embed(paths), expected)
+    assert np.array_equal(encoder.embed([str(paths[3])]), expected[3:4])
     assert encoder.embed([]).shape == (0, encoder.dimension) == (0, 512)
 
 
@@ -80,13 +80,13 @@ def test_pillow_images_and_arrays_of_any_size_are_embedded_like_their_file(
     arrays = [np.asarray(image) for image in opened]
     assert len({array.shape for array in arrays}) > 1
     from_files = encoder.embed(images[:4])
-    found = encoder.embed(opened)
-    assert np.array_equal(found, encoder.embed(arrays))
-    assert (cosines(found, from_files) > DRAWN_AGAINST_FILE).all()
-    assert np.array_equal(encoder.embed([images[0], arrays[1]]), [from_files[0], found[1]])
+    vectors = encoder.embed(opened)
+    assert np.array_equal(vectors, encoder.embed(arrays))
+    assert (cosines(vectors, from_files) > DRAWN_AGAINST_FILE).all()
+    assert np.array_equal(encoder.embed([images[0], arrays[1]]), [from_files[0], vectors[1]])
     lossless = tmp_path / "a.png"
     opened[0].save(lossless)
-    assert np.array_equal(encoder.embed([lossless]), found[:1])
+    assert np.array_equal(encoder.embed([lossless]), vectors[:1])
     grey = opened[0].convert("L")
     assert np.array_equal(encoder.embed([grey]), encoder.embed([grey.convert("RGB")]))
     turned = Image.open(images[0])
@@ -113,19 +113,19 @@ def test_a_vector_is_the_same_to_the_bit_in_any_batch_on_any_number_of_threads(
     bundle: Path, pixels: NDArray[np.uint8], engine: str
 ) -> None:
     name: precisions.Engine = "onnx" if engine == "onnx" else "torch"
-    asked: precisions.RequestedPrecision = "bf16" if engine == "bf16" else "fp32"
+    precision: precisions.RequestedPrecision = "bf16" if engine == "bf16" else "fp32"
     few = pixels[:19]
-    wanted = load(bundle, device="cpu", engine=name, precision=asked).embed(few)
+    expected = load(bundle, device="cpu", engine=name, precision=precision).embed(few)
     for threads, sizes in ((1, (5,)), (3, (3, 18))):
-        encoder = load(bundle, device="cpu", engine=name, precision=asked, threads=threads)
-        assert np.array_equal(encoder.embed(few[4:5]), wanted[4:5])
+        encoder = load(bundle, device="cpu", engine=name, precision=precision, threads=threads)
+        assert np.array_equal(encoder.embed(few[4:5]), expected[4:5])
         for size in sizes:
             batches = [Batch(few[start : start + size]) for start in range(0, len(few), size)]
             streamed = list(encoder.stream(batches, size))
             assert [batch for batch, _ in streamed] == batches
-            found = np.concatenate([vectors for _, vectors in streamed])
-            assert found.dtype == np.float32
-            assert np.array_equal(found, wanted)
+            matrix = np.concatenate([vectors for _, vectors in streamed])
+            assert matrix.dtype == np.float32
+            assert np.array_equal(matrix, expected)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,17 +136,17 @@ class Batch:
 def test_the_network_works_while_the_next_batches_are_made(
     bundle: Path, pixels: NDArray[np.uint8]
 ) -> None:
-    made: list[int] = []
+    numbers: list[int] = []
 
     def batches() -> Iterator[Batch]:
         for _ in range(9):
-            made.append(len(made))
+            numbers.append(len(numbers))
             yield Batch(pixels)
 
     encoder = load(bundle, device="cpu", threads=2)
     stream = encoder.stream(batches(), len(pixels))
     next(stream)
-    assert len(made) == 4  # one that is done, two in the network, one ready
+    assert len(numbers) == 4  # one that is done, two in the network, one ready
     assert len(list(stream)) == 8
 
 
@@ -154,19 +154,19 @@ def test_torch_in_fp32_is_the_reference_and_bf16_is_near_it(
     bundle: Path, pixels: NDArray[np.uint8]
 ) -> None:
     encoder = load(bundle, device="cpu", engine="torch", precision="fp32")
-    found = encoder.embed(pixels)
+    vectors = encoder.embed(pixels)
     described = recipe.Network(backbone="resnet18", stem="small")
     network = weights.load(bundle / "model.safetensors", described)
     reference = onnx_model.Normalized(network, encoder.preprocessing).eval()
     with torch.inference_mode():
-        wanted = reference(torch.from_numpy(pixels)).numpy()
-    scale = SAME_FLOATS * np.abs(wanted).max()
-    np.testing.assert_allclose(found, wanted, atol=scale, rtol=0)
+        expected = reference(torch.from_numpy(pixels)).numpy()
+    scale = SAME_FLOATS * np.abs(expected).max()
+    np.testing.assert_allclose(vectors, expected, atol=scale, rtol=0)
     by_onnx = load(bundle, device="cpu", engine="onnx").embed(pixels)
-    np.testing.assert_allclose(found, by_onnx, atol=scale, rtol=0)
+    np.testing.assert_allclose(vectors, by_onnx, atol=scale, rtol=0)
     bf16 = load(bundle, device="cpu", engine="torch", precision="bf16").embed(pixels)
-    assert not np.array_equal(bf16, found)
-    assert cosines(bf16, found).min() > BF16_COSINE
+    assert not np.array_equal(bf16, vectors)
+    assert cosines(bf16, vectors).min() > BF16_COSINE
 
 
 def test_a_layer_is_the_mean_of_that_stage_over_its_positions(
@@ -174,32 +174,34 @@ def test_a_layer_is_the_mean_of_that_stage_over_its_positions(
 ) -> None:
     described = recipe.Network(backbone="resnet18", stem="small")
     network = weights.load(bundle / "model.safetensors", described)
-    seen: dict[str, NDArray[np.float32]] = {}
+    means: dict[str, NDArray[np.float32]] = {}
     stages = {name: network.get_submodule(name) for name in precisions.LAYERS[1:]}
     for name, stage in stages.items():
         stage.register_forward_hook(
-            lambda _module, _inputs, maps, name=name: seen.update({name: maps.mean((2, 3)).numpy()})
+            lambda _module, _inputs, maps, name=name: means.update(
+                {name: maps.mean((2, 3)).numpy()}
+            )
         )
     encoder = load(bundle, device="cpu", engine="torch", precision="fp32")
     with torch.inference_mode():
         onnx_model.Normalized(network, encoder.preprocessing)(torch.from_numpy(pixels))
-    assert set(seen) == {"layer1", "layer2", "layer3", "layer4"}
+    assert set(means) == {"layer1", "layer2", "layer3", "layer4"}
     for name in precisions.LAYERS[1:]:
         of_layer = load(bundle, device="cpu", layer=name, precision="fp32")
         assert of_layer.engine == "torch"
-        found = of_layer.embed(pixels)
-        assert found.shape == (37, of_layer.dimension) == seen[name].shape
-        scale = SAME_FLOATS * np.abs(seen[name]).max()
-        np.testing.assert_allclose(found, seen[name], atol=scale, rtol=0)
+        vectors = of_layer.embed(pixels)
+        assert vectors.shape == (37, of_layer.dimension) == means[name].shape
+        scale = SAME_FLOATS * np.abs(means[name]).max()
+        np.testing.assert_allclose(vectors, means[name], atol=scale, rtol=0)
 
 
 def test_normalized_vectors_have_length_one_and_the_same_direction(
     bundle: Path, pixels: NDArray[np.uint8]
 ) -> None:
     plain = load(bundle, device="cpu").embed(pixels)
-    found = load(bundle, device="cpu", normalize=True).embed(pixels)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-6)
-    np.testing.assert_allclose(found * np.linalg.norm(plain, axis=1)[:, None], plain, rtol=1e-5)
+    unit = load(bundle, device="cpu", normalize=True).embed(pixels)
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(unit * np.linalg.norm(plain, axis=1)[:, None], plain, rtol=1e-5)
 
 
 def test_what_an_engine_cannot_do_is_refused_with_what_to_do(bundle: Path) -> None:
@@ -249,14 +251,14 @@ def test_auto_on_a_gpu_takes_fp16_where_the_golden_images_agree_and_else_says_tf
     bundle: Path,
 ) -> None:
     opened = load(bundle, device="cpu").bundle
-    every = dataclasses.replace(opened, precisions=("fp32", "fp16", "int8"))
-    assert precisions.choose(every, "onnx", "auto", "cuda", yes)[0] == "fp16"
-    chosen, why = precisions.choose(every, "onnx", "auto", "cuda", no)
+    with_all = dataclasses.replace(opened, precisions=("fp32", "fp16", "int8"))
+    assert precisions.choose(with_all, "onnx", "auto", "cuda", yes)[0] == "fp16"
+    chosen, why = precisions.choose(with_all, "onnx", "auto", "cuda", no)
     assert (chosen, "does not give the bundle's golden vectors" in why) == ("tf32", True)
     chosen, why = precisions.choose(opened, "onnx", "auto", "cuda", yes)
     assert (chosen, "--precision fp32,fp16" in why) == ("tf32", True)
     assert "int8" not in why
-    assert precisions.choose(every, "torch", "auto", "cuda", yes)[0] == "bf16"
+    assert precisions.choose(with_all, "torch", "auto", "cuda", yes)[0] == "bf16"
 
 
 def test_fp32_never_means_tf32_and_tf32_is_for_gpus(bundle: Path) -> None:

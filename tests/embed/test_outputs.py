@@ -33,15 +33,15 @@ def test_what_is_written_is_read_again_row_for_row(
 ) -> None:
     for rows in (0, 1, 1500):
         out = tmp_path / f"v{rows}{ending}"
-        wanted = write(out, rows, dtype)
+        expected = write(out, rows, dtype)
         outputs.check(out)  # what is there may be replaced
         assert outputs.count(out) == rows
         assert footer(dtype).metadata() == outputs.footer_of(out)
-        found = pa.Table.from_batches(list(outputs.rows(out)), table.schema(footer(dtype)))
-        assert found.equals(wanted)
+        content = pa.Table.from_batches(list(outputs.rows(out)), table.schema(footer(dtype)))
+        assert content.equals(expected)
     shorter = write(tmp_path / f"v1500{ending}", 3, dtype)
-    found = pa.Table.from_batches(list(outputs.rows(tmp_path / f"v1500{ending}")))
-    assert found.equals(shorter)
+    content = pa.Table.from_batches(list(outputs.rows(tmp_path / f"v1500{ending}")))
+    assert content.equals(shorter)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -69,19 +69,19 @@ def test_a_folder_is_cut_into_files_at_a_fixed_number_of_rows(tmp_path: Path) ->
 def test_numpy_and_safetensors_open_the_matrices(tmp_path: Path, dtype: table.Dtype) -> None:
     rows = write(tmp_path / "v.npy", 1234, dtype)
     write(tmp_path / "v.safetensors", 1234, dtype)
-    wanted = arrays.matrix(rows["embedding"], DIMENSION)
-    assert wanted.dtype == dtype
-    assert wanted.shape == (1234, DIMENSION)
-    found = np.load(tmp_path / "v.npy")
-    assert found.dtype == dtype
-    assert np.array_equal(found, wanted)
-    assert np.array_equal(load_file(tmp_path / "v.safetensors")["embedding"], wanted)
+    expected = arrays.matrix(rows["embedding"], DIMENSION)
+    assert expected.dtype == dtype
+    assert expected.shape == (1234, DIMENSION)
+    matrix = np.load(tmp_path / "v.npy")
+    assert matrix.dtype == dtype
+    assert np.array_equal(matrix, expected)
+    assert np.array_equal(load_file(tmp_path / "v.safetensors")["embedding"], expected)
     with safetensors.safe_open(tmp_path / "v.safetensors", "numpy") as file:
         assert file.metadata() == footer(dtype).metadata()
     ids = pd.read_parquet(tmp_path / "v.npy.ids.parquet")
     assert ids["path"].tolist() == rows["path"].to_pylist()
-    own = ["path", "path_bytes", "digest", "bytes", "mtime_ns", "width", "height", "label"]
-    assert list(ids) == own
+    columns = ["path", "path_bytes", "digest", "bytes", "mtime_ns", "width", "height", "label"]
+    assert list(ids) == columns
 
 
 def test_a_matrix_and_rows_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -106,11 +106,11 @@ def test_a_matrix_and_rows_that_do_not_belong_together_are_refused(tmp_path: Pat
 
 def test_a_matrix_takes_its_name_only_when_its_rows_are_there(tmp_path: Path) -> None:
     write(tmp_path / "v.npy", 10)
-    beside = tmp_path / "beside"
-    outputs.write(tmp_path / "v.npy", beside, footer(), [part(0, 4)])
-    beside.unlink()  # a kill between two renames leaves the same: rows without a matrix
+    temporary = tmp_path / "beside"
+    outputs.write(tmp_path / "v.npy", temporary, footer(), [part(0, 4)])
+    temporary.unlink()  # a kill between two renames leaves the same: rows without a matrix
     with pytest.raises(FileNotFoundError):
-        outputs.take_place(tmp_path / "v.npy", beside)
+        outputs.take_place(tmp_path / "v.npy", temporary)
     assert outputs.footer_of(tmp_path / "v.npy") is None
 
 
@@ -149,28 +149,28 @@ def test_pandas_and_polars_open_the_table(tmp_path: Path) -> None:
     for dtype in table.TYPES:
         out = tmp_path / f"{dtype}.parquet"
         rows = write(out, 50, dtype)
-        wanted = arrays.matrix(rows["embedding"], DIMENSION)
+        expected = arrays.matrix(rows["embedding"], DIMENSION)
         frame = pd.read_parquet(out)
-        assert np.array_equal(np.stack(frame["embedding"].to_list()), wanted)
+        assert np.array_equal(np.stack(frame["embedding"].to_list()), expected)
         polars = pl.read_parquet(out)
         assert polars["path"].to_list() == rows["path"].to_pylist()
-        assert np.array_equal(polars["embedding"].to_numpy(), wanted)
+        assert np.array_equal(polars["embedding"].to_numpy(), expected)
 
 
 def test_duckdb_finds_neighbours_by_cosine(tmp_path: Path) -> None:
     rows = write(tmp_path / "v.parquet", 50)
     vectors = arrays.matrix(rows["embedding"], DIMENSION).astype(np.float64)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    wanted = np.argsort(-(unit @ unit[7]), kind="stable")[:5]
+    nearest = np.argsort(-(unit @ unit[7]), kind="stable")[:5]
     vector = f"embedding::FLOAT[{DIMENSION}]"
-    found = query(
+    answer = query(
         f"with q as (select {vector} as v from '{tmp_path}/v.parquet' where path like '%000007%')"
         f" select path, array_cosine_similarity({vector}, q.v) as s from '{tmp_path}/v.parquet', q"
         " order by s desc limit 5"
     )
     paths = rows["path"].to_pylist()
-    assert [path for path, _ in found] == [paths[i] for i in wanted]
-    assert found[0][1] == pytest.approx(1)
+    assert [path for path, _ in answer] == [paths[i] for i in nearest]
+    assert answer[0][1] == pytest.approx(1)
 
 
 def test_duckdb_reads_a_folder_of_tables(tmp_path: Path) -> None:
@@ -180,9 +180,9 @@ def test_duckdb_reads_a_folder_of_tables(tmp_path: Path) -> None:
 
 
 def query(text: str) -> list[tuple[object, ...]]:
-    found = duckdb.sql(text)
-    assert found is not None
-    return found.fetchall()
+    relation = duckdb.sql(text)
+    assert relation is not None
+    return relation.fetchall()
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def query(text: str) -> list[tuple[object, ...]]:
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, ending: str) -> None:
     def peak_bytes(written: int) -> int:
         code = f"import tiny_table; tiny_table.stream({str(tmp_path / f'v{ending}')!r}, {written})"
-        place = Path(__file__).parents[1]
+        folder = Path(__file__).parents[1]
         done = subprocess.run(
-            [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=place
+            [sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=folder
         )
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
@@ -207,5 +207,5 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, ending: str) -> None
 
 def test_rows_of_a_matrix_are_mapped_and_not_read(tmp_path: Path) -> None:
     write(tmp_path / "v.safetensors", 5000)
-    found: NDArray[np.floating] = arrays.open_matrix(tmp_path / "v.safetensors")
-    assert isinstance(found, np.memmap)
+    matrix: NDArray[np.floating] = arrays.open_matrix(tmp_path / "v.safetensors")
+    assert isinstance(matrix, np.memmap)

@@ -22,7 +22,7 @@ from btpipe.evaluate import checkpoints, label_free
 from btpipe.evaluate.checkpoint_report import By, CheckpointRow, Selected
 from btpipe.events import Event, Note, Rejected, RunStarted, Warned
 from btpipe.events import ignore as nobody
-from btpipe.export import source
+from btpipe.export import encoder_source
 from btpipe.plot import html, png
 from btpipe.pretrain import network
 
@@ -109,7 +109,7 @@ def test_the_measures_are_of_the_encoders_that_export_would_publish(run: Path) -
     assert [row.epoch for row in found.rows] == [0, 1, 2]
     for row in found.rows:
         step = row.step or None
-        encoder = source.of_run(run, nobody, untrained=step is None, step=step).encoder
+        encoder = encoder_source.of_run(run, nobody, untrained=step is None, step=step).encoder
         with torch.no_grad():
             x, y = (
                 torch.nn.functional.normalize(encoder(network.normalise(view, torch.float32)))

@@ -44,30 +44,30 @@ def adopted(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     folder = tmp_path_factory.mktemp("adopted")
     draw_images(folder / "images", 16)
     events: list[Event] = []
-    made = bundle.export_file(
+    path = bundle.export_file(
         weights, folder / "bundle", events.append, images=folder / "images", size=SIZE
     )
-    return made, events
+    return path, events
 
 
 def test_the_bundle_holds_their_tensors_and_says_where_they_are_from(
     weights: Path, adopted: tuple[Path, list[Event]]
 ) -> None:
-    made, events = adopted
-    state, original = load_file(made / "model.safetensors"), torch.load(weights)
+    path, events = adopted
+    state, original = load_file(path / "model.safetensors"), torch.load(weights)
     assert len(state) == 120
     assert all(torch.equal(tensor, original[name]) for name, tensor in state.items())
-    said = (
+    note = (
         f"{weights.name} is a resnet18 with the imagenet stem: 120 of 120 tensors; left out: fc (2)"
     )
-    assert said in [event.text for event in events if isinstance(event, Note)]
-    opened = contract.open_bundle(made)
+    assert note in [event.text for event in events if isinstance(event, Note)]
+    opened = contract.open_bundle(path)
     origin, digest = opened.manifest.origin, artifact.file_digest(weights)
     assert (origin["source"], origin["sha256"]) == (weights.name, digest)
     assert (origin["matched"], origin["left_out"]) == (120, {"fc": 2})
     assert (opened.architecture, opened.preprocessing.size) == ("resnet18", SIZE)
     assert opened.preprocessing.resize == round(SIZE / 0.875)
-    card = (made / "README.md").read_text()
+    card = (path / "README.md").read_text()
     assert f"adopted from {weights.name} (sha256 {digest})" in card
     assert "| file | resnet18-others.pth |" in card
     assert "## Recipe" not in card
@@ -76,20 +76,20 @@ def test_the_bundle_holds_their_tensors_and_says_where_they_are_from(
 
 
 def test_it_embeds_images_and_fits_its_golden_ones(adopted: tuple[Path, list[Event]]) -> None:
-    made, _ = adopted
-    images = sorted((made.parent / "images").rglob("*.jpg"))[:3]
-    vectors = load(made).embed(images)
+    path, _ = adopted
+    images = sorted((path.parent / "images").rglob("*.jpg"))[:3]
+    vectors = load(path).embed(images)
     assert vectors.shape == (3, 512)
     assert np.isfinite(vectors).all()
-    golden.require(contract.open_bundle(made))
+    golden.require(contract.open_bundle(path))
 
 
 def test_the_command_wants_images_and_one_source(weights: Path, tmp_path: Path) -> None:
     command = ["export", "--from", str(weights), "--out", str(tmp_path / "out")]
-    for more, said in (([], "--images FOLDER"), (["run", "--images", "x"], "one of the two")):
+    for more, message in (([], "--images FOLDER"), (["run", "--images", "x"], "one of the two")):
         result = CliRunner().invoke(app, [command[0], *more, *command[1:]])
         assert isinstance(result.exception, UsageError)
-        assert said in str(result.exception)
+        assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
 
 
@@ -130,16 +130,16 @@ def pipe(tmp_path: Path) -> Path:
 def test_a_model_with_data_outside_its_file_is_refused_and_nothing_is_read(
     tmp_path: Path, pipe: Path, tmp_path_factory: pytest.TempPathFactory, way: str
 ) -> None:
-    made = tmp_path / "bundle"
-    shutil.copytree(shared_home(tmp_path_factory) / "exports" / "tiny", made)
-    place = {"above": "../secret", "absolute": str(pipe)}.get(way, "data.bin")
+    folder = tmp_path / "bundle"
+    shutil.copytree(shared_home(tmp_path_factory) / "exports" / "tiny", folder)
+    location = {"above": "../secret", "absolute": str(pipe)}.get(way, "data.bin")
     if way == "link":
-        (made / place).symlink_to(pipe)
+        (folder / location).symlink_to(pipe)
     if way == "hardlink":
-        os.link(pipe, made / place)
-    point_outside(made / "encoder.onnx", place)
+        os.link(pipe, folder / location)
+    point_outside(folder / "encoder.onnx", location)
     with pytest.raises(IntegrityError, match="outside the file"):
-        Session(made / "encoder.onnx", device="cpu")
+        Session(folder / "encoder.onnx", device="cpu")
 
 
 def test_a_whole_bundle_with_such_a_model_embeds_nothing(
@@ -160,13 +160,13 @@ def test_a_whole_bundle_with_such_a_model_embeds_nothing(
     assert not out.exists()
 
 
-def point_outside(path: Path, place: str) -> None:
+def point_outside(path: Path, location: str) -> None:
     """The model, with its first tensor in another file."""
     model = onnx.load(path)
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    tensor.external_data.append(onnx.StringStringEntryProto(key="location", value=place))
+    tensor.external_data.append(onnx.StringStringEntryProto(key="location", value=location))
     path.write_bytes(model.SerializeToString())
 
 
@@ -177,9 +177,9 @@ def test_a_model_that_hides_its_data_in_a_branch_is_refused(tmp_path: Path) -> N
     value = helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [1])
     branch = helper.make_graph([], "branch", [], [value], [hidden])
     choice = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
-    asked = helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [1])
-    given = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
-    model = helper.make_model(helper.make_graph([choice], "whole", [asked], [given]))
+    condition = helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [1])
+    output = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    model = helper.make_model(helper.make_graph([choice], "whole", [condition], [output]))
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(IntegrityError, match="outside the file"):
         Session(tmp_path / "m.onnx", device="cpu")

@@ -28,8 +28,7 @@ from btpipe.errors import (
     UsageError,
 )
 from btpipe.events import Event, ignore
-from btpipe.export import bundle, contract, onnx_model, verify
-from btpipe.export import source as sources
+from btpipe.export import bundle, contract, encoder_source, onnx_model, verify
 from btpipe.export.samples import Samples
 from btpipe.export.session import Session, refuse_external_data
 from btpipe.pretrain import network
@@ -69,8 +68,8 @@ def test_the_weights_load_in_plain_torchvision_and_give_the_vectors_of_the_onnx_
     exported: Path,
 ) -> None:
     images = pixels(5)
-    found = Session(exported / "encoder.onnx", device="cpu").run(images)
-    assert np.abs(found - torchvision_vectors(exported, images)).max() < RUNTIME_TOLERANCE
+    vectors = Session(exported / "encoder.onnx", device="cpu").run(images)
+    assert np.abs(vectors - torchvision_vectors(exported, images)).max() < RUNTIME_TOLERANCE
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -177,9 +176,9 @@ def test_the_untrained_encoder_has_the_seeds_weights_and_calibrated_statistics(
     run = home / "runs" / "tiny"
     out = bundle.export_run(run, tmp_path / "untrained", ignore, untrained=True)
     state = safetensors.torch.load_file(out / "model.safetensors")
-    made = network.initialise(recipe.load(run / "recipe.toml")).encoder.state_dict()
-    assert torch.equal(state["layer1.0.conv1.weight"], made["layer1.0.conv1.weight"])
-    assert not torch.equal(state["bn1.running_mean"], made["bn1.running_mean"])
+    initial = network.initialise(recipe.load(run / "recipe.toml")).encoder.state_dict()
+    assert torch.equal(state["layer1.0.conv1.weight"], initial["layer1.0.conv1.weight"])
+    assert not torch.equal(state["bn1.running_mean"], initial["bn1.running_mean"])
     assert state["bn1.running_var"].min() > 0
     vectors = Session(out / "encoder.onnx", device="cpu").run(pixels(8))
     assert np.std(vectors, axis=0).max() > 0.01
@@ -201,7 +200,7 @@ def samples_of(images: np.ndarray) -> Samples:
 def test_a_model_that_disagrees_with_its_weights_is_not_published(
     home: Path, tmp_path: Path
 ) -> None:
-    source = sources.of_run(home / "runs" / "tiny", ignore)
+    source = encoder_source.of_run(home / "runs" / "tiny", ignore)
     source.encoder.fc = Liar()
     out = tmp_path / "exports" / "liar"
     events: list[Event] = []
@@ -217,16 +216,16 @@ def test_a_model_that_disagrees_with_its_weights_is_not_published(
 def test_one_changed_weight_between_model_and_network_does_not_pass_the_gate(
     home: Path, tmp_path: Path
 ) -> None:
-    source = sources.of_run(home / "runs" / "tiny", ignore)
+    source = encoder_source.of_run(home / "runs" / "tiny", ignore)
     encoder, prepared = source.encoder, source.preprocessing
     onnx_model.write(encoder, prepared, tmp_path / "encoder.onnx")
     session = Session(tmp_path / "encoder.onnx", device="cpu")
 
     def gate() -> verify.Gate:
         vectors = verify.reference(encoder, prepared, pixels(24))
-        wanted = verify.THRESHOLDS["fp32"]
-        given = samples_of(pixels(24))
-        return verify.compare(vectors, session.run, given, wanted, model="x", provider="cpu")
+        limits = verify.THRESHOLDS["fp32"]
+        chosen = samples_of(pixels(24))
+        return verify.compare(vectors, session.run, chosen, limits, model="x", provider="cpu")
 
     verify.require([gate()], tmp_path)
     with torch.no_grad():
@@ -273,7 +272,7 @@ def test_a_checkpoint_of_choice_is_exported_under_its_own_name(
     )
     assert all(torch.equal(tensor, kept[f"encoder.{name}"]) for name, tensor in state.items())
     with pytest.raises(UsageError, match="of 3, 6"):
-        sources.of_run(tmp_path / "runs" / "tiny", ignore, step=4)
+        encoder_source.of_run(tmp_path / "runs" / "tiny", ignore, step=4)
     with pytest.raises(UsageError, match="one of the two"):
         app(["export", "--step", "3", "--untrained"], standalone_mode=False)
 

@@ -22,12 +22,11 @@ from btpipe.cli import app
 from btpipe.data.index import build
 from btpipe.errors import NumericsError, RefusedError, UsageError
 from btpipe.events import Event, TextTable, ignore
-from btpipe.export import bundle, contract, golden, samples
-from btpipe.export import source as sources
-from btpipe.export.bundle import Wanted
+from btpipe.export import bundle, contract, encoder_source, golden, samples
+from btpipe.export.bundle import BundleOptions
 from btpipe.export.session import Session
 
-EVERYTHING = Wanted(("fp32", "fp16", "int8"), float_input=True, license_name="cc-by-4.0")
+EVERYTHING = BundleOptions(("fp32", "fp16", "int8"), float_input=True, license_name="cc-by-4.0")
 SAME_CPU = 1 - 1e-6
 """Cosine of vectors that one CPU makes twice of the same files; nothing but rounding differs."""
 
@@ -106,10 +105,10 @@ def test_manifest_and_card_have_a_gate_for_each_model_and_the_licence(everything
     gates = origin["gates"]
     assert isinstance(gates, dict)
     assert list(gates) == ["float-nchw", "fp16", "fp32", "int8"]
-    wanted = {"fp32": 0.9999, "float-nchw": 0.9999, "fp16": 0.999, "int8": 0.99}
+    limits = {"fp32": 0.9999, "float-nchw": 0.9999, "fp16": 0.999, "int8": 0.99}
     for name, gate in gates.items():
         assert gate["mean_cosine"] >= gate["min_cosine"]
-        assert gate["mean_cosine"] >= wanted[name] == gate["thresholds"]["cosine"]
+        assert gate["mean_cosine"] >= limits[name] == gate["thresholds"]["cosine"]
         assert 0 <= gate["label_agreement"] <= 1
         assert (gate["images"], gate["batch_sizes"], gate["provider"]) == (12, [1, 2, 17], "cpu")
     card = (everything / "README.md").read_text()
@@ -124,8 +123,8 @@ def test_manifest_and_card_have_a_gate_for_each_model_and_the_licence(everything
 def test_the_same_run_and_images_give_the_same_bytes_in_int8(
     home: Path, everything: Path, tmp_path: Path
 ) -> None:
-    wanted = Wanted(("int8",), license_name=EVERYTHING.license_name)
-    again = bundle.export_run(home / "runs" / "tiny", tmp_path / "tiny", ignore, wanted=wanted)
+    options = BundleOptions(("int8",), license_name=EVERYTHING.license_name)
+    again = bundle.export_run(home / "runs" / "tiny", tmp_path / "tiny", ignore, options=options)
     for name in ("encoder.onnx", "encoder-int8.onnx", "golden/0.jpg"):
         assert (again / name).read_bytes() == (everything / name).read_bytes()
 
@@ -135,7 +134,7 @@ def test_images_to_calibrate_on_and_to_judge_with_share_no_content(tmp_path: Pat
     for path in paths[::4]:  # twins of every fourth, under another name
         (path.parent / f"twin-{path.name}").write_bytes(path.read_bytes())
     index, _ = build(tmp_path)
-    prepared = sources.preprocessing_of(SIZE)
+    prepared = encoder_source.preprocessing_of(SIZE)
     chosen = samples.choose(index, prepared, ignore, calibrate=True)
     judged = {picture.tobytes() for picture in chosen.pixels}
     calibrating = {picture.tobytes() for picture in chosen.calibration}
@@ -161,30 +160,34 @@ class Drifting(nn.Conv2d):
 def test_a_weight_that_changes_before_the_trace_fails_in_every_precision(
     home: Path, tmp_path: Path
 ) -> None:
-    source = sources.of_run(home / "runs" / "tiny", ignore)
+    source = encoder_source.of_run(home / "runs" / "tiny", ignore)
     state = source.encoder.state_dict()
     blocks(source.encoder)[0].bn2.weight.data.fill_(1)
     blocks(source.encoder)[0].conv1.__class__ = Drifting
     assert all(torch.equal(state[name], t) for name, t in source.encoder.state_dict().items())
-    table = refused(source, home, tmp_path, Wanted(("fp32", "fp16", "int8")), "encoder.onnx")
+    table = refused(source, home, tmp_path, BundleOptions(("fp32", "fp16", "int8")), "encoder.onnx")
     assert [row[-1] for row in table.rows] == ["NO", "NO", "NO"]
 
 
 def refused(
-    source: sources.EncoderSource, home: Path, place: Path, wanted: Wanted, model: str
+    source: encoder_source.EncoderSource,
+    home: Path,
+    folder: Path,
+    options: BundleOptions,
+    model: str,
 ) -> TextTable:
     """Publishing fails with 6 for this model and leaves nothing; returns the table."""
     index, _ = build(home / "images")
     chosen = samples.choose(index, source.preprocessing, ignore, calibrate=True)
-    origin = source.origin | {"models": wanted.models, "license": ""}
+    origin = source.origin | {"models": options.models, "license": ""}
     events: list[Event] = []
-    out = place / "exports" / "bad"
+    out = folder / "exports" / "bad"
     with pytest.raises(NumericsError, match=model) as refusal:
-        bundle.publish(source, chosen, out, origin, events.append, wanted)
+        bundle.publish(source, chosen, out, origin, events.append, options)
     assert refusal.value.exit_code == 6
     assert list(out.parent.iterdir()) == []
     (table,) = [table for event in events for table in event.tables()]
-    assert [row[0] for row in table.rows] == wanted.models
+    assert [row[0] for row in table.rows] == options.models
     return table
 
 
@@ -195,14 +198,14 @@ def test_weights_that_only_float32_can_hold_fail_in_the_lower_precision_alone(
     home: Path, tmp_path: Path, precision: contract.Precision, factor: float
 ) -> None:
     """One channel larger, and what reads it smaller by as much: the same function in float32."""
-    source = sources.of_run(home / "runs" / "tiny", ignore)
+    source = encoder_source.of_run(home / "runs" / "tiny", ignore)
     for block in blocks(source.encoder):
         with torch.no_grad():
             block.bn2.weight.fill_(1)  # an untrained block's is 0: nothing comes out of it
             block.bn1.weight[0] *= factor
             block.bn1.bias[0] = factor
             block.conv2.weight[:, 0] /= factor
-    table = refused(source, home, tmp_path, Wanted((precision,)), contract.MODELS[precision])
+    table = refused(source, home, tmp_path, BundleOptions((precision,)), contract.MODELS[precision])
     assert [row[-1] for row in table.rows] == ["yes", "NO"]
 
 
@@ -216,7 +219,7 @@ def test_a_bundle_of_other_models_is_not_replaced_unasked(home: Path, everything
         bundle.export_run(run, everything, ignore)
     assert "--overwrite" in str(refusal.value)
     touched = everything.stat().st_mtime_ns
-    bundle.export_run(run, everything, ignore, wanted=EVERYTHING)
+    bundle.export_run(run, everything, ignore, options=EVERYTHING)
     assert everything.stat().st_mtime_ns == touched
 
 
@@ -225,7 +228,7 @@ def test_unknown_precisions_and_licences_are_refused() -> None:
     with pytest.raises(UsageError, match="--precision int4"):
         bundle.parse_precisions(["fp32, int4"])
     with pytest.raises(UsageError, match="--license"):
-        Wanted(license_name="as you like: it\n")
+        BundleOptions(license_name="as you like: it\n")
 
 
 def test_a_process_of_its_own_reproduces_the_golden_vectors_from_the_bundle_alone(
@@ -240,8 +243,8 @@ def test_a_process_of_its_own_reproduces_the_golden_vectors_from_the_bundle_alon
         "assert 'torch' not in sys.modules\n"
     )
     run = [sys.executable, "-c", code, str(everything)]
-    told = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-    least = json.loads(told)
+    output = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    least = json.loads(output)
     assert set(least) == {"fp32", "fp16", "int8"}
     assert all(value >= SAME_CPU for value in least.values()), least
 
@@ -289,13 +292,13 @@ def test_images_of_another_size_are_prepared_at_the_field_of_view_of_256_to_224(
     everything: Path,
 ) -> None:
     for size, resize in ((224, 256), (160, 183), (64, 73), (32, 37), (288, 329)):
-        assert sources.preprocessing_of(size).resize == resize
+        assert encoder_source.preprocessing_of(size).resize == resize
     for size in (*range(32, 513), 846):  # timm computes its resize from the share that is kept
-        prepared = sources.preprocessing_of(size)
+        prepared = encoder_source.preprocessing_of(size)
         config = contract.config("resnet18", "imagenet", 512, prepared, ["fp32"])
         share = config["pretrained_cfg"]
         assert isinstance(share, dict)
         assert math.floor(size / share["crop_pct"]) == prepared.resize, size
-    made = json.loads((everything / "config.json").read_text())
-    assert made["pretrained_cfg"]["crop_pct"] == SIZE / 37
-    assert made["preprocessing"]["resize"] == 37
+    written = json.loads((everything / "config.json").read_text())
+    assert written["pretrained_cfg"]["crop_pct"] == SIZE / 37
+    assert written["preprocessing"]["resize"] == 37

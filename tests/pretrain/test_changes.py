@@ -13,7 +13,7 @@ from btpipe import recipe
 from btpipe.cli import app
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import ignore
-from btpipe.export import source
+from btpipe.export import encoder_source
 from btpipe.pretrain import changes, checkpoint
 from btpipe.tools import inspect, verify
 
@@ -81,7 +81,7 @@ def test_a_changed_run_is_whole_and_says_what_changed(changed: Path, tmp_path: P
 def test_a_bundle_has_the_recipe_of_its_checkpoint_and_the_changes_before_it(
     changed: Path,
 ) -> None:
-    before, after = (source.of_run(changed, ignore, step=step) for step in (3, 4))
+    before, after = (encoder_source.of_run(changed, ignore, step=step) for step in (3, 4))
     assert 'precision = "fp16"' in before.recipe_toml
     assert 'precision = "fp64"' in after.recipe_toml
     assert before.origin["recipe"] == checkpoint.read_state(checkpoint.folder_of(changed, 3)).recipe

@@ -18,7 +18,7 @@ from torchvision.models import resnet
 from btpipe import recipe
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import ignore
-from btpipe.export import source
+from btpipe.export import encoder_source
 from btpipe.pretrain import foreign_weights, launch, network
 
 RESNET18 = recipe.Network(backbone="resnet18", projector=(16, 16))
@@ -280,7 +280,7 @@ def test_a_run_starts_from_the_weights_and_needs_the_file_no_longer(
     assert line in (run / "events.jsonl").read_text()
     origin = json.loads((run / "initial" / "manifest.json").read_text())["origin"]
     assert origin["source"] == str(file)
-    before = source.of_run(run, ignore, untrained=True).encoder.state_dict()
+    before = encoder_source.of_run(run, ignore, untrained=True).encoder.state_dict()
     for name, tensor in without_classifier(weights).items():
         assert torch.equal(before[name], tensor), name
 

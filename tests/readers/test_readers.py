@@ -71,7 +71,7 @@ def exported(images: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
         ignore,
         images=images[0].parent,
         size=SIZE,
-        wanted=bundle.Wanted(("fp32",), float_input=True),
+        options=bundle.BundleOptions(("fp32",), float_input=True),
     )
 
 

@@ -24,15 +24,15 @@ BATCH = 64
 class EncoderSource:
     """An encoder in evaluation mode, and where it is from.
 
-    `origin` is what the manifest says of that, `made` the same in half a sentence. `index`: the
-    training images, and `recipe_toml` the recipe, where they are known.
+    `origin` is what the manifest says of that, `provenance` the same in half a sentence. `index`:
+    the training images, and `recipe_toml` the recipe, where they are known.
     """
 
     described: Network
     preprocessing: Preprocessing
     encoder: nn.Module
     origin: dict[str, object]
-    made: str
+    provenance: str
     index: Index | None = None
     recipe_toml: str = ""
 
@@ -57,7 +57,7 @@ def of_run(
     done, digest, known_changes = 0, "", ""
     if untrained:
         encoder = _first(run, recipe, index, prepared, report)
-        made = (
+        provenance = (
             "as it was before training, with batch norm's statistics measured on training images:"
             " a baseline to compare trained encoders with"
         )
@@ -69,7 +69,7 @@ def of_run(
         recipe, known_changes = version.recipe, version.text
         digest = artifact.read(folder, checkpoint.KIND).digest
         encoder = weights.from_state(checkpoint.encoder_state(folder), recipe.network)
-        made = f"trained by Barlow Twins for {done} steps on {len(index)} images"
+        provenance = f"trained by Barlow Twins for {done} steps on {len(index)} images"
     origin: dict[str, object] = {
         "run": run.name,
         "step": done,
@@ -82,7 +82,7 @@ def of_run(
     if known_changes:
         origin["changes"] = known_changes
     toml = _without_folders(recipe).to_toml()
-    return EncoderSource(recipe.network, prepared, encoder, origin, made, index, toml)
+    return EncoderSource(recipe.network, prepared, encoder, origin, provenance, index, toml)
 
 
 def _newest(run: Path, report: Report) -> Path:
@@ -129,9 +129,9 @@ def of_file(file: Path, size: int, report: Report) -> EncoderSource:
         "matched": len(adopted.state),
         "left_out": dict(adopted.left_out),
     }
-    made = f"adopted from {adopted.source.name} (sha256 {adopted.sha256})"
+    provenance = f"adopted from {adopted.source.name} (sha256 {adopted.sha256})"
     encoder = weights.from_state(adopted.state, described)
-    return EncoderSource(described, preprocessing_of(size), encoder, origin, made)
+    return EncoderSource(described, preprocessing_of(size), encoder, origin, provenance)
 
 
 def preprocessing_of(size: int) -> Preprocessing:
@@ -160,7 +160,7 @@ def _first(
 
 def _without_folders(recipe: Recipe) -> Recipe:
     """The recipe with the last part of its inputs' names: a card is read on other machines."""
-    names = [Path(place).name for place in recipe.data.inputs]
+    names = [Path(name).name for name in recipe.data.inputs]
     train = names[0] if len(names) == 1 else tuple(names) or ""
     data = recipe.data.model_copy(update={"train": train})
     return recipe.model_copy(update={"data": data})
