@@ -273,12 +273,16 @@ _DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
 
 @dataclasses.dataclass(frozen=True)
 class Inspected(Event):
-    """What an artifact is, what it says about itself, and the chain of what it was made from."""
+    """What an artifact is, what it says about itself, and the chain of what it was made from.
+
+    `facts` are for people, the longest cut; `values` are the same, whole, as numbers and records.
+    """
 
     path: str
     kind: str
     facts: Mapping[str, str]
     chain: tuple[Link, ...]
+    values: Mapping[str, object]
 
     def tables(self) -> list[TextTable]:
         """The same for people, with the first 12 digits of each digest."""

@@ -5,6 +5,7 @@ import glob
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,9 +21,20 @@ from btpipe.pretrain import changes
 from btpipe.tools import provenance
 from btpipe.tools.artifact_kinds import MANIFESTED, Kind, recognise
 
-Facts = dict[str, str]
 _LONGEST_TEXT = 400
 """Characters of a fact; longer ones are cut."""
+_FOOTER_JSON = {"preprocessing", "dimension", "normalize", "pixels", "format_version"}
+"""What a table's footer holds as JSON, of its texts."""
+
+
+class Fact(NamedTuple):
+    """What is known by a name, as JSON has it, and in words."""
+
+    value: object
+    text: str
+
+
+Facts = dict[str, Fact]
 
 
 def inspect(path: Path) -> Inspected:
@@ -35,8 +47,22 @@ def inspect(path: Path) -> Inspected:
     """
     found = recognise(path)
     facts = _FACTS[found.kind](found.path)
-    shown = {name: _cut(text) for name, text in facts.items() if text}
-    return Inspected(str(found.path), found.kind, shown, tuple(provenance.of(found)))
+    facts = {name: fact for name, fact in facts.items() if fact.text}
+    return Inspected(
+        str(found.path),
+        found.kind,
+        {name: _cut(fact.text) for name, fact in facts.items()},
+        tuple(provenance.of(found)),
+        {name: fact.value for name, fact in facts.items()},
+    )
+
+
+def _fact(value: object) -> Fact:
+    return Fact(value, _text(value))
+
+
+def _count(count: int) -> Fact:
+    return Fact(count, f"{count:,}")
 
 
 def _cut(text: str) -> str:
@@ -48,21 +74,25 @@ def _of_manifest(folder: Path) -> Facts:
     kind = recognise(folder).kind
     assert kind in MANIFESTED
     manifest = artifact.read(folder, kind)
-    size = sum(int(str(entry["bytes"])) for entry in manifest.files.values())
+    sizes = {name: int(str(entry["bytes"])) for name, entry in manifest.files.items()}
+    version, format_version = manifest.btpipe_version, manifest.format_version
     return {
-        "digest": manifest.digest,
-        "files": f"{', '.join(manifest.files)} ({size / 1e6:,.1f} MB)",
-        "made by": f"btpipe {manifest.btpipe_version}, format {manifest.format_version}",
+        "digest": _fact(manifest.digest),
+        "files": Fact(sizes, f"{', '.join(sizes)} ({sum(sizes.values()) / 1e6:,.1f} MB)"),
+        "made by": Fact(
+            {"btpipe": version, "format": format_version},
+            f"btpipe {version}, format {format_version}",
+        ),
         **_origin(manifest.origin),
     }
 
 
 def _origin(origin: Mapping[str, object]) -> Facts:
-    """An origin as text; the gates of a bundle each for itself."""
-    facts = {name: _text(value) for name, value in origin.items() if name != "gates"}
+    """An origin's facts; the gates of a bundle each for itself."""
+    facts = {name: _fact(value) for name, value in origin.items() if name != "gates"}
     gates = origin.get("gates")
     for name, gate in gates.items() if isinstance(gates, Mapping) else ():
-        facts[f"gate {name}"] = _text(gate)
+        facts[f"gate {name}"] = _fact(gate)
     return facts
 
 
@@ -79,90 +109,103 @@ def _text(value: object) -> str:
 def _of_bundle(folder: Path) -> Facts:
     facts = _of_manifest(folder)
     try:
-        said = json.loads((folder / contract.CONFIG).read_text())
-        network = f"{said['architecture']}, {said['stem']} stem, {said['num_features']} numbers out"
-        precisions = said.get("precisions") or [said.get("precision")]
+        config = json.loads((folder / contract.CONFIG).read_text())
+        network = {name: config[name] for name in ("architecture", "stem", "num_features")}
+        precisions = config.get("precisions") or [config.get("precision")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"says nothing usable ({error!r})", where=folder) from error
-    return {"network": network, "precisions": _text(precisions), **facts, **_scores(folder)}
+    architecture, stem, dimension = network.values()
+    text = f"{architecture}, {stem} stem, {dimension} numbers out"
+    network_fact = Fact(network, text)
+    return {"network": network_fact, "precisions": _fact(precisions), **facts, **_scores(folder)}
 
 
 def _scores(folder: Path) -> Facts:
     """What `eval` left beside a bundle, BUNDLE.linear.json and others, if it judged this one."""
-    digest, found = artifact.read(folder, contract.KIND).digest, Facts()
+    digest, scores = artifact.read(folder, contract.KIND).digest, Facts()
     for path in sorted(folder.parent.glob(f"{glob.escape(folder.name)}.*.json")):
         try:
-            said = json.loads(path.read_text())
-            if said["bundle"] != digest:
+            score = json.loads(path.read_text())
+            if score["bundle"] != digest:
                 continue
-            low, high = said["top1 95 %"]
-            found[f"eval {said['kind']}"] = (
-                f"top-1 {100 * said['top1']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of"
-                f" {said['test images']:,} test images, {path.name}"
+            low, high = score["top1 95 %"]
+            text = (
+                f"top-1 {100 * score['top1']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of"
+                f" {score['test images']:,} test images, {path.name}"
             )
+            scores[f"eval {score['kind']}"] = Fact(score, text)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no score of ours
-    return found
+    return scores
 
 
 def _of_run(folder: Path) -> Facts:
     version = changes.versions(folder)[-1]
     described = version.recipe
     steps = sorted(path.name for path in (folder / "checkpoints").glob("step-*[0-9]"))
+    changed = [
+        {"step": c.step, "key": c.key, "before": c.before, "after": c.after}
+        for c in version.changes
+    ]
+    backbone, size = described.network.backbone, described.data.image_size
+    epochs, batch_size = described.optim.epochs, described.data.batch_size
     facts = {
-        "recipe": described.digest,
-        "changed on the way": version.text,
-        "network": f"{described.network.backbone}, {described.data.image_size} pixels",
-        "trained on": " ".join(described.data.inputs),
-        "epochs, batch": f"{described.optim.epochs}, {described.data.batch_size}",
-        "checkpoints": ", ".join(steps) or "none yet",
+        "recipe": _fact(described.digest),
+        "changed on the way": Fact(changed, version.text),
+        "network": Fact({"backbone": backbone, "image_size": size}, f"{backbone}, {size} pixels"),
+        "trained on": _fact(list(described.data.inputs)),
+        "epochs, batch": Fact(
+            {"epochs": epochs, "batch_size": batch_size}, f"{epochs}, {batch_size}"
+        ),
+        "checkpoints": Fact(steps, ", ".join(steps) or "none yet"),
         "rejected": _lines(folder / "rejects.csv"),
     }
-    index = folder / "index.parquet"
-    if index.is_file():
-        made = open_index(index)
-        facts |= {"images": f"{len(made):,}", "data": made.fingerprint}
+    if (folder / "index.parquet").is_file():
+        index = open_index(folder / "index.parquet")
+        facts |= {"images": _count(len(index)), "data": _fact(index.fingerprint)}
     try:
         environment = json.loads((folder / "environment.json").read_text())
-        facts["made in"] = _text(environment)
+        facts["made in"] = _fact(environment)
     except (OSError, ValueError):
         pass  # for the record only
     return facts
 
 
-def _lines(path: Path) -> str:
-    """Rows of a .csv below its head."""
-    return str(len(rejects.read(path))) if path.is_file() else ""
+def _lines(path: Path) -> Fact:
+    """Rows of a .csv below its head; without text where there is none."""
+    return _fact(len(rejects.read(path))) if path.is_file() else Fact(None, "")
 
 
 def _of_index(path: Path) -> Facts:
-    made = open_index(path)
-    kinds = [source.kind for source in made.sources] or ["folder"]
-    places = [source.place for source in made.sources] or [str(made.root)]
+    index = open_index(path)
+    sources = [{"kind": source.kind, "place": source.place} for source in index.sources]
+    sources = sources or [{"kind": "folder", "place": str(index.root)}]
     return {
-        "images": f"{len(made):,}",
-        "data": made.fingerprint,
-        "root": str(made.root),
-        "sources": ", ".join(f"{kind} {place}" for kind, place in zip(kinds, places, strict=True)),
-        "bytes": f"{int(np.array(made.table['bytes']).sum()):,}",
-        "depth": _depth(made),
-        "formats": _text(_counts(made, "format")),
-        "labels": _text(_counts(made, "label")),
+        "images": _count(len(index)),
+        "data": _fact(index.fingerprint),
+        "root": _fact(str(index.root)),
+        "sources": Fact(sources, ", ".join(f"{s['kind']} {s['place']}" for s in sources)),
+        "bytes": _count(int(np.array(index.table["bytes"]).sum())),
+        "depth": _depth(index),
+        "formats": _fact(_counts(index, "format")),
+        "labels": _fact(_counts(index, "label")),
         "rejected": _lines(rejects.path_beside(path)),
     }
 
 
-def _depth(made: Index) -> str:
-    """How closely the images were looked at."""
-    digests = len(made) - made.table["digest"].null_count
+def _depth(index: Index) -> Fact:
+    """How closely the images were looked at, and how many of them were decoded."""
+    digests = len(index) - index.table["digest"].null_count
     if digests:
-        return "decode" if digests == len(made) else f"decode, {digests:,} so far"
-    return "header" if (made.widths > 0).any() else "list"
+        text = "decode" if digests == len(index) else f"decode, {digests:,} so far"
+        return Fact({"depth": "decode", "images": digests}, text)
+    depth = "header" if (index.widths > 0).any() else "list"
+    return Fact({"depth": depth, "images": 0}, depth)
 
 
-def _counts(made: Index, column: str) -> dict[str, object]:
+def _counts(index: Index, column: str) -> dict[str, object]:
     """Values of a column and how often they come, the commonest first."""
-    counted = pc.value_counts(made.table[column].drop_null()).to_pylist()
+    counted = pc.value_counts(index.table[column].drop_null()).to_pylist()
     ordered = sorted(counted, key=lambda entry: -entry["counts"])
     return {str(entry["values"]): entry["counts"] for entry in ordered if entry["values"] != ""}
 
@@ -171,23 +214,26 @@ def _of_vectors(path: Path) -> Facts:
     footer = outputs.footer_of(path)
     if footer is None:
         raise IntegrityError("holds no vectors", where=path)
-    beside = table.rejects_path(path)
-    facts = {"vectors": f"{outputs.count(path):,}"}
-    facts["rejects"] = f"{table.count(beside):,}" if beside.is_file() else "no table of them"
+    refused, facts = table.rejects_path(path), {"vectors": _count(outputs.count(path))}
+    is_there = refused.is_file()
+    facts["rejects"] = _count(table.count(refused)) if is_there else Fact(None, "no table of them")
     return facts | _footer(footer)
 
 
 def _footer(footer: Mapping[str, str]) -> Facts:
-    facts = {name.removeprefix("btpipe."): text for name, text in sorted(footer.items())}
-    with contextlib.suppress(KeyError, ValueError):  # it stays as it stands
-        facts["preprocessing"] = _text(json.loads(facts["preprocessing"]))
+    facts = Facts()
+    for key, text in sorted(footer.items()):
+        name = key.removeprefix("btpipe.")
+        facts[name] = _fact(text)
+        if name in _FOOTER_JSON:
+            with contextlib.suppress(ValueError):  # it stays as it stands
+                facts[name] = _fact(json.loads(text))
     return facts
 
 
 def _of_rejects(path: Path) -> Facts:
     footer = table.footer_of(path) or {}
-    facts = {"rejects": f"{table.count(path):,}"}
-    return facts | _footer(footer)
+    return {"rejects": _count(table.count(path)), **_footer(footer)}
 
 
 def _of_work(folder: Path) -> Facts:
@@ -197,14 +243,13 @@ def _of_work(folder: Path) -> Facts:
     except (OSError, ValueError) as error:
         raise IntegrityError(f"no readable plan.json ({error})", where=folder) from error
     parts = [*folder.glob("part-*.parquet"), *folder.glob("shard-*.tar")]
-    return {"finished parts": f"{len(parts):,}", **_origin(plan)}
+    return {"finished parts": _count(len(parts)), **_origin(plan)}
 
 
 def _of_recipe(path: Path) -> Facts:
     described = recipe.load(path)
-    return {name: _text(value) for name, value in described.decisive().items()} | {
-        "digest": described.digest
-    }
+    decisive = {**described.decisive(), "digest": described.digest}
+    return {name: _fact(value) for name, value in decisive.items()}
 
 
 _FACTS: Mapping[Kind, Callable[[Path], Facts]] = {

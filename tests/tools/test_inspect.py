@@ -102,11 +102,33 @@ def test_everything_that_btpipe_writes_is_known_by_itself_or_a_file_of_it(
     assert facts.items() <= found.facts.items()
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("runs/tiny", {"network": {"backbone": "resnet18", "image_size": 32}, "images": 24}),
+        ("runs/tiny", {"epochs, batch": {"epochs": recipe.Optim().epochs, "batch_size": 8}}),
+        ("runs/tiny/checkpoints/step-00000003", {"step": 3}),
+        ("i.parquet", {"labels": {"a": 12, "b": 12}, "depth": {"depth": "decode", "images": 24}}),
+        ("v.parquet", {"vectors": 24, "rejects": 0, "dimension": 512, "normalize": False}),
+        ("small", {"quality": 90, "shorter_side": 24}),
+    ],
+)
+def test_what_people_read_of_a_thing_is_a_value_too(
+    made: Path, name: str, values: dict[str, object]
+) -> None:
+    inspected = inspect(made / name)
+    assert list(inspected.values) == list(inspected.facts)
+    assert values.items() <= inspected.values.items()
+
+
 def test_a_gate_that_a_bundle_passed_is_shown(made: Path) -> None:
-    facts = inspect(made / "exports/tiny").facts
-    gates = {name: text for name, text in facts.items() if name.startswith("gate ")}
+    inspected = inspect(made / "exports/tiny")
+    gates = [name for name in inspected.facts if name.startswith("gate ")]
     assert gates
-    assert all("mean_cosine" in text for text in gates.values())
+    for name in gates:
+        gate = inspected.values[name]
+        assert isinstance(gate, dict)
+        assert f"mean_cosine {gate['mean_cosine']:.6g}" in inspected.facts[name]
 
 
 def test_scores_that_stand_beside_a_bundle_are_shown_if_they_are_of_it(copied: Path) -> None:
@@ -121,8 +143,11 @@ def test_scores_that_stand_beside_a_bundle_are_shown_if_they_are_of_it(copied: P
     others = {"semisup": {**score, "bundle": "0" * 64}, "note": [1], "strange": {"kind": "x"}}
     for name, content in {"linear": score, **others}.items():
         (bundle.parent / f"tiny.{name}.json").write_text(json.dumps(content))
-    told = [text for text in inspect(bundle).facts.values() if "top-1" in text]
-    assert told == ["top-1 50.0 % (46.9 to 53.1) of 1,000 test images, tiny.linear.json"]
+    inspected = inspect(bundle)
+    scores = {name: text for name, text in inspected.facts.items() if "top-1" in text}
+    text = "top-1 50.0 % (46.9 to 53.1) of 1,000 test images, tiny.linear.json"
+    assert scores == {"eval linear": text}
+    assert inspected.values["eval linear"] == score
 
 
 def test_people_read_short_digests_and_machines_whole_ones(made: Path) -> None:
