@@ -147,7 +147,7 @@ def _linear_on_images(
     values = {"epochs": epochs, "lr": lr}
     protocol = protocols.LINEAR.model_copy(update={k: v for k, v in values.items() if v})
     score = out or bundle.with_name(f"{bundle.name}.linear.json")
-    job = finetune_job.Asked("linear", bundle, images, tests, score, protocol)
+    job = finetune_job.FinetuneRequest("linear", bundle, images, tests, score, protocol)
     finetune_job.judge(job, devices=devices, mode="json" if as_json else "auto")
 
 
@@ -196,7 +196,7 @@ def eval_semisup(
     asked = {"epochs": epochs, "seed": seed}
     protocol = protocols.SEMISUP.model_copy(update={k: v for k, v in asked.items() if v})
     place = out or bundle.with_name(f"{bundle.name}.semisup.json")
-    job = finetune_job.Asked(
+    job = finetune_job.FinetuneRequest(
         "semisup", bundle, tuple(train), tuple(test), place, protocol, percent, split
     )
     finetune_job.judge(job, devices=devices, mode="json" if as_json else "auto")

@@ -115,29 +115,35 @@ def compare(
     untrained = bundle.export_run(run, out / "untrained", quiet, untrained=True)
     pretrained = pretrained or bundle.export_run(run, out / "pretrained", quiet)
     judged, options = [], job.JobOptions(batch_size=BATCH)
-    for name, made in (("untrained", untrained), ("pretrained", pretrained)):
+    for name, path in (("untrained", untrained), ("pretrained", pretrained)):
         tables = out / f"{name}-train.parquet", out / f"{name}-test.parquet"
         for source, table in zip((run / folder.INDEX, test), tables, strict=True):
-            job.embed(source, table, EncoderConfig(made), quiet, options)
+            job.embed(source, table, EncoderConfig(path), quiet, options)
         judged.append(_judge(*labelled.pair(*tables, Labels()), name, quiet, k))
     return Comparison(run, colours, pixels, *judged)
 
 
-def _judge(known: Labelled, asked: Labelled, name: str, report: Report, k: int) -> Scores:
-    near = knn.accuracy(*known.numbered(known.names), *asked.numbered(known.names), k)
-    return Scores(near, linear_probe.score(known, asked, Path(name), report))
+def _judge(train: Labelled, test: Labelled, name: str, report: Report, k: int) -> Scores:
+    near = knn.accuracy(*train.numbered(train.names), *test.numbered(train.names), k)
+    return Scores(near, linear_probe.score(train, test, Path(name), report))
 
 
 def _baselines(train: Index, test: Index, report: Report, k: int) -> tuple[Scores, Scores]:
     """Colour histograms, and the pixels themselves less the training images' mean picture."""
-    (known, known_colours), (asked, asked_colours) = _pictures(train), _pictures(test)
-    colours = _judge(known_colours, asked_colours, "colour histogram", report, k)
-    mean = known.embeddings.mean(axis=0)
-    known, asked = (_with(one, one.embeddings - mean) for one in (known, asked))
-    near = knn.accuracy(*known.numbered(known.names), *asked.numbered(known.names), k)
-    axes = _principal_axes(known.embeddings)
-    known, asked = (_with(one, one.embeddings @ axes) for one in (known, asked))
-    score = linear_probe.score(known, asked, Path("raw pixels"), report)
+    (train_pixels, train_colours), (test_pixels, test_colours) = _pictures(train), _pictures(test)
+    colours = _judge(train_colours, test_colours, "colour histogram", report, k)
+    mean = train_pixels.embeddings.mean(axis=0)
+    train_pixels, test_pixels = (
+        _with(one, one.embeddings - mean) for one in (train_pixels, test_pixels)
+    )
+    near = knn.accuracy(
+        *train_pixels.numbered(train_pixels.names), *test_pixels.numbered(train_pixels.names), k
+    )
+    axes = _principal_axes(train_pixels.embeddings)
+    train_pixels, test_pixels = (
+        _with(one, one.embeddings @ axes) for one in (train_pixels, test_pixels)
+    )
+    score = linear_probe.score(train_pixels, test_pixels, Path("raw pixels"), report)
     return colours, Scores(near, score)
 
 
@@ -156,11 +162,11 @@ def _principal_axes(centred: NDArray[np.floating]) -> NDArray[np.float32]:
 
 def _pictures(index: Index) -> tuple[Labelled, Labelled]:
     """The images that decode as pixels (n, PIXELS * PIXELS * 3), 0 to 1, and as histograms."""
-    every = np.arange(len(index), dtype=np.int64)
+    all_rows = np.arange(len(index), dtype=np.int64)
     geometry = Geometry.for_size(PIXELS)
     flat, histograms, rows = [], [], list[int]()
     for batch in evaluation_batches(
-        index, every, geometry, batch_size=BATCH, threads=runtime.cores()
+        index, all_rows, geometry, batch_size=BATCH, threads=runtime.cores()
     ):
         flat.append(batch.pixels.reshape(len(batch.pixels), -1))
         histograms.append(root_histograms(batch.pixels))

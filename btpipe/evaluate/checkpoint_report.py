@@ -26,14 +26,14 @@ class CheckpointRow:
 
     def value(self, by: By) -> float | None:
         """One of the measures."""
-        found = {
+        values = {
             "retrieval": self.retrieval,
             "rank": self.rank,
             "uniformity": self.uniformity,
             "alignment": self.alignment,
             "knn": self.knn,
         }
-        return found[by]
+        return values[by]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Selected(Finished):
         ranked = {m.by: _ranked(rows, m) for m in MEASURES}
         order = ranked[by]
         second = order[1] if len(order) > 1 else None
-        gap = abs(_known(order[0], by) - _known(second, by)) if second else None
+        gap = abs(_value(order[0], by) - _value(second, by)) if second else None
         start = next((row for row in rows if row.step == 0), None)
         worse = start is not None and _goodness(start, _OF[by]) > _goodness(order[0], _OF[by])
         warning = (
@@ -151,7 +151,7 @@ class Selected(Finished):
             error=errors(order[0].step, second.step) if second else None,
             images=images,
             own=own,
-            best={name: found[0].step for name, found in ranked.items() if found},
+            best={name: ranking[0].step for name, ranking in ranked.items() if ranking},
             start_is_better=warning,
             rows=rows,
         )
@@ -177,15 +177,15 @@ class Selected(Finished):
         """Which checkpoint, by how much, and what the other measures say: a few sentences."""
         measure = _OF[self.by]
         value = _shown(next(row for row in self.rows if row.step == self.step), measure)
-        said = f"Best by {self.by}: step {self.step} ({value}{' %' * bool(measure.unit)})"
+        sentence = f"Best by {self.by}: step {self.step} ({value}{' %' * bool(measure.unit)})"
         if self.next_step is None:
-            said += ", the only checkpoint; keep more of the next run's: --set run.keep_every=N"
+            sentence += ", the only checkpoint; keep more of the next run's: --set run.keep_every=N"
         elif self.gap is not None:
-            said += f", {self._distance(measure)} ahead of step {self.next_step}"
+            sentence += f", {self._distance(measure)} ahead of step {self.next_step}"
             if self.error is not None and self.gap <= Z95 * self.error:
-                said += ": within the noise of these images, take the later one"
+                sentence += ": within the noise of these images, take the later one"
         others = [f"step {step} by {name}" for name, step in self.best.items() if name != self.by]
-        return f"{said}. Best by the others: {', '.join(others)}."
+        return f"{sentence}. Best by the others: {', '.join(others)}."
 
     def title(self) -> str:
         """Of the picture."""
@@ -193,18 +193,18 @@ class Selected(Finished):
 
     def panels(self) -> list[Panel]:
         """A diagram for each measure."""
-        found = []
+        diagrams = []
         for i, measure in enumerate(MEASURES):
             rows = [row for row in self.rows if row.value(measure.by) is not None]
             if not rows:
                 continue
             x = tuple(float(row.step) for row in rows)
-            y = tuple(measure.factor * _known(row, measure.by) for row in rows)
+            y = tuple(measure.factor * _value(row, measure.by) for row in rows)
             line = Line(measure.title, x, y, panels.color(i), "solid")
             best = f" Best: step {self.best[measure.by]:,}." if measure.by in self.best else ""
             about = f"{measure.about}{best}"
-            found.append(Panel(measure.title, measure.unit, about, (line,), from_zero=False))
-        return found
+            diagrams.append(Panel(measure.title, measure.unit, about, (line,), from_zero=False))
+        return diagrams
 
     def marks(self) -> list[Sign]:
         """Where the chosen checkpoint stands."""
@@ -224,8 +224,8 @@ class Selected(Finished):
 
 def _ranked(rows: tuple[CheckpointRow, ...], measure: _Measure) -> list[CheckpointRow]:
     """The checkpoints that have the measure, the best first, of equal ones the later."""
-    known = [row for row in rows if row.step and row.value(measure.by) is not None]
-    return sorted(known, key=lambda row: (_goodness(row, measure), row.step), reverse=True)
+    candidates = [row for row in rows if row.step and row.value(measure.by) is not None]
+    return sorted(candidates, key=lambda row: (_goodness(row, measure), row.step), reverse=True)
 
 
 def _goodness(row: CheckpointRow, measure: _Measure) -> float:
@@ -235,7 +235,7 @@ def _goodness(row: CheckpointRow, measure: _Measure) -> float:
     return value if measure.larger_is_better else -value
 
 
-def _known(row: CheckpointRow, by: By) -> float:
+def _value(row: CheckpointRow, by: By) -> float:
     value = row.value(by)
     assert value is not None, "asked only of rows that have it"
     return value

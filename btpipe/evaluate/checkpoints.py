@@ -66,15 +66,15 @@ def run(
     with artifact.disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write = _writer(out)
-    found = measure(folder, report, by=by, images=images, most=most)
-    write(found)
-    artifact.write_json(out.with_suffix(".json"), found.record())
-    if found.start_is_better:
-        report(Warned(found.start_is_better))
-    report(found)
+    selected = measure(folder, report, by=by, images=images, most=most)
+    write(selected)
+    artifact.write_json(out.with_suffix(".json"), selected.record())
+    if selected.start_is_better:
+        report(Warned(selected.start_is_better))
+    report(selected)
     numbers = out.with_suffix(".json")
-    report(Note(f"{out} and {numbers} are written; btpipe export {folder} --step {found.step}"))
-    return found
+    report(Note(f"{out} and {numbers} are written; btpipe export {folder} --step {selected.step}"))
+    return selected
 
 
 def measure(
@@ -95,28 +95,28 @@ def measure(
     if not (folder / "recipe.toml").is_file():
         expected, fix = "a folder with recipe.toml", "name a run folder: runs/NAME"
         raise UsageError("no run there", where=folder, expected=expected, fix=fix)
-    described, own = recipe.load(folder / "recipe.toml"), open_index(folder / INDEX)
+    described, run_index = recipe.load(folder / "recipe.toml"), open_index(folder / INDEX)
     steps = [step for step in checkpoint.steps(folder) if step]
     if not steps:
         raise UsageError("no checkpoint yet", where=folder, fix="let btpipe pretrain write one")
     labelled = _labelled(folder) if by == "knn" else None
-    told = {} if labelled else _told(folder)
-    index = build(images, report)[0] if images else own
+    accuracies = {} if labelled else _accuracies(folder)
+    index = build(images, report)[0] if images else run_index
     if min(most, len(index)) < 2:
         raise UsageError(f"{len(index)} images", where=index.root, expected="two or more")
     known_bad = {} if images else RunRejects(folder, index).by_row()
-    steps_per_epoch = max(1, described.steps_per_epoch(len(own)))
+    steps_per_epoch = max(1, described.steps_per_epoch(len(run_index)))
     rows: list[CheckpointRow] = []
     shares: dict[int, PerImage] = {}
-    with runtime.start() as here:
-        seen = _read(index, described, most, labelled, here.device, report, known_bad)
-        for step, encoder in _encoders(folder, [0, *steps], seen, report):
-            found = _measured(encoder.to(here.device), described, seen)
-            if found is None:
+    with runtime.start() as process:
+        image_set = _read(index, described, most, labelled, process.device, report, known_bad)
+        for step, encoder in _encoders(folder, [0, *steps], image_set, report):
+            measures = _measured(encoder.to(process.device), described, image_set)
+            if measures is None:
                 report(Warned(f"step {step}: its vectors are not finite; left out"))
                 continue
-            row, shares[step] = found
-            accuracy = row.knn if labelled else told.get(step)
+            row, shares[step] = measures
+            accuracy = row.knn if labelled else accuracies.get(step)
             epoch = step / steps_per_epoch
             rows.append(dataclasses.replace(row, step=step, epoch=epoch, knn=accuracy))
     if not any(row.step for row in rows):
@@ -125,7 +125,7 @@ def measure(
         folder.resolve().name,
         by,
         tuple(rows),
-        images=len(seen.pairs.rows),
+        images=len(image_set.pairs.rows),
         own=not images,
         seconds=time.monotonic() - started,
         errors=lambda a, b: _error(by, shares[a], shares[b]),
@@ -137,11 +137,18 @@ def _writer(out: Path) -> Callable[[Selected], None]:
     if out.suffix.lower() == ".png":
         from btpipe.plot import png  # noqa: PLC0415 - an extra
 
-        return lambda found: png.write_panels(out, found.title(), found.panels(), found.marks())
+        return lambda selected: png.write_panels(
+            out, selected.title(), selected.panels(), selected.marks()
+        )
     from btpipe.plot import html  # noqa: PLC0415 - beside its like
 
-    return lambda found: html.write_panels(
-        out, found.title(), found.text, found.panels(), found.marks(), found.tables()[0]
+    return lambda selected: html.write_panels(
+        out,
+        selected.title(),
+        selected.text,
+        selected.panels(),
+        selected.marks(),
+        selected.tables()[0],
     )
 
 
@@ -157,7 +164,7 @@ def _labelled(folder: Path) -> Index:
     return open_index(folder / knn.INDEX)
 
 
-def _told(folder: Path) -> dict[int, float]:
+def _accuracies(folder: Path) -> dict[int, float]:
     """Step to the kNN accuracy that the run told of it."""
     if not (folder / "events.jsonl").is_file():
         return {}
@@ -173,9 +180,9 @@ def _read(
     report: Report,
     known_bad: Mapping[int, Rejected],
 ) -> _Set:
-    found = view_pairs.read(index, described, most, device, report, known_bad=known_bad)
-    pixels = [p for _, p in _evaluation(index, found.rows, described, device)]
-    return _Set(found, torch.cat(pixels), labelled)
+    pairs = view_pairs.read(index, described, most, device, report, known_bad=known_bad)
+    pixels = [p for _, p in _evaluation(index, pairs.rows, described, device)]
+    return _Set(pairs, torch.cat(pixels), labelled)
 
 
 def _evaluation(
@@ -194,64 +201,66 @@ def _evaluation(
 
 
 def _encoders(
-    folder: Path, steps: list[int], seen: _Set, report: Report
+    folder: Path, steps: list[int], image_set: _Set, report: Report
 ) -> Iterator[tuple[int, nn.Module]]:
     """Each step's encoder as export would publish it; damaged ones are named and left out."""
-    started, each = time.monotonic(), 3 * len(seen.pairs.rows)
+    started, each = time.monotonic(), 3 * len(image_set.pairs.rows)
     for i, step in enumerate(steps):
         rate = per_second(i * each, time.monotonic() - started)
         report(Progressed("select", i * each, len(steps) * each, rate, 0.0))
         try:
             kept = None if step == 0 else step
-            made = encoder_source.of_run(folder, report, untrained=step == 0, step=kept)
+            source = encoder_source.of_run(folder, report, untrained=step == 0, step=kept)
         except IntegrityError as error:
             report(Warned(f"step {step} is left out: {error}"))
             continue
-        yield step, made.encoder.to(memory_format=torch.channels_last)  # as its pixels are
+        yield step, source.encoder.to(memory_format=torch.channels_last)  # as its pixels are
 
 
 def _measured(
-    encoder: nn.Module, described: Recipe, seen: _Set
+    encoder: nn.Module, described: Recipe, image_set: _Set
 ) -> tuple[CheckpointRow, PerImage] | None:
     """The measures of an encoder and their parts; None where a vector is not finite."""
     device = next(encoder.parameters()).device
-    first, second = (_vectors(encoder, view) for view in (seen.pairs.first, seen.pairs.second))
-    plain = _vectors(encoder, seen.evaluation)
+    first, second = (
+        _vectors(encoder, view) for view in (image_set.pairs.first, image_set.pairs.second)
+    )
+    plain = _vectors(encoder, image_set.evaluation)
     if not all(np.isfinite(vectors).all() for vectors in (first, second, plain)):
         return None
-    found = label_free.retrieval(first, second)
+    retrieval = label_free.retrieval(first, second)
     distances = label_free.alignment(first, second)
     accuracy = None
-    if seen.labelled:
-        rows, classes = knn.judged(seen.labelled)
+    if image_set.labelled:
+        rows, classes = knn.judged(image_set.labelled)
         parts = [
             (good, _vectors(encoder, pixels))
-            for good, pixels in _evaluation(seen.labelled, rows, described, device)
+            for good, pixels in _evaluation(image_set.labelled, rows, described, device)
         ]
         named = classes[np.concatenate([good for good, _ in parts])]
         accuracy = knn.leave_one_out_accuracy(np.concatenate([v for _, v in parts]), named)
     row = CheckpointRow(
         step=0,
         epoch=0.0,
-        retrieval=float(found.mean()),
+        retrieval=float(retrieval.mean()),
         rank=neighbours.effective_rank(plain),
         uniformity=(label_free.uniformity(first) + label_free.uniformity(second)) / 2,
         alignment=float(distances.mean()),
         knn=accuracy,
     )
-    return row, {"retrieval": found, "alignment": distances}
+    return row, {"retrieval": retrieval, "alignment": distances}
 
 
 def _vectors(encoder: nn.Module, pixels: torch.Tensor) -> NDArray[np.float32]:
     """(n, H, W, 3) uint8 -> (n, F)."""
-    place = next(encoder.parameters())
+    parameter = next(encoder.parameters())
     with torch.inference_mode():
         parts = [
-            encoder(network.normalise(part.to(place.device), place.dtype)).cpu()
+            encoder(network.normalise(part.to(parameter.device), parameter.dtype)).cpu()
             for part in torch.split(pixels, BATCH)
         ]
-    found: NDArray[np.float32] = torch.cat(parts).numpy()
-    return found
+    vectors: NDArray[np.float32] = torch.cat(parts).numpy()
+    return vectors
 
 
 def _error(by: By, a: PerImage, b: PerImage) -> float | None:

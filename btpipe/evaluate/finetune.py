@@ -81,7 +81,7 @@ class FinetuneScore:
     rejected: int
 
 
-def fit(job: FinetuneJob, here: Runtime, report: Report) -> FinetuneScore:
+def fit(job: FinetuneJob, process: Runtime, report: Report) -> FinetuneScore:
     """Trains and judges, from where `job.work` stands; every rank calls it.
 
     Raises:
@@ -92,10 +92,10 @@ def fit(job: FinetuneJob, here: Runtime, report: Report) -> FinetuneScore:
     """
     bundle, protocol = contract.open_bundle(job.bundle), job.protocol
     train = open_index(job.train)
-    share = max(min(protocol.batch_size, len(train)) // here.world_size, 1)
-    batch_size = share * here.world_size
+    share = max(min(protocol.batch_size, len(train)) // process.world_size, 1)
+    batch_size = share * process.world_size
     tuned = protocol.encoder_lr > 0
-    model = Classifier(bundle, len(job.classes), tuned=tuned, seed=protocol.seed).to(here.device)
+    model = Classifier(bundle, len(job.classes), tuned=tuned, seed=protocol.seed).to(process.device)
     before = weights.digest(model.encoder.state_dict())
     optimizer = _optimizer(model, protocol, batch_size)
     start = _restore(job, model, optimizer)
@@ -104,18 +104,18 @@ def fit(job: FinetuneJob, here: Runtime, report: Report) -> FinetuneScore:
         TrainingLoader(
             train,
             _settings(bundle, protocol, batch_size, len(train)),
-            rank=here.rank,
-            world_size=here.world_size,
+            rank=process.rank,
+            world_size=process.world_size,
             start_step=start,
-            device=here.device,
+            device=process.device,
             on_event=report,
             rejected={},
         ) as loader,
     ):
-        _train(job, here, report, loader, model, optimizer, signals, start)
+        _train(job, process, report, loader, model, optimizer, signals, start)
     if not tuned and weights.digest(model.encoder.state_dict()) != before:
         raise NumericsError("the frozen encoder changed", where=job.bundle, fix="report this bug")
-    return _judge(job, bundle, model, here, report)
+    return _judge(job, bundle, model, process, report)
 
 
 def _settings(
@@ -145,7 +145,7 @@ def _optimizer(model: Classifier, protocol: Protocol, batch_size: int) -> torch.
 
 def _train(
     job: FinetuneJob,
-    here: Runtime,
+    process: Runtime,
     report: Report,
     loader: TrainingLoader,
     model: Classifier,
@@ -162,13 +162,13 @@ def _train(
         factor = 0.5 * (1 + math.cos(math.pi * epoch / job.protocol.epochs))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        labels = torch.from_numpy(numbers[batch.images]).to(here.device)
+        labels = torch.from_numpy(numbers[batch.images]).to(process.device)
         value = _update(model, optimizer, batch.views[0], labels)
         done, now = batch.step + 1, time.monotonic()
-        overdue = here.is_first and now - saved > SAVE_SECONDS
+        overdue = process.is_first and now - saved > SAVE_SECONDS
         stop, save = agreement.exchange([bool(signals.first), overdue])
         if stop or save or done == steps:
-            _save(job, here, done, model, optimizer, value)
+            _save(job, process, done, model, optimizer, value)
             saved = now
         if stop and done < steps:
             raise Stopped(
@@ -204,7 +204,7 @@ def _label_numbers(index: Index, classes: tuple[str, ...]) -> NDArray[np.int64]:
 
 def _save(
     job: FinetuneJob,
-    here: Runtime,
+    process: Runtime,
     step: int,
     model: Classifier,
     optimizer: torch.optim.SGD,
@@ -216,7 +216,7 @@ def _save(
             where=job.work,
             fix="lower --lr; the state before it is kept",
         )
-    if here.is_first:
+    if process.is_first:
         tensors = {n: t.detach().cpu().contiguous() for n, t in _tensors(model, optimizer)}
         with artifact.publish(job.work / STATE, KIND, {"step": step, **job.identity}) as folder:
             save_file(
@@ -271,7 +271,7 @@ def _restore(job: FinetuneJob, model: Classifier, optimizer: torch.optim.SGD) ->
 
 
 def _judge(
-    job: FinetuneJob, bundle: contract.Bundle, model: Classifier, here: Runtime, report: Report
+    job: FinetuneJob, bundle: contract.Bundle, model: Classifier, process: Runtime, report: Report
 ) -> FinetuneScore:
     """The test images in the evaluation view, shared out among the ranks."""
     test = open_index(job.test)
@@ -280,7 +280,7 @@ def _judge(
     geometry = Geometry(prepared.size, prepared.resize)
     counts = torch.zeros(4, dtype=torch.float64)
     model.eval()
-    rows = np.arange(here.rank, len(test), here.world_size)
+    rows = np.arange(process.rank, len(test), process.world_size)
     for batch in evaluation_batches(test, rows, geometry, batch_size=64, threads=runtime.cores()):
         for bad in batch.rejected.values():
             report(Warned(f"{bad.path} is not judged: {bad.reason}"))
@@ -288,7 +288,7 @@ def _judge(
         if len(batch.rows) == 0:
             continue
         with torch.inference_mode():
-            logits = model(torch.from_numpy(batch.pixels).to(here.device)).cpu()
+            logits = model(torch.from_numpy(batch.pixels).to(process.device)).cpu()
         labels = torch.from_numpy(numbers[batch.rows])[:, None]
         best = logits.topk(min(5, logits.shape[1])).indices == labels
         counts += torch.tensor([len(best), int(best[:, 0].sum()), int(best.sum()), 0])

@@ -24,7 +24,7 @@ Kind = Literal["linear", "semisup"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class FinetuneRequest:
     """What is to be judged: a bundle, by training on `train` and judging on `test`.
 
     `percent`: of each class's training images, chosen by the protocol's seed; 100 takes all.
@@ -101,8 +101,8 @@ def check(inputs: Sequence[str], tests: Sequence[str], others: Sequence[str]) ->
         raise UsageError(f"no labelled images: {missing} is missing", expected=expected)
 
 
-def judge(asked: Asked, *, devices: str, mode: progress.Mode) -> None:
-    """Trains, judges and writes `asked.out`; run again, it goes on, or says what stands there.
+def judge(request: FinetuneRequest, *, devices: str, mode: progress.Mode) -> None:
+    """Trains, judges and writes `request.out`; run again, it goes on, or says what stands there.
 
     `devices`: processes on this machine ("auto": one for each GPU, or one). Under torchrun and in
     a SLURM step the ranks are theirs.
@@ -114,64 +114,64 @@ def judge(asked: Asked, *, devices: str, mode: progress.Mode) -> None:
     """
     count = 1 if runtime.is_rank() else runtime.devices(devices)
     if count == 1:
-        judge_on_rank(asked, mode)
+        judge_on_rank(request, mode)
     else:
-        runtime.launch(count, judge_on_rank, (asked, mode))
+        runtime.launch(count, judge_on_rank, (request, mode))
 
 
-def judge_on_rank(asked: Asked, mode: progress.Mode) -> None:
+def judge_on_rank(request: FinetuneRequest, mode: progress.Mode) -> None:
     """One rank's part: the first one holds the work folder, shows progress and writes the score."""
     started = time.monotonic()
-    with runtime.start() as here:
-        if not here.is_first:
+    with runtime.start() as process:
+        if not process.is_first:
             if not runtime.any_rank(False):
-                finetune.fit(_job(asked), here, events.ignore)
+                finetune.fit(_job(request), process, events.ignore)
                 runtime.barrier()
             return
-        with progress.show(mode) as report, _open(asked, report) as identity:
-            if runtime.any_rank(_stands(asked.out, identity)):
-                record = json.loads(asked.out.read_text())
-                report(_judged(asked, record, time.monotonic() - started, nothing_to_do=True))
+        with progress.show(mode) as report, _open(request, report) as identity:
+            if runtime.any_rank(_stands(request.out, identity)):
+                record = json.loads(request.out.read_text())
+                report(_judged(request, record, time.monotonic() - started, nothing_to_do=True))
                 return
-            score = finetune.fit(_job(asked), here, report)
+            score = finetune.fit(_job(request), process, report)
             runtime.barrier()  # the others have read the lists of images
             record = {**identity, **_record(score)}
-            artifact.write_json(asked.out, record)
-            report(_judged(asked, record, time.monotonic() - started))
+            artifact.write_json(request.out, record)
+            report(_judged(request, record, time.monotonic() - started))
 
 
 @contextlib.contextmanager
-def _open(asked: Asked, report: Report) -> Iterator[dict[str, object]]:
+def _open(request: FinetuneRequest, report: Report) -> Iterator[dict[str, object]]:
     """Holds the prepared work folder, for one process at a time; what the score is to be of.
 
     After an error the folder stays where it holds a state to go on from.
     """
-    contract.open_bundle(asked.bundle)
-    work, fix = _job(asked).work, "wait for it, or choose another --out"
+    contract.open_bundle(request.bundle)
+    work, fix = _job(request).work, "wait for it, or choose another --out"
     with artifact.locked(work, "another process judges here", fix):
         try:
-            job = prepare(asked, report)
+            job = prepare(request, report)
             images = len(open_index(job.train))
-            yield {"kind": asked.kind, "train images": images, **job.identity}
+            yield {"kind": request.kind, "train images": images, **job.identity}
             shutil.rmtree(work / finetune.STATE, ignore_errors=True)
         finally:
             if not (work / finetune.STATE).exists():
                 shutil.rmtree(work)
 
 
-def _job(asked: Asked) -> finetune.FinetuneJob:
-    work = asked.out.with_name(f"{asked.out.name}.work")
+def _job(request: FinetuneRequest) -> finetune.FinetuneJob:
+    work = request.out.with_name(f"{request.out.name}.work")
     files = work / "train.parquet", work / "test.parquet"
-    return finetune.FinetuneJob(asked.bundle, *files, asked.protocol, work)
+    return finetune.FinetuneJob(request.bundle, *files, request.protocol, work)
 
 
-def prepare(asked: Asked, report: Report) -> finetune.FinetuneJob:
+def prepare(request: FinetuneRequest, report: Report) -> finetune.FinetuneJob:
     """The job, with the lists of its images in the work folder; raises as `judge`."""
-    train, _ = build(asked.train, report)
-    test, _ = build(asked.test, report)
+    train, _ = build(request.train, report)
+    test, _ = build(request.test, report)
     _require_labels(train, "the training images")
     _require_labels(test, "the test images")
-    chosen = _chosen(train, asked)
+    chosen = _chosen(train, request)
     classes = sorted({str(label) for label in chosen.labels})
     unknown = sorted({str(label) for label in test.labels} - set(classes))
     if unknown:
@@ -180,7 +180,7 @@ def prepare(asked: Asked, report: Report) -> finetune.FinetuneJob:
             expected=f"some of {', '.join(classes[:5])}{' ...' if len(classes) > 5 else ''}",
             fix="give both folders the same class folders",
         )
-    job = _job(asked)
+    job = _job(request)
     job.work.mkdir(parents=True, exist_ok=True)
     chosen.save(job.train)
     test.save(job.test)
@@ -197,24 +197,24 @@ def _require_labels(index: Index, what: str) -> None:
         )
 
 
-def _chosen(train: Index, asked: Asked) -> Index:
+def _chosen(train: Index, request: FinetuneRequest) -> Index:
     """The training images that the split or the percentage leaves.
 
     Raises:
         UsageError: a split file that names none of them.
     """
-    if asked.split is not None:
-        names = {line.strip() for line in asked.split.read_text().splitlines() if line.strip()}
+    if request.split is not None:
+        names = {line.strip() for line in request.split.read_text().splitlines() if line.strip()}
         paths = train.table["path"].to_pylist()
         rows = [i for i, path in enumerate(paths) if path in names or Path(path).name in names]
         if len(rows) < len(names):
             raise UsageError(
                 f"{len(names) - len(rows)} of its {len(names)} names are not among the images",
-                where=asked.split,
+                where=request.split,
                 expected="paths as in the index, or file names",
             )
-    elif asked.percent < 100:
-        rows = _share(train.labels, asked.percent, asked.protocol.seed)
+    elif request.percent < 100:
+        rows = _share(train.labels, request.percent, request.protocol.seed)
     else:
         return train
     return dataclasses.replace(train, table=train.table.take(rows))
@@ -233,7 +233,7 @@ def _share(labels: list[str | None], percent: float, seed: int) -> list[int]:
     return sorted(rows)
 
 
-def _stands(out: Path, wanted: dict[str, object]) -> bool:
+def _stands(out: Path, identity: dict[str, object]) -> bool:
     """Whether `out` is this very evaluation.
 
     Raises:
@@ -242,11 +242,13 @@ def _stands(out: Path, wanted: dict[str, object]) -> bool:
     if not out.exists():
         return False
     try:
-        found = json.loads(out.read_text())
+        previous = json.loads(out.read_text())
     except (OSError, ValueError):
-        found = None
-    plain = json.loads(json.dumps(wanted))
-    if isinstance(found, dict) and all(found.get(key) == value for key, value in plain.items()):
+        previous = None
+    plain = json.loads(json.dumps(identity))
+    if isinstance(previous, dict) and all(
+        previous.get(key) == value for key, value in plain.items()
+    ):
         return True
     raise RefusedError(
         "holds something else", where=out, expected="this evaluation", fix="choose another --out"
@@ -265,20 +267,24 @@ def _record(score: finetune.FinetuneScore) -> dict[str, object]:
 
 
 def _judged(
-    asked: Asked, record: Mapping[str, Any], seconds: float, *, nothing_to_do: bool = False
+    request: FinetuneRequest,
+    record: Mapping[str, Any],
+    seconds: float,
+    *,
+    nothing_to_do: bool = False,
 ) -> ClassifierJudged:
-    """The result, as the record in `asked.out` has it."""
+    """The result, as the record in `request.out` has it."""
     low, high = record["top1 95 %"]
     return ClassifierJudged(
         seconds=seconds,
-        kind=asked.kind,
-        bundle=asked.bundle,
-        out=asked.out,
+        kind=request.kind,
+        bundle=request.bundle,
+        out=request.out,
         images=record["test images"],
         rejected=record["rejected"],
         top1=record["top1"],
         interval1=(low, high),
         top5=record["top5"],
-        epochs=asked.protocol.epochs,
+        epochs=request.protocol.epochs,
         nothing_to_do=nothing_to_do,
     )

@@ -71,8 +71,10 @@ def evaluate(vectors: Path, test: Path, k: int = 20) -> Accuracy:
         RefusedError: the tables were made by two bundles, or their vectors differ in dimension.
         IntegrityError: not a table of vectors.
     """
-    known, asked = labelled.pair(vectors, test, Labels())
-    return accuracy(*known.numbered(known.names), *asked.numbered(known.names), k)
+    train_rows, test_rows = labelled.pair(vectors, test, Labels())
+    return accuracy(
+        *train_rows.numbered(train_rows.names), *test_rows.numbered(train_rows.names), k
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,32 +140,34 @@ def judge(
         UsageError: as `evaluate`; or a split that leaves one side empty.
         RefusedError, IntegrityError: as `evaluate`.
     """
-    known, asked, left_out = labelled.sides(vectors, test, labels, split, seed)
-    names = {name: i for i, name in enumerate(sorted(set(known.labels) | set(asked.labels)))}
-    known_vectors, known_labels = known.numbered(names)
-    asked_vectors, right = asked.numbered(names)
-    wanted = sorted({min(k, len(known_labels)) for k in ks})
-    indices, cosines = neighbours.nearest(asked_vectors, known_vectors, wanted[-1])
+    train_rows, test_rows, left_out = labelled.sides(vectors, test, labels, split, seed)
+    names = {
+        name: i for i, name in enumerate(sorted(set(train_rows.labels) | set(test_rows.labels)))
+    }
+    train_vectors, train_labels = train_rows.numbered(names)
+    test_vectors, right = test_rows.numbered(names)
+    k_values = sorted({min(k, len(train_labels)) for k in ks})
+    indices, cosines = neighbours.nearest(test_vectors, train_vectors, k_values[-1])
     counts1, counts5 = [], []
-    for k in wanted:
+    for k in k_values:
         scores = neighbours.vote(
-            indices[:, :k], cosines[:, :k], known_labels, len(names), temperature
+            indices[:, :k], cosines[:, :k], train_labels, len(names), temperature
         )
         places = ranks(scores, right)
         counts1.append(int(np.count_nonzero(places < 1)))
         counts5.append(int(np.count_nonzero(places < 5)))
     total = len(right)
     return Judged(
-        k=tuple(wanted),
+        k=tuple(k_values),
         top1=tuple(count / total for count in counts1),
         top5=tuple(count / total for count in counts5),
         intervals1=tuple(wilson(count, total) for count in counts1),
         intervals5=tuple(wilson(count, total) for count in counts5),
         n=total,
-        known=len(known_labels),
+        known=len(train_labels),
         classes=len(names),
         majority=float(np.bincount(right).max() / total),
-        unnamed=int(np.count_nonzero(~np.isin(right, known_labels))),
+        unnamed=int(np.count_nonzero(~np.isin(right, train_labels))),
         left_out=left_out,
         temperature=temperature,
     )
@@ -174,7 +178,9 @@ def ranks(scores: NDArray[np.float64], right: NDArray[np.int64]) -> NDArray[np.i
 
     (m, classes), (m,) -> (m,)
     """
-    own = scores[np.arange(len(right)), right][:, None]
+    right_scores = scores[np.arange(len(right)), right][:, None]
     earlier = np.arange(scores.shape[1])[None] < right[:, None]
-    before = np.count_nonzero((scores > own) | ((scores == own) & earlier), axis=1)
-    return np.asarray(np.where(own[:, 0] > 0, before, scores.shape[1] + 5), np.int64)
+    before = np.count_nonzero(
+        (scores > right_scores) | ((scores == right_scores) & earlier), axis=1
+    )
+    return np.asarray(np.where(right_scores[:, 0] > 0, before, scores.shape[1] + 5), np.int64)

@@ -31,8 +31,8 @@ def uniformity(vectors: NDArray[np.floating]) -> float:
     rows = max(1, neighbours.BLOCK_BYTES // (8 * max(1, count)))
     for start in range(0, count, rows):
         cosines = (unit[start : start + rows] @ unit.T).astype(np.float64)
-        own = np.arange(len(cosines))
-        cosines[own, start + own] = -np.inf  # exp(-inf) = 0: no row is paired with itself
+        diagonal = np.arange(len(cosines))
+        cosines[diagonal, start + diagonal] = -np.inf  # exp(-inf) = 0: no row is paired with itself
         total += float(np.exp(2 * TEMPERATURE * (cosines - 1)).sum())
     return float(np.log(total / (count * (count - 1))))
 
@@ -42,12 +42,12 @@ def retrieval(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDAr
 
     Found: nearest by cosine among the other views of all n images; 0, 0.5 or 1.
     """
-    own = np.arange(len(first))
-    there, back = (
-        neighbours.nearest(one, other, 1)[0][:, 0] == own
+    images = np.arange(len(first))
+    forward, backward = (
+        neighbours.nearest(one, other, 1)[0][:, 0] == images
         for one, other in ((first, second), (second, first))
     )
-    return np.asarray((there.astype(np.float64) + back) / 2)
+    return np.asarray((forward.astype(np.float64) + backward) / 2)
 
 
 def standard_error(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -42,7 +42,7 @@ def _listed(file: Path) -> dict[str, str]:
     """
     if not file.is_file():
         raise UsageError("no such list of labels", where=file, expected="a CSV: path,label")
-    found: dict[str, str] = {}
+    label_of: dict[str, str] = {}
     try:
         with file.open(newline="", encoding="utf-8-sig") as content:
             lines = csv.DictReader(content)
@@ -51,11 +51,11 @@ def _listed(file: Path) -> dict[str, str]:
                 raise UsageError("is no list of labels", where=file, expected=expected)
             for line in lines:
                 path, label = line["path"], line["label"]
-                if found.setdefault(path, label) != label:
+                if label_of.setdefault(path, label) != label:
                     raise UsageError(f"two labels for {path}", where=file, expected="one")
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"is no CSV ({error})", where=file, expected="path,label") from error
-    return found
+    return label_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +107,9 @@ class Labelled:
 def sides(
     vectors: Path, test: Path | None, labels: Labels, split: float, seed: int
 ) -> tuple[Labelled, Labelled, int]:
-    """What is known and what is judged, the table `test` or a share `split` of `vectors`; and how
-    many rows without a label are left out of both.
+    """The rows to train on, the rows to judge, and how many without a label are left out of both.
+
+    Judged are those of the table `test`, or a share `split` of `vectors`.
 
     Raises:
         UsageError, RefusedError, IntegrityError: as `knn.judge`.
@@ -116,8 +117,8 @@ def sides(
     if test is None:
         whole = read(vectors, labels)
         return *whole.divided(vectors, split, seed), whole.left_out
-    known, asked = pair(vectors, test, labels)
-    return known, asked, known.left_out + asked.left_out
+    train_rows, test_rows = pair(vectors, test, labels)
+    return train_rows, test_rows, train_rows.left_out + test_rows.left_out
 
 
 def pair(vectors: Path, test: Path, labels: Labels) -> tuple[Labelled, Labelled]:
@@ -126,33 +127,33 @@ def pair(vectors: Path, test: Path, labels: Labels) -> tuple[Labelled, Labelled]
     Raises:
         UsageError, RefusedError, IntegrityError: as `knn.evaluate`.
     """
-    known, asked = read(vectors, labels), read(test, labels)
+    train_rows, test_rows = read(vectors, labels), read(test, labels)
     if vectors.samefile(test):
         raise UsageError(
             "each image would be its own neighbour", where=test, expected="a table of other images"
         )
-    if known.bundle != asked.bundle:
+    if train_rows.bundle != test_rows.bundle:
         raise RefusedError(
-            f"vectors of bundle {asked.bundle or 'unknown'}",
+            f"vectors of bundle {test_rows.bundle or 'unknown'}",
             where=test,
-            expected=f"those of {known.bundle or 'unknown'}, as in {vectors}",
+            expected=f"those of {train_rows.bundle or 'unknown'}, as in {vectors}",
             fix="embed both with the same --model",
         )
-    if known.embeddings.shape[1] != asked.embeddings.shape[1]:
+    if train_rows.embeddings.shape[1] != test_rows.embeddings.shape[1]:
         raise RefusedError(
-            f"vectors of {asked.embeddings.shape[1]} numbers",
+            f"vectors of {test_rows.embeddings.shape[1]} numbers",
             where=test,
-            expected=f"{known.embeddings.shape[1]}, as in {vectors}",
+            expected=f"{train_rows.embeddings.shape[1]}, as in {vectors}",
         )
-    unknown = sorted(set(asked.labels) - set(known.labels))
+    unknown = sorted(set(test_rows.labels) - set(train_rows.labels))
     if unknown:
         raise UsageError(
             f"classes without one neighbour to name them: {_some(unknown)}",
             where=test,
-            expected=f"classes of {vectors}: {_some(sorted(set(known.labels)))}",
+            expected=f"classes of {vectors}: {_some(sorted(set(train_rows.labels)))}",
             fix="give both folders the same class folders",
         )
-    return known, asked
+    return train_rows, test_rows
 
 
 def _some(names: Sequence[str]) -> str:
@@ -184,7 +185,7 @@ def read(path: Path, source: Labels) -> Labelled:
             fix="embed a folder with one folder of images for each class",
         )
     flat = table[EMBEDDING].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    found = flat.reshape(table.num_rows, -1)
+    vectors = flat.reshape(table.num_rows, -1)
     key = next((name for name in ("digest", "path") if name in table.column_names), None)
     keys = table[key].to_pylist() if key else [str(row) for row in range(table.num_rows)]
     rows = [row for row, label in enumerate(labels) if label is not None]
@@ -192,7 +193,7 @@ def read(path: Path, source: Labels) -> Labelled:
         bundle,
         [label for label in labels if label is not None],
         [keys[row] for row in rows],
-        found[rows] if left_out else found,
+        vectors[rows] if left_out else vectors,
         left_out,
     )
 
@@ -225,5 +226,5 @@ def _labels(path: Path, table: pa.Table, source: Labels) -> list[str | None]:
     values = table[source.needed].cast(pa.string()).to_pylist()
     if source.file is None:
         return list(values)
-    known = _listed(source.file)
-    return [known.get(value) for value in values]
+    label_of = _listed(source.file)
+    return [label_of.get(value) for value in values]

@@ -135,12 +135,11 @@ def judge(
         MachineError: `out` cannot be written.
     """
     _require_ours(out)
-    known, asked, left_out = labelled.sides(vectors, test, labels, split, seed)
-    found = score(known, asked, vectors, report, seed=seed)
+    train_rows, test_rows, left_out = labelled.sides(vectors, test, labels, split, seed)
+    linear_score = score(train_rows, test_rows, vectors, report, seed=seed)
     share = split if test is None else 0.0
-    done = Probed(
-        vectors, found, known.bundle, _digest(known), _digest(asked), share, seed, left_out
-    )
+    digests = _digest(train_rows), _digest(test_rows)
+    done = Probed(vectors, linear_score, train_rows.bundle, *digests, share, seed, left_out)
     origin = {"kind": KIND, "table": vectors.name, "test table": test.name if test else ""}
     content = dataclasses.asdict(done)
     del content["time"], content["table"]  # the same vectors give the same bytes, wherever they are
@@ -149,25 +148,25 @@ def judge(
 
 
 def score(
-    known: Labelled, asked: Labelled, where: Path, report: Report, *, seed: int = 0
+    train: Labelled, test: Labelled, where: Path, report: Report, *, seed: int = 0
 ) -> LinearScore:
-    """Trains on `known` with C chosen on a fifth of its images, and judges `asked`.
+    """Trains on `train` with C chosen on a fifth of its images, and judges `test`.
 
     Raises:
         UsageError: one class, or too few images to choose C by; it names `where`.
         IntegrityError: vectors that are not finite.
     """
-    names = known.names
+    names = train.names
     if len(names) < 2:
         raise UsageError(
-            f"all {len(known.labels)} training images are of one class: {next(iter(names))}",
+            f"all {len(train.labels)} training images are of one class: {next(iter(names))}",
             where=where,
             expected="two classes or more",
         )
-    train, numbers = known.numbered(names)
-    _require_finite(train, where)
-    _require_finite(asked.embeddings, where)
-    held_out = _held_out(known.keys, seed)
+    vectors, numbers = train.numbered(names)
+    _require_finite(vectors, where)
+    _require_finite(test.embeddings, where)
+    held_out = _held_out(train.keys, seed)
     if len(np.unique(numbers[~held_out])) < 2:
         raise UsageError(
             f"{len(numbers)} training images are too few to choose C by",
@@ -177,17 +176,17 @@ def score(
         )
     started = time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def on_progress(done: int, total: int) -> None:
         images, seconds = len(numbers) * done, time.monotonic() - started
         report(Progressed("fit", images, len(numbers) * total, images / max(seconds, 1e-9), 0.0))
 
-    found = logistic.sweep(train, numbers, held_out, tell=tell)
-    _warn(found, where, report)
-    right = np.array([names.get(label, -1) for label in asked.labels], dtype=np.int64)
-    places = _places(found.model, asked.embeddings, right)
+    sweep = logistic.sweep(vectors, numbers, held_out, on_progress=on_progress)
+    _warn(sweep, where, report)
+    right = np.array([names.get(label, -1) for label in test.labels], dtype=np.int64)
+    places = _places(sweep.model, test.embeddings, right)
     top1, top5 = (int(np.count_nonzero(places < k)) for k in (1, 5))
     n = len(right)
-    commonest = max(asked.labels.count(name) for name in set(asked.labels))
+    commonest = max(test.labels.count(name) for name in set(test.labels))
     return LinearScore(
         top1=top1 / n,
         interval1=knn.wilson(top1, n),
@@ -195,12 +194,12 @@ def score(
         interval5=knn.wilson(top5, n),
         n=n,
         known=len(numbers),
-        classes=len(set(known.labels) | set(asked.labels)),
+        classes=len(set(train.labels) | set(test.labels)),
         majority=commonest / n,
         unnamed=int(np.count_nonzero(right < 0)),
-        c=found.c,
-        at_end=found.at_end,
-        converged=found.model.converged,
+        c=sweep.c,
+        at_end=sweep.at_end,
+        converged=sweep.model.converged,
     )
 
 
@@ -210,17 +209,17 @@ def _places(
     """How many classes come before the right one; more than five where `right` is -1."""
     parts = []
     for start in range(0, len(right), ROWS):
-        own = right[start : start + ROWS]
+        numbers = right[start : start + ROWS]
         shares = model.probabilities(vectors[start : start + ROWS])
-        parts.append(np.where(own < 0, MISSED, knn.ranks(shares, np.maximum(own, 0))))
+        parts.append(np.where(numbers < 0, MISSED, knn.ranks(shares, np.maximum(numbers, 0))))
     return np.concatenate(parts)
 
 
-def _warn(found: logistic.Swept, where: Path, report: Report) -> None:
-    if not found.model.converged:
+def _warn(sweep: logistic.Swept, where: Path, report: Report) -> None:
+    if not sweep.model.converged:
         report(Warned(f"{where}: the classifier has not converged in {logistic.STEPS} steps"))
-    if found.at_end:
-        end = f"C = {found.c:g} is the last that was tried: a better one may lie beyond"
+    if sweep.at_end:
+        end = f"C = {sweep.c:g} is the last that was tried: a better one may lie beyond"
         report(Warned(f"{where}: {end}"))
 
 
@@ -241,9 +240,9 @@ def _require_finite(vectors: NDArray[np.floating], where: Path) -> None:
 
 def _digest(rows: Labelled) -> str:
     """sha256 over what was judged, whatever the format of the table."""
-    found = hashlib.sha256(artifact.json_digest([rows.keys, rows.labels]).encode())
-    found.update(np.ascontiguousarray(rows.embeddings).data)
-    return found.hexdigest()
+    digest = hashlib.sha256(artifact.json_digest([rows.keys, rows.labels]).encode())
+    digest.update(np.ascontiguousarray(rows.embeddings).data)
+    return digest.hexdigest()
 
 
 def _require_ours(out: Path) -> None:

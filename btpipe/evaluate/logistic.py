@@ -37,8 +37,8 @@ SMALL = 2**22
 work, on a busy machine 12 CPU-seconds in place of 0.3."""
 _BLOCK_BYTES = 32 * 2**20
 
-Tell = Callable[[int, int], None]
-"""Hears of penalties done and in all."""
+OnSweep = Callable[[int, int], None]
+"""Called with the penalties done and in all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Model:
 
     def probabilities(self, vectors: NDArray[np.floating]) -> NDArray[np.float64]:
         """(m, D) -> (m, K), rows sum to 1."""
-        found = np.empty((len(vectors), len(self.biases)))
+        shares = np.empty((len(vectors), len(self.biases)))
         for block in _blocks(len(vectors), vectors.shape[1]):
             standard = (vectors[block].astype(np.float64) - self.mean) / self.scale
             logits = standard @ self.weights + self.biases
             raised = np.exp(logits - logits.max(axis=1, keepdims=True))
-            found[block] = raised / raised.sum(axis=1, keepdims=True)
-        return found
+            shares[block] = raised / raised.sum(axis=1, keepdims=True)
+        return shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ def sweep(
     labels: NDArray[np.int64],
     held_out: NDArray[np.bool_],
     grid: Sequence[float] = GRID,
-    tell: Tell = lambda _done, _total: None,
+    on_progress: OnSweep = lambda _done, _total: None,
 ) -> Swept:
     """Fits the rows that are not held out, for each C, and judges by those that are; fits all rows
     by the best C.
@@ -98,7 +98,7 @@ def sweep(
     penalty on, each starts where the one before ended. Means, scales, axes are those of all rows.
     """
     with _threads(vectors.size):
-        return _sweep(vectors, labels, held_out, tuple(grid), tell)
+        return _sweep(vectors, labels, held_out, tuple(grid), on_progress)
 
 
 def _sweep(
@@ -106,25 +106,25 @@ def _sweep(
     labels: NDArray[np.int64],
     held_out: NDArray[np.bool_],
     grid: tuple[float, ...],
-    tell: Tell,
+    on_progress: OnSweep,
 ) -> Swept:
     order = np.argsort(held_out, kind="stable")
     turned = _turn(vectors[order])
     ordered, first = labels[order], int(np.count_nonzero(~held_out))
     present, fitted = np.unique(ordered[:first], return_inverse=True)
     judged = torch.from_numpy(np.searchsorted(present, ordered[first:]))
-    known = torch.from_numpy(np.isin(ordered[first:], present))
+    has_class = torch.from_numpy(np.isin(ordered[first:], present))
     at, right = None, list[float]()
     for done, c in enumerate(grid):
         at = _minimum(turned.rows[:first], fitted, c, at, SWEEP_GRADIENT)
-        hits = ((turned.rows[first:] @ at.weights).argmax(dim=1) == judged) & known
+        hits = ((turned.rows[first:] @ at.weights).argmax(dim=1) == judged) & has_class
         right.append(int(hits.sum()) / len(hits))
-        tell(done + 1, len(grid) + 1)
+        on_progress(done + 1, len(grid) + 1)
         if len(right) > WORSE and max(right[-WORSE:]) < max(right):
             break
     best = grid[int(np.argmax(right))]
     model = turned.model(_minimum(turned.rows, ordered, best, None, GRADIENT))
-    tell(len(grid) + 1, len(grid) + 1)
+    on_progress(len(grid) + 1, len(grid) + 1)
     return Swept(model, best, grid, tuple(right))
 
 
@@ -261,13 +261,13 @@ def _curvature(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
     At least 1e-6 of the largest: a class that nothing is near to would be given endless steps.
     """
-    found = torch.zeros_like(weights)
+    curvature = torch.zeros_like(weights)
     for block in _blocks(len(rows), max(weights.shape)):
         part = rows[block]
         shares = torch.softmax(part @ weights, dim=1)
-        found.addmm_((part**2).T, shares * (1 - shares))
-    found /= len(rows)
-    return found.clamp_min(1e-6 * float(found.max()))
+        curvature.addmm_((part**2).T, shares * (1 - shares))
+    curvature /= len(rows)
+    return curvature.clamp_min(1e-6 * float(curvature.max()))
 
 
 def _blocks(n: int, width: int) -> list[slice]:

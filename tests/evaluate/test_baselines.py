@@ -23,13 +23,13 @@ PAGE_BYTES = 5_000_000
 def test_a_run_is_judged_against_its_untrained_twin_and_raw_pixels(tmp_path: Path) -> None:
     draw_images(tmp_path / "train", 24)
     draw_images(tmp_path / "test", 10)
-    run, seen = make_run(tmp_path / "runs" / "tiny", tmp_path / "train"), list[Event]()
-    judged = baselines.compare(run, tmp_path / "test", run / "compare", seen.append, k=5)
-    every = (judged.colours, judged.pixels, judged.untrained, judged.pretrained)
-    best = max(0.5, *(one.neighbours.top1 for one in every[:3]))  # two classes of one size
+    run, events = make_run(tmp_path / "runs" / "tiny", tmp_path / "train"), list[Event]()
+    judged = baselines.compare(run, tmp_path / "test", run / "compare", events.append, k=5)
+    scores = (judged.colours, judged.pixels, judged.untrained, judged.pretrained)
+    best = max(0.5, *(one.neighbours.top1 for one in scores[:3]))  # two classes of one size
     assert judged.gain == judged.pretrained.neighbours.top1 - best
-    assert {one.neighbours.n for one in every} == {one.linear.n for one in every} == {10}
-    assert not any(isinstance(event, Finished) for event in seen)
+    assert {one.neighbours.n for one in scores} == {one.linear.n for one in scores} == {10}
+    assert not any(isinstance(event, Finished) for event in events)
     # Its tables stay, and give the same number again.
     train, test = (run / "compare" / f"pretrained-{part}.parquet" for part in ("train", "test"))
     assert knn.evaluate(train, test, k=5) == judged.pretrained.neighbours
@@ -48,12 +48,12 @@ def test_the_cosine_of_root_histograms_is_the_overlap_of_the_colours() -> None:
     pixels[0, 0] = pixels[1, 0] = (31, 32, 255)  # two of four; the last of a step, the first, ...
     pixels[0, 1] = (64, 0, 0)
     pixels[1, 1] = pixels[2] = (0, 0, 200)
-    found = baselines.root_histograms(pixels)
-    assert found.shape == (3, 512)
-    assert found[0].nonzero()[0].tolist() == [0 * 64 + 1 * 8 + 7, 2 * 64]
+    roots = baselines.root_histograms(pixels)
+    assert roots.shape == (3, 512)
+    assert roots[0].nonzero()[0].tolist() == [0 * 64 + 1 * 8 + 7, 2 * 64]
     # Bhattacharyya: the sum over colours of sqrt(share here x share there).
-    wanted = np.array([[1, 0.5, 0], [0.5, 1, np.sqrt(0.5)], [0, np.sqrt(0.5), 1]])
-    assert np.abs(found @ found.T - wanted).max() < FLOAT32
+    expected = np.array([[1, 0.5, 0], [0.5, 1, np.sqrt(0.5)], [0, np.sqrt(0.5), 1]])
+    assert np.abs(roots @ roots.T - expected).max() < FLOAT32
 
 
 def test_images_without_classes_cannot_be_compared(tmp_path: Path) -> None:
@@ -75,10 +75,10 @@ def test_the_demo_ends_well_and_tells_what_it_made(tmp_path: Path, seed: int) ->
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told = {event["event"]: event for event in event_schema.read(done.stdout)}
-    assert {"Comparison", "Pretrained", "Exported", "Embedded", "Plotted"} <= told.keys()
-    assert len(told["DemoDone"]["stages"]) == 6
-    assert told["Mapped"]["pictures"] == 2000
+    events = {event["event"]: event for event in event_schema.read(done.stdout)}
+    assert {"Comparison", "Pretrained", "Exported", "Embedded", "Plotted"} <= events.keys()
+    assert len(events["DemoDone"]["stages"]) == 6
+    assert events["Mapped"]["pictures"] == 2000
     for page in ("map.html", "run.html"):
         assert (tmp_path / "demo" / page).stat().st_size > PAGE_BYTES
-        assert f"xdg-open demo/{page}" in told["Note"]["text"]
+        assert f"xdg-open demo/{page}" in events["Note"]["text"]

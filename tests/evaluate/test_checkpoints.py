@@ -20,8 +20,7 @@ from btpipe.data.pipeline import view_pairs
 from btpipe.errors import UsageError
 from btpipe.evaluate import checkpoints, label_free
 from btpipe.evaluate.checkpoint_report import By, CheckpointRow, Selected
-from btpipe.events import Event, Note, Rejected, RunStarted, Warned
-from btpipe.events import ignore as nobody
+from btpipe.events import Event, Note, Rejected, RunStarted, Warned, ignore
 from btpipe.export import encoder_source
 from btpipe.plot import html, png
 from btpipe.pretrain import network
@@ -51,8 +50,8 @@ def test_uniformity_and_alignment_are_those_of_the_published_code() -> None:
     published = torch.pdist(x).pow(2).mul(-2).exp().mean().log()
     assert label_free.uniformity(3 * x.numpy()) == pytest.approx(float(published), FLOAT32)
     published = (x - y).norm(dim=1).pow(2).mean()
-    found = label_free.alignment(x.numpy(), 5 * y.numpy()).mean()
-    assert found == pytest.approx(float(published), FLOAT32)
+    alignment = label_free.alignment(x.numpy(), 5 * y.numpy()).mean()
+    assert alignment == pytest.approx(float(published), FLOAT32)
 
 
 def test_four_corners_of_a_square_have_the_uniformity_of_its_sides_and_diagonals() -> None:
@@ -63,14 +62,14 @@ def test_four_corners_of_a_square_have_the_uniformity_of_its_sides_and_diagonals
 
 def test_retrieval_counts_the_images_whose_other_view_is_the_nearest() -> None:
     first, second = vectors(0), vectors(0) + 0.9 * vectors(1)
-    found = label_free.retrieval(first, second)
+    shares = label_free.retrieval(first, second)
     x, y = neighbours.normalize(first), neighbours.normalize(second)
     for i in range(len(x)):
-        there = all(x[i] @ y[i] > x[i] @ y[j] for j in range(len(y)) if j != i)
-        back = all(x[i] @ y[i] > x[j] @ y[i] for j in range(len(x)) if j != i)
-        assert found[i] == (there + back) / 2
-    assert 0.2 < found.mean() < 0.95
-    assert {0.0, 0.5, 1.0} == set(found)
+        forward = all(x[i] @ y[i] > x[i] @ y[j] for j in range(len(y)) if j != i)
+        backward = all(x[i] @ y[i] > x[j] @ y[i] for j in range(len(x)) if j != i)
+        assert shares[i] == (forward + backward) / 2
+    assert 0.2 < shares.mean() < 0.95
+    assert {0.0, 0.5, 1.0} == set(shares)
 
 
 def test_a_collapse_is_aligned_and_neither_uniform_nor_retrieved() -> None:
@@ -83,46 +82,46 @@ def test_a_collapse_is_aligned_and_neither_uniform_nor_retrieved() -> None:
 def test_pairs_are_the_same_in_every_call_and_each_image_comes_once(run: Path) -> None:
     described, index = recipe.load(run / "recipe.toml"), open_index(run / "index.parquet")
     once, again = (
-        view_pairs.read(index, described, 20, CPU, nobody, known_bad={}) for _ in range(2)
+        view_pairs.read(index, described, 20, CPU, ignore, known_bad={}) for _ in range(2)
     )
     assert len(set(once.rows.tolist())) == len(once.rows) == 20
     assert not torch.equal(once.first, once.second)
     for a, b in ((once.first, again.first), (once.second, again.second)):
         assert torch.equal(a, b)
-    fewer = view_pairs.read(index, described, 6, CPU, nobody, known_bad={})
+    fewer = view_pairs.read(index, described, 6, CPU, ignore, known_bad={})
     assert torch.equal(fewer.second, once.second[:6])
 
 
 def test_images_that_cannot_be_read_are_left_out(run: Path) -> None:
     described, index = recipe.load(run / "recipe.toml"), open_index(run / "index.parquet")
     bad = {row: Rejected(f"{row}.jpg", "decode", "content", "damaged") for row in (0, 5)}
-    found = view_pairs.read(index, described, 24, CPU, nobody, known_bad=bad)
-    assert sorted(found.rows) == [row for row in range(24) if row not in bad]
-    assert len(found.first) == len(found.second) == 22
+    pairs = view_pairs.read(index, described, 24, CPU, ignore, known_bad=bad)
+    assert sorted(pairs.rows) == [row for row in range(24) if row not in bad]
+    assert len(pairs.first) == len(pairs.second) == 22
 
 
 def test_the_measures_are_of_the_encoders_that_export_would_publish(run: Path) -> None:
-    found = checkpoints.measure(run, nobody, by="retrieval", most=20)
+    selected = checkpoints.measure(run, ignore, by="retrieval", most=20)
     described, index = recipe.load(run / "recipe.toml"), open_index(run / "index.parquet")
-    seen = view_pairs.read(index, described, 20, CPU, nobody, known_bad={})
-    assert [row.step for row in found.rows] == [0, 3, 6]
-    assert [row.epoch for row in found.rows] == [0, 1, 2]
-    for row in found.rows:
+    pairs = view_pairs.read(index, described, 20, CPU, ignore, known_bad={})
+    assert [row.step for row in selected.rows] == [0, 3, 6]
+    assert [row.epoch for row in selected.rows] == [0, 1, 2]
+    for row in selected.rows:
         step = row.step or None
-        encoder = encoder_source.of_run(run, nobody, untrained=step is None, step=step).encoder
+        encoder = encoder_source.of_run(run, ignore, untrained=step is None, step=step).encoder
         with torch.no_grad():
             x, y = (
                 torch.nn.functional.normalize(encoder(network.normalise(view, torch.float32)))
-                for view in (seen.first, seen.second)
+                for view in (pairs.first, pairs.second)
             )
-        cosines, own = x @ y.T, torch.arange(20)
-        hits = (cosines.argmax(1) == own).float() + (cosines.argmax(0) == own).float()
+        cosines, diagonal = x @ y.T, torch.arange(20)
+        hits = (cosines.argmax(1) == diagonal).float() + (cosines.argmax(0) == diagonal).float()
         assert row.retrieval == pytest.approx(float(hits.mean() / 2))
         assert row.alignment == pytest.approx(float((x - y).pow(2).sum(1).mean()), 1e-3)
         spread = [torch.pdist(z).pow(2).mul(-2).exp().mean().log() for z in (x, y)]
         assert row.uniformity == pytest.approx(float(sum(spread) / 2), 1e-3)
         assert 1 < row.rank <= 20
-    assert found == checkpoints.measure(run, nobody, by="retrieval", most=20)
+    assert selected == checkpoints.measure(run, ignore, by="retrieval", most=20)
 
 
 def test_the_command_names_a_checkpoint_and_draws_the_curve(
@@ -130,11 +129,11 @@ def test_the_command_names_a_checkpoint_and_draws_the_curve(
 ) -> None:
     (tmp_path / "runs").mkdir()
     shutil.copytree(run, tmp_path / "runs" / "tiny")
-    told = [
+    accuracies = [
         {"event": "KnnJudged", "step": step, "accuracy": accuracy}
         for step, accuracy in ((3, 0.25), (5, 0.99))
     ]
-    events = [RunStarted("r", "", 0, 6, 3, 24, 8, 1, "cpu", "fp32", 1, 0.0).record(), *told]
+    events = [RunStarted("r", "", 0, 6, 3, 24, 8, 1, "cpu", "fp32", 1, 0.0).record(), *accuracies]
     log = tmp_path / "runs" / "tiny" / "events.jsonl"
     log.write_text("".join(json.dumps(event) + "\n" for event in events))
     draw_images(tmp_path / "others", 9)
@@ -155,22 +154,22 @@ def test_labelled_images_judge_every_checkpoint_where_they_choose(
     folder = tmp_path / "tiny"
     shutil.copytree(run, folder)
     with pytest.raises(UsageError, match=r"health\.knn"):
-        checkpoints.measure(folder, nobody, by="knn", most=4)
+        checkpoints.measure(folder, ignore, by="knn", most=4)
     shutil.copy(folder / "index.parquet", folder / "knn.parquet")
-    found = checkpoints.measure(folder, nobody, by="knn", most=4)
-    assert all(row.knn is not None and 0 < row.knn <= 1 for row in found.rows)
+    selected = checkpoints.measure(folder, ignore, by="knn", most=4)
+    assert all(row.knn is not None and 0 < row.knn <= 1 for row in selected.rows)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [(["--out", "x.svg"], r"\.html or \.png"), ([], "no checkpoint yet")],
 )
 def test_what_cannot_be_is_refused_before_anything_is_measured(
-    run: Path, tmp_path: Path, arguments: list[str], said: str
+    run: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     folder = tmp_path / "tiny"
     shutil.copytree(run, folder, ignore=shutil.ignore_patterns("step-*"))
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         app(["eval", "select", str(folder), *arguments], standalone_mode=False)
 
 
@@ -189,15 +188,15 @@ def chosen(by: By, error: float | None = None) -> Selected:
 
 
 def test_each_measure_has_its_own_best_and_of_equal_ones_the_later() -> None:
-    found = chosen("retrieval")
-    assert found.best == {
+    selected = chosen("retrieval")
+    assert selected.best == {
         "retrieval": 300,
         "rank": 100,
         "uniformity": 100,
         "alignment": 200,
         "knn": 200,
     }
-    assert (found.step, found.next_step, found.gap) == (300, 200, 0)
+    assert (selected.step, selected.next_step, selected.gap) == (300, 200, 0)
     assert chosen("knn").gap == pytest.approx(0.05)
 
 
@@ -227,29 +226,29 @@ def test_a_damaged_checkpoint_is_left_out_with_a_warning(run: Path, tmp_path: Pa
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    said: list[Event] = []
-    found = checkpoints.run(folder, said.append, most=4, out=tmp_path / "x.html")
-    assert [row.step for row in found.rows] == [0, 3]
-    assert any(isinstance(event, Warned) and "step 6" in event.text for event in said)
-    assert any(isinstance(event, Note) and "--step 3" in event.text for event in said)
+    events: list[Event] = []
+    selected = checkpoints.run(folder, events.append, most=4, out=tmp_path / "x.html")
+    assert [row.step for row in selected.rows] == [0, 3]
+    assert any(isinstance(event, Warned) and "step 6" in event.text for event in events)
+    assert any(isinstance(event, Note) and "--step 3" in event.text for event in events)
 
 
 def test_a_png_is_drawn(tmp_path: Path) -> None:
-    found = chosen("retrieval")
-    png.write_panels(tmp_path / "x.png", found.title(), found.panels(), found.marks())
+    selected = chosen("retrieval")
+    png.write_panels(tmp_path / "x.png", selected.title(), selected.panels(), selected.marks())
     assert np.array(Image.open(tmp_path / "x.png").convert("L")).std() > 5
 
 
 @needs_chromium
 def test_a_browser_draws_every_measure_and_the_table(tmp_path: Path) -> None:
-    found = chosen("retrieval")
+    selected = chosen("retrieval")
     html.write_panels(
         tmp_path / "x.html",
-        found.title(),
-        found.text,
-        found.panels(),
-        found.marks(),
-        found.tables()[0],
+        selected.title(),
+        selected.text,
+        selected.panels(),
+        selected.marks(),
+        selected.tables()[0],
     )
     with browser(tmp_path / "profile") as tab:
         tab.open(tmp_path / "x.html")

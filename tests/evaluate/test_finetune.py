@@ -43,16 +43,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def asked(
+def request(
     kind: finetune_job.Kind,
     bundle: Path,
     images: Path,
     out: Path,
     protocol: Protocol,
     **more: object,
-) -> finetune_job.Asked:
+) -> finetune_job.FinetuneRequest:
     train, test = (str(images / "train"),), (str(images / "test"),)
-    return finetune_job.Asked(kind, bundle, train, test, out, protocol, **more)  # type: ignore[arg-type]
+    return finetune_job.FinetuneRequest(kind, bundle, train, test, out, protocol, **more)  # type: ignore[arg-type]
 
 
 def short(protocol: Protocol, **values: object) -> Protocol:
@@ -64,7 +64,7 @@ def test_a_linear_classifier_learns_and_leaves_the_bundle_alone(
 ) -> None:
     before = artifact.verify(bundle, contract.KIND).digest
     out = tmp_path / "score.json"
-    job = asked("linear", bundle, images, out, short(LINEAR, lr=5.0))
+    job = request("linear", bundle, images, out, short(LINEAR, lr=5.0))
     finetune_job.judge(job, devices="1", mode="json")
     score = json.loads(out.read_text())
     assert score["top1"] > 0.9
@@ -75,14 +75,14 @@ def test_a_linear_classifier_learns_and_leaves_the_bundle_alone(
     written = out.stat().st_mtime_ns
     finetune_job.judge(job, devices="1", mode="json")
     assert out.stat().st_mtime_ns == written
-    other = asked("linear", bundle, images, out, short(LINEAR, lr=1.0))
+    other = request("linear", bundle, images, out, short(LINEAR, lr=1.0))
     with pytest.raises(RefusedError, match="something else"):
         finetune_job.judge(other, devices="1", mode="json")
 
 
 def train_on_rank(job: finetune.FinetuneJob) -> None:
-    with runtime.start() as here:
-        finetune.fit(job, here, ignore)
+    with runtime.start() as process:
+        finetune.fit(job, process, ignore)
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_the_number_of_ranks_does_not_change_what_is_learnt(
     for ranks in (1, 2):
         work = tmp_path / str(ranks)
         work.mkdir()
-        job = asked("linear", bundle, images, work / "s.json", short(protocol, epochs=1))
+        job = request("linear", bundle, images, work / "s.json", short(protocol, epochs=1))
         runtime.launch(ranks, train_on_rank, (finetune_job.prepare(job, ignore),))
         states.append(load_file(work / "s.json.work" / finetune.STATE / finetune.TENSORS))
     one, two = states
@@ -111,7 +111,7 @@ def test_a_batch_that_ranks_cannot_share_is_made_smaller(
 ) -> None:
     out = tmp_path / "score.json"
     odd = short(LINEAR, epochs=1, batch_size=13)
-    finetune_job.judge(asked("linear", bundle, images, out, odd), devices="2", mode="json")
+    finetune_job.judge(request("linear", bundle, images, out, odd), devices="2", mode="json")
     assert json.loads(out.read_text())["train images"] == 36
 
 
@@ -130,8 +130,8 @@ def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_weights(
     assert process.returncode == os.EX_TEMPFAIL
     work = out.with_name("stopped.json.work")
     assert (work / finetune.STATE / artifact.MANIFEST).is_file()
-    for place in (out, whole):
-        words = [*command, "--out", str(place)]
+    for path in (out, whole):
+        words = [*command, "--out", str(path)]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         assert event_schema.read(done.stdout)[-1]["event"] == "ClassifierJudged"
     assert json.loads(out.read_text()) == json.loads(whole.read_text())
@@ -176,7 +176,7 @@ def test_a_second_evaluation_into_the_same_file_is_refused(
 
 
 def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, bundle: Path, images: Path) -> None:
-    job = asked("linear", bundle, images, tmp_path / "s.json", LINEAR)
+    job = request("linear", bundle, images, tmp_path / "s.json", LINEAR)
     with pytest.raises(UsageError, match="no image in 0 files"):
         finetune_job.judge(
             dataclasses.replace(job, train=(str(tmp_path),)), devices="1", mode="json"
@@ -189,7 +189,7 @@ def test_a_share_of_the_labels_is_of_each_class_and_by_the_seed(
 ) -> None:
     chosen = []
     for seed in (0, 0, 1):
-        job = asked("semisup", bundle, images, tmp_path / "s.json", short(SEMISUP, seed=seed))
+        job = request("semisup", bundle, images, tmp_path / "s.json", short(SEMISUP, seed=seed))
         job = dataclasses.replace(job, percent=25.0)
         index = open_index(finetune_job.prepare(job, ignore).train)
         chosen.append(index.table["path"].to_pylist())
@@ -209,7 +209,7 @@ def test_images_without_labels_are_refused(tmp_path: Path, bundle: Path, images:
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("RGB", (40, 40)).save(flat / "a.png")
-    job = asked("linear", bundle, images, tmp_path / "s.json", LINEAR)
+    job = request("linear", bundle, images, tmp_path / "s.json", LINEAR)
     job = dataclasses.replace(job, train=(str(flat),))
     with pytest.raises(UsageError, match="have no label"):
         finetune_job.judge(job, devices="1", mode="json")

@@ -27,17 +27,17 @@ def clouds(count: int, seed: int) -> tuple[NDArray[np.float32], list[str | None]
 
 
 def one_by_one(
-    known: NDArray[np.float32],
+    train: NDArray[np.float32],
     labels: list[str | None],
-    asked: NDArray[np.float32],
+    test: NDArray[np.float32],
     right: list[str | None],
     k: int,
 ) -> tuple[int, int]:
     """Images whose class wins, and is among the first five, by plain loops in float64."""
     wins = fives = 0
-    for vector, label in zip(asked.tolist(), right, strict=True):
+    for vector, label in zip(test.tolist(), right, strict=True):
         cosines = []
-        for row, other in enumerate(known.tolist()):
+        for row, other in enumerate(train.tolist()):
             product = math.fsum(a * b for a, b in zip(vector, other, strict=True))
             cosines.append((-product / math.hypot(*vector) / math.hypot(*other), row))
         scores: dict[str, float] = {}
@@ -51,25 +51,25 @@ def one_by_one(
 
 
 def tables(tmp_path: Path) -> tuple[Path, Path]:
-    known, labels = clouds(150, 1)
-    asked, right = clouds(60, 2)
+    train, labels = clouds(150, 1)
+    test, right = clouds(60, 2)
     paths = [f"test-{row}.jpg" for row in range(60)]
     return (
-        vector_table.write(tmp_path / "known.parquet", known, labels=labels),
-        vector_table.write(tmp_path / "asked.parquet", asked, labels=right, paths=paths),
+        vector_table.write(tmp_path / "train.parquet", train, labels=labels),
+        vector_table.write(tmp_path / "test.parquet", test, labels=right, paths=paths),
     )
 
 
 def test_every_k_agrees_with_votes_counted_one_by_one(tmp_path: Path) -> None:
-    found = knn.judge(*tables(tmp_path), (1, 5, 20, 100))
-    assert found.k == (1, 5, 20, 100)
-    for k, top1, top5 in zip(found.k, found.top1, found.top5, strict=True):
+    judged = knn.judge(*tables(tmp_path), (1, 5, 20, 100))
+    assert judged.k == (1, 5, 20, 100)
+    for k, top1, top5 in zip(judged.k, judged.top1, judged.top5, strict=True):
         wins, fives = one_by_one(*clouds(150, 1), *clouds(60, 2), k)
         assert (round(60 * top1), round(60 * top5)) == (wins, fives)
-    assert 0.3 < found.top1[2] < 1
-    assert found.top5[2] > found.top1[2]
-    assert found.intervals1[2] == knn.wilson(round(60 * found.top1[2]), 60)
-    assert found.top1[2] == knn.evaluate(*tables(tmp_path), 20).top1
+    assert 0.3 < judged.top1[2] < 1
+    assert judged.top5[2] > judged.top1[2]
+    assert judged.intervals1[2] == knn.wilson(round(60 * judged.top1[2]), 60)
+    assert judged.top1[2] == knn.evaluate(*tables(tmp_path), 20).top1
 
 
 def test_a_class_without_a_vote_is_not_among_the_first_five() -> None:
@@ -99,39 +99,39 @@ def test_a_split_is_drawn_by_the_seed_and_keeps_copies_together(tmp_path: Path) 
 
 
 def test_labels_come_from_a_list_and_rows_without_are_left_out(tmp_path: Path) -> None:
-    known, asked = tables(tmp_path)
-    expected = knn.judge(known, asked, (10,))
+    train, test = tables(tmp_path)
+    expected = knn.judge(train, test, (10,))
     bare = vector_table.write(tmp_path / "bare.parquet", clouds(150, 1)[0])
     _, labels = clouds(150, 1)
     _, right = clouds(60, 2)
     lines = [f"{row}.jpg,{label}" for row, label in enumerate(labels)]
     lines += [f"test-{row}.jpg,{label}" for row, label in enumerate(right[:50])]
     (tmp_path / "labels.csv").write_text("path,label\n" + "\n".join(lines))
-    found = knn.judge(bare, asked, (10,), labels=Labels(file=tmp_path / "labels.csv"))
-    assert (found.n, found.left_out, found.known) == (50, 10, expected.known)
-    assert "10 rows without a label are left out" in found.tables()[0].note
+    judged = knn.judge(bare, test, (10,), labels=Labels(file=tmp_path / "labels.csv"))
+    assert (judged.n, judged.left_out, judged.known) == (50, 10, expected.known)
+    assert "10 rows without a label are left out" in judged.tables()[0].note
 
 
 def test_labels_that_cannot_be_had_are_named(tmp_path: Path) -> None:
-    known, asked = tables(tmp_path)
+    train, test = tables(tmp_path)
     with pytest.raises(UsageError, match="no column 'shape'"):
-        knn.judge(known, asked, (10,), labels=Labels("shape"))
-    by_width = knn.judge(known, asked, (10,), labels=Labels("width"))
+        knn.judge(train, test, (10,), labels=Labels("shape"))
+    by_width = knn.judge(train, test, (10,), labels=Labels("width"))
     assert by_width.top1 == (1.0,)
     (tmp_path / "twice.csv").write_text("path,label\n1.jpg,a\n1.jpg,b\n")
     with pytest.raises(UsageError, match=r"two labels for 1\.jpg"):
-        knn.judge(known, asked, (10,), labels=Labels(file=tmp_path / "twice.csv"))
+        knn.judge(train, test, (10,), labels=Labels(file=tmp_path / "twice.csv"))
     (tmp_path / "other.csv").write_text("name,kind\n1.jpg,a\n")
     with pytest.raises(UsageError, match="path and label"):
-        knn.judge(known, asked, (10,), labels=Labels(file=tmp_path / "other.csv"))
+        knn.judge(train, test, (10,), labels=Labels(file=tmp_path / "other.csv"))
 
 
 def test_the_command_prints_a_table_or_numbers(tmp_path: Path) -> None:
-    known, asked = map(str, tables(tmp_path))
+    train, test = map(str, tables(tmp_path))
     runner = CliRunner()
-    said = runner.invoke(app, ["eval", "knn", known, "--test", asked])
-    assert said.exit_code == 0
-    assert all(f" {k} " in said.output for k in (10, 20, 100, 150))
-    command = ["eval", "knn", known, "--test", asked, "-k", "3", "-k", "7", "--json"]
+    result = runner.invoke(app, ["eval", "knn", train, "--test", test])
+    assert result.exit_code == 0
+    assert all(f" {k} " in result.output for k in (10, 20, 100, 150))
+    command = ["eval", "knn", train, "--test", test, "-k", "3", "-k", "7", "--json"]
     (record,) = event_schema.read(runner.invoke(app, command).output)
     assert (record["event"], record["k"], len(record["top5"])) == ("Judged", [3, 7], 2)

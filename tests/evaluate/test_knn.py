@@ -76,10 +76,10 @@ def test_the_interval_is_wilsons(right: int, total: int, low: float, high: float
 def test_two_tables_give_the_accuracy_of_their_vectors(tmp_path: Path) -> None:
     (train, train_labels), (test, test_labels) = clouds(4, 30, 0.5, 1), clouds(4, 20, 0.5, 2)
     names = ["bee", "ant", "fly", "moth"]
-    known = write(tmp_path / "train.parquet", [names[i] for i in train_labels], train)
-    asked = write(tmp_path / "test.parquet", [names[i] for i in test_labels], test)
+    train_table = write(tmp_path / "train.parquet", [names[i] for i in train_labels], train)
+    test_table = write(tmp_path / "test.parquet", [names[i] for i in test_labels], test)
     expected = knn.accuracy(train, train_labels, test, test_labels, 7)
-    assert knn.evaluate(known, asked, 7) == expected
+    assert knn.evaluate(train_table, test_table, 7) == expected
     assert expected.low < expected.top1 < expected.high
     assert math.isclose(expected.majority, 1 / 4)
 
@@ -88,9 +88,9 @@ def test_vectors_of_two_bundles_are_never_compared(tmp_path: Path) -> None:
     vectors = np.eye(3, dtype=np.float32)
     first = write(tmp_path / "a.parquet", ["x", "y", "x"], vectors)
     second = write(tmp_path / "b.parquet", ["x", "y", "x"], vectors, bundle="c" * 64)
-    said = refusal(RefusedError, first, second)
-    assert "b" * 64 in said
-    assert "c" * 64 in said
+    message = refusal(RefusedError, first, second)
+    assert "b" * 64 in message
+    assert "c" * 64 in message
 
 
 def test_vectors_of_two_dimensions_are_never_compared(tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_rows_without_a_label_are_counted_and_refused(tmp_path: Path) -> None:
 
 def test_a_class_that_nothing_was_seen_of_is_named(tmp_path: Path) -> None:
     vectors = np.eye(2, dtype=np.float32)
-    known = write(tmp_path / "a.parquet", ["x", "y"], vectors)
-    asked = write(tmp_path / "b.parquet", ["x", "zebra"], vectors)
-    assert "zebra" in refusal(UsageError, known, asked)
+    train = write(tmp_path / "a.parquet", ["x", "y"], vectors)
+    test = write(tmp_path / "b.parquet", ["x", "zebra"], vectors)
+    assert "zebra" in refusal(UsageError, train, test)
 
 
 def test_missing_empty_and_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def clouds(
 
 
 def by_scipy(
-    vectors: Vectors, labels: NDArray[np.int64], c: float, asked: Vectors
+    vectors: Vectors, labels: NDArray[np.int64], c: float, test: Vectors
 ) -> NDArray[np.float64]:
     """Probabilities by scipy's optimiser on the equation as it is written, dimension by dimension.
 
@@ -47,14 +47,14 @@ def by_scipy(
     """
     mean, scale = vectors.mean(axis=0, dtype=np.float64), vectors.std(axis=0, dtype=np.float64)
     scale[scale < 1e-6] = 1
-    rows, others = (vectors - mean) / scale, (asked - mean) / scale
+    rows, others = (vectors - mean) / scale, (test - mean) / scale
     classes = int(labels.max()) + 1
     free = 1 if classes == 2 else classes
 
     def logits(flat: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:
         weights = flat.reshape(free, -1)
-        found = at @ weights[:, :-1].T + weights[:, -1]
-        return np.hstack([0 * found, found]) if classes == 2 else found
+        scores = at @ weights[:, :-1].T + weights[:, -1]
+        return np.hstack([0 * scores, scores]) if classes == 2 else scores
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         scores = logits(flat, rows)
@@ -74,66 +74,66 @@ def by_scipy(
 @pytest.mark.parametrize("c", [1e-4, 0.1, 10.0])
 def test_the_minimum_is_the_one_that_scipy_finds(c: float, classes: int) -> None:
     vectors, labels = clouds(300, 1, classes)
-    asked, _ = clouds(100, 2, classes)
-    found = logistic.fit(vectors, labels, c)
-    assert found.converged
-    wanted = by_scipy(vectors, labels, c, asked)
-    assert np.abs(found.probabilities(asked) - wanted).max() < CLOSE
+    test, _ = clouds(100, 2, classes)
+    model = logistic.fit(vectors, labels, c)
+    assert model.converged
+    expected = by_scipy(vectors, labels, c, test)
+    assert np.abs(model.probabilities(test) - expected).max() < CLOSE
 
 
 def test_more_dimensions_than_rows_have_their_minimum_too() -> None:
     random = np.random.default_rng(3)
     vectors = random.normal(size=(40, 90)).astype(np.float32)
     labels = np.arange(40) % 3
-    found = logistic.fit(vectors, labels, 0.1)
-    wanted = by_scipy(vectors, labels, 0.1, vectors)
-    assert np.abs(found.probabilities(vectors) - wanted).max() < CLOSE
+    model = logistic.fit(vectors, labels, 0.1)
+    expected = by_scipy(vectors, labels, 0.1, vectors)
+    assert np.abs(model.probabilities(vectors) - expected).max() < CLOSE
 
 
 def test_the_penalty_that_names_most_held_out_rows_is_taken() -> None:
     vectors, labels = clouds(400, 4)
     held_out = np.random.default_rng(0).random(400) < 0.25
-    found = logistic.sweep(vectors, labels, held_out)
-    fitted = [logistic.fit(vectors[~held_out], labels[~held_out], c) for c in found.grid]
+    sweep = logistic.sweep(vectors, labels, held_out)
+    fitted = [logistic.fit(vectors[~held_out], labels[~held_out], c) for c in sweep.grid]
     shares = [
         float((m.probabilities(vectors[held_out]).argmax(axis=1) == labels[held_out]).mean())
-        for m in fitted[: len(found.right)]
+        for m in fitted[: len(sweep.right)]
     ]
     # Means and scales of all rows, looser minima: a row at the border may go the other way.
-    assert np.abs(np.array(shares) - found.right).max() < 3 / held_out.sum()
-    assert found.c == found.grid[int(np.argmax(found.right))]
-    assert not found.at_end
-    again = logistic.fit(vectors, labels, found.c).probabilities(vectors)
-    assert np.abs(again - found.model.probabilities(vectors)).max() < CLOSE
+    assert np.abs(np.array(shares) - sweep.right).max() < 3 / held_out.sum()
+    assert sweep.c == sweep.grid[int(np.argmax(sweep.right))]
+    assert not sweep.at_end
+    again = logistic.fit(vectors, labels, sweep.c).probabilities(vectors)
+    assert np.abs(again - sweep.model.probabilities(vectors)).max() < CLOSE
     assert logistic.sweep(vectors, labels, held_out, grid=(1e-5, 1e-4)).at_end
 
 
 def test_what_separates_well_still_converges_and_is_named_rightly() -> None:
     vectors, labels = clouds(200, 5, spread=0.01)
-    found = logistic.fit(vectors, labels, 100.0)
-    assert found.converged
-    assert (found.probabilities(vectors).argmax(axis=1) == labels).all()
+    model = logistic.fit(vectors, labels, 100.0)
+    assert model.converged
+    assert (model.probabilities(vectors).argmax(axis=1) == labels).all()
 
 
 def tables(tmp_path: Path) -> tuple[Path, Path]:
-    made = []
-    for name, count, seed in (("known", 200, 1), ("asked", 80, 2)):
+    files = []
+    for name, count, seed in (("train", 200, 1), ("test", 80, 2)):
         vectors, labels = clouds(count, seed, 8)
         paths = [f"{name}-{row}.jpg" for row in range(count)]
         named: list[str | None] = [NAMES[label] for label in labels]
-        made.append(
+        files.append(
             vector_table.write(tmp_path / f"{name}.parquet", vectors, paths=paths, labels=named)
         )
-    return made[0], made[1]
+    return files[0], files[1]
 
 
 def test_a_table_is_judged_by_another_and_its_score_stands_beside_it(tmp_path: Path) -> None:
-    known, asked = tables(tmp_path)
-    done = CliRunner().invoke(app, ["eval", "linear", str(known), "--test", str(asked), "--json"])
+    train, test = tables(tmp_path)
+    done = CliRunner().invoke(app, ["eval", "linear", str(train), "--test", str(test), "--json"])
     assert done.exit_code == 0, done.output
-    told = event_schema.read(done.stdout)[-1]
-    written = json.loads((tmp_path / "known.linear.json").read_text())
-    assert told["score"].items() <= written.items()
+    event = event_schema.read(done.stdout)[-1]
+    written = json.loads((tmp_path / "train.linear.json").read_text())
+    assert event["score"].items() <= written.items()
     assert (written["bundle"], written["kind"]) == (vector_table.BUNDLE, linear_probe.KIND)
     vectors, labels = clouds(200, 1, 8)
     others, right = clouds(80, 2, 8)
@@ -143,7 +143,7 @@ def test_a_table_is_judged_by_another_and_its_score_stands_beside_it(tmp_path: P
     assert (round(80 * written["top1"]), round(80 * written["top5"])) == (top1, int(five.sum()))
     assert tuple(written["interval1"]) == knn.wilson(top1, 80)
     assert 0.4 < written["top1"] < written["top5"] < 1
-    shown = CliRunner().invoke(app, ["eval", "linear", str(known), "--test", str(asked)])
+    shown = CliRunner().invoke(app, ["eval", "linear", str(train), "--test", str(test)])
     assert f"{100 * top1 / 80:.1f}" in shown.stdout
 
 
@@ -185,9 +185,9 @@ def test_rows_of_one_class_or_too_few_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="are of one class: x"):
         linear_probe.judge(same, None, tmp_path / "s.json", ignore)
     few = vector_table.write(tmp_path / "b.parquet", vectors[:2], labels=["x", "y"])
-    asked = vector_table.write(tmp_path / "d.parquet", vectors[2:4], labels=["x", "y"])
+    test = vector_table.write(tmp_path / "d.parquet", vectors[2:4], labels=["x", "y"])
     with pytest.raises(UsageError, match="too few to choose C by"):
-        linear_probe.judge(few, asked, tmp_path / "s.json", ignore)
+        linear_probe.judge(few, test, tmp_path / "s.json", ignore)
     vectors[3, 2] = np.nan
     broken = vector_table.write(tmp_path / "c.parquet", vectors, labels=["x", "y"] * 10)
     with pytest.raises(IntegrityError, match="1 vectors are not finite"):
@@ -199,27 +199,27 @@ def test_a_best_penalty_at_the_end_of_the_grid_is_said(tmp_path: Path) -> None:
     noise = random.normal(size=(60, 4)).astype(np.float32)
     labels: list[str | None] = ["x" if row % 5 else "y" for row in range(60)]
     path = vector_table.write(tmp_path / "v.parquet", noise, labels=labels)
-    heard: list[Event] = []
-    score = linear_probe.judge(path, None, tmp_path / "s.json", heard.append).score
+    events: list[Event] = []
+    score = linear_probe.judge(path, None, tmp_path / "s.json", events.append).score
     assert score.at_end
-    assert [True for event in heard if isinstance(event, Warned) and "C = 1e-05" in event.text]
+    assert [True for event in events if isinstance(event, Warned) and "C = 1e-05" in event.text]
 
 
 def test_another_file_is_not_replaced_by_a_score(tmp_path: Path) -> None:
-    known, asked = tables(tmp_path)
-    (tmp_path / "known.linear.json").write_text('{"kind": "linear"}')
+    train, test = tables(tmp_path)
+    (tmp_path / "train.linear.json").write_text('{"kind": "linear"}')
     with pytest.raises(RefusedError, match="holds something else"):
-        linear_probe.judge(known, asked, tmp_path / "known.linear.json", ignore)
+        linear_probe.judge(train, test, tmp_path / "train.linear.json", ignore)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["known.parquet", "images"], "a table of vectors with images"),
-        (["known.parquet", "--test", "a", "--test", "b"], "more than once"),
-        (["known.parquet", "--epochs", "3"], "--epochs is for bundles"),
-        (["known.parquet", "--lr", "3"], "--lr is for bundles"),
-        (["known.parquet", "--devices", "2"], "--devices is for bundles"),
+        (["train.parquet", "images"], "a table of vectors with images"),
+        (["train.parquet", "--test", "a", "--test", "b"], "more than once"),
+        (["train.parquet", "--epochs", "3"], "--epochs is for bundles"),
+        (["train.parquet", "--lr", "3"], "--lr is for bundles"),
+        (["train.parquet", "--devices", "2"], "--devices is for bundles"),
         (["missing.parquet"], "neither a bundle nor a table"),
         (["bundle", "--test", "images"], "INPUT is missing"),
         (["bundle", "images"], "--test is missing"),
@@ -230,7 +230,7 @@ def test_another_file_is_not_replaced_by_a_score(tmp_path: Path) -> None:
     ],
 )
 def test_options_of_the_other_way_to_judge_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     tables(tmp_path)
     (tmp_path / "bundle").mkdir()
@@ -238,4 +238,4 @@ def test_options_of_the_other_way_to_judge_are_refused(
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["eval", "linear", *words])
     assert isinstance(done.exception, UsageError)
-    assert said in str(done.exception)
+    assert message in str(done.exception)
