@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from btpipe import neighbours
 
 Half = NDArray[np.float16]
-Tell = Callable[[int, int], None]
-"""Hears of blocks done and in all."""
+OnBlock = Callable[[int, int], None]
+"""Called with the blocks done and in all."""
 
 ROWS = 2048
 """A block of similarities is 16 MB: it is still in the cache when it is looked through."""
@@ -26,8 +26,8 @@ _EXPONENTS = np.float32(2.0**112)
 _KEEP = np.int32(-0x70000001)
 
 
-def tell_nobody(_done: int, _total: int) -> None:
-    """A `Tell` for when nobody listens."""
+def no_progress(_done: int, _total: int) -> None:
+    """An `OnBlock` that does nothing."""
 
 
 def widen(vectors: Half) -> NDArray[np.float32]:
@@ -67,7 +67,7 @@ def _similarities(queries: NDArray[np.float32], rows: NDArray[np.float32]) -> ND
 
 
 def nearest_others(
-    base: Half, k: int, tell: Tell = tell_nobody
+    base: Half, k: int, on_progress: OnBlock = no_progress
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The other rows most like each row: (n, D) -> (n, k) indices and falling cosines.
 
@@ -79,16 +79,16 @@ def nearest_others(
     # First near the diagonal: then every row has a k-th best that most others fall short of.
     for start in starts:
         rows = widen(base[start : start + ROWS])
-        found = rows @ rows.T
-        np.fill_diagonal(found, -np.inf)
-        best.offer(start, found, start)
+        cosines = rows @ rows.T
+        np.fill_diagonal(cosines, -np.inf)
+        best.offer(start, cosines, start)
     done, total = 0, len(starts) * (len(starts) - 1) // 2
-    for start, other, found in upper(base):
+    for start, other, cosines in upper(base):
         if start != other:
-            best.offer(start, found, other)
-            best.offer(other, found.T, start)
+            best.offer(start, cosines, other)
+            best.offer(other, cosines.T, start)
             done += 1
-            tell(done, total)
+            on_progress(done, total)
     return best.indices, best.similarities
 
 
@@ -108,19 +108,21 @@ class _Best:
         self.indices = np.full((n, k), -1, np.int64)
         self.similarities = np.full((n, k), -np.inf, np.float32)
 
-    def offer(self, start: int, found: NDArray[np.float32], first: int) -> None:
+    def offer(self, start: int, similarities: NDArray[np.float32], first: int) -> None:
         """Similarities (a, b) of the rows from `start` to the columns from `first`."""
         k = self.indices.shape[1]
         if k == 0:
             return
-        stop = start + len(found)
+        stop = start + len(similarities)
         if np.isneginf(self.similarities[start:stop, -1]).any():
-            columns, values = neighbours.largest(found, min(k, found.shape[1]))
+            columns, values = neighbours.largest(similarities, min(k, similarities.shape[1]))
             self._merge(np.arange(start, stop), columns + first, values)
             return
-        mask = found > self.similarities[start:stop, -1, None]
+        mask = similarities > self.similarities[start:stop, -1, None]
         if np.count_nonzero(mask) > DENSE * mask.size:
-            columns, values = neighbours.largest(np.ascontiguousarray(found), min(k, mask.shape[1]))
+            columns, values = neighbours.largest(
+                np.ascontiguousarray(similarities), min(k, mask.shape[1])
+            )
             self._merge(np.arange(start, stop), columns + first, values)
             return
         rows, columns = _places(mask)
@@ -130,9 +132,9 @@ class _Best:
         columns_of = np.full((len(changed), int(counts.max())), -1, np.int64)
         values_of = np.full(columns_of.shape, -np.inf, np.float32)
         line = np.repeat(np.arange(len(changed)), counts)
-        place = np.arange(len(rows)) - np.repeat(where, counts)
-        columns_of[line, place] = columns + first
-        values_of[line, place] = found[rows, columns]
+        position = np.arange(len(rows)) - np.repeat(where, counts)
+        columns_of[line, position] = columns + first
+        values_of[line, position] = similarities[rows, columns]
         self._merge(changed + start, columns_of, values_of)
 
     def _merge(

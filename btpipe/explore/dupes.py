@@ -88,15 +88,15 @@ def run(
     out = out or tables.list_path(path, "dupes")
     tables.check_list(out)
     vectors = tables.open_vectors(path, report)
-    found = group(vectors, report, threshold)
-    tables.write_list(out, _list(vectors, found))
+    groups = group(vectors, report, threshold)
+    tables.write_list(out, _list(vectors, groups))
     if html:
-        _page(html, vectors, found, threshold, images)
-    seconds, spare = time.monotonic() - started, len(found.rows) - found.count
-    report(DupesFound(seconds, vectors.path, out, html, found.count, spare, len(vectors)))
-    if found.count and not html:
+        _page(html, vectors, groups, threshold, images)
+    seconds, spare = time.monotonic() - started, len(groups.rows) - groups.count
+    report(DupesFound(seconds, vectors.path, out, html, groups.count, spare, len(vectors)))
+    if groups.count and not html:
         report(Note("look before you delete anything: --html dupes.html shows the groups"))
-    return found
+    return groups
 
 
 def group(vectors: Vectors, report: Report, threshold: float | None) -> Groups:
@@ -109,28 +109,30 @@ def group(vectors: Vectors, report: Report, threshold: float | None) -> Groups:
     # Bytes that are another row's are settled: one row of each goes on.
     kept = np.flatnonzero(first)
     unit = vectors.unit if first.all() else vectors.unit[kept]
-    tell = _Teller(report, len(kept))
-    found = _near(unit, tell) if threshold is None else _above(unit, threshold, tell)
-    for links in found:
+    on_progress = _CompareMeter(report, len(kept))
+    link_sets = (
+        _near(unit, on_progress) if threshold is None else _above(unit, threshold, on_progress)
+    )
+    for links in link_sets:
         root = _join(root, kept[links.rows], kept[links.others])
         np.maximum.at(cosine, kept[links.rows], links.cosines)
     return _ordered(vectors, root, cosine, exact)
 
 
-class _Teller:
+class _CompareMeter:
     """Reports blocks as pictures done."""
 
     def __init__(self, report: Report, pictures: int) -> None:
         self._report, self._pictures, self._started = report, pictures, time.monotonic()
-        self._told = self._started
+        self._last_report = self._started
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._told >= 1 or done == total:
+        if now - self._last_report >= 1 or done == total:
             pictures = self._pictures * done // total
             rate = per_second(pictures, now - self._started)
             self._report(Progressed("compare", pictures, self._pictures, rate, 0.0))
-            self._told = now
+            self._last_report = now
 
 
 def _same_bytes(
@@ -149,7 +151,9 @@ def _same_bytes(
     return (np.array(left, np.int64), np.array(right, np.int64)), first
 
 
-def _above(unit: Half, threshold: float, tell: blocks.Tell = blocks.tell_nobody) -> Iterator[Links]:
+def _above(
+    unit: Half, threshold: float, on_progress: blocks.OnBlock = blocks.no_progress
+) -> Iterator[Links]:
     """What joins the rows with a cosine of the threshold or more."""
     steps = len(range(0, len(unit), blocks.ROWS))
     total = steps * (steps + 1) // 2
@@ -159,7 +163,7 @@ def _above(unit: Half, threshold: float, tell: blocks.Tell = blocks.tell_nobody)
             mask = np.triu(mask, 1)
         if mask.any():
             yield _joining(start, other, similar, mask)
-        tell(done + 1, total)
+        on_progress(done + 1, total)
 
 
 def _joining(
@@ -178,9 +182,9 @@ def _joining(
     return Links(names[met], names[root][met], likest[met])
 
 
-def _near(unit: Half, tell: blocks.Tell) -> Iterator[Links]:
+def _near(unit: Half, on_progress: blocks.OnBlock) -> Iterator[Links]:
     """What joins the rows that lie in each other's inner circle."""
-    indices, cosines = blocks.nearest_others(unit, NEIGHBOURS, tell)
+    indices, cosines = blocks.nearest_others(unit, NEIGHBOURS, on_progress)
     n, k = indices.shape
     if k == 0:
         return
@@ -243,27 +247,29 @@ def _ordered(
     return Groups(rows, number, np.minimum(cosine[rows], 1), exact[rows], keep)
 
 
-def _list(vectors: Vectors, found: Groups) -> pa.Table:
-    paths = [vectors.text("path", row) for row in found.rows.tolist()]
+def _list(vectors: Vectors, groups: Groups) -> pa.Table:
+    paths = [vectors.text("path", row) for row in groups.rows.tolist()]
     return pa.table(
         {
-            "group": found.group + 1,
+            "group": groups.group + 1,
             "path": pa.array(paths, pa.string()),
-            "similarity": found.cosine,
-            "same_bytes": found.exact,
-            "keep": found.keep,
+            "similarity": groups.cosine,
+            "same_bytes": groups.exact,
+            "keep": groups.keep,
         }
     )
 
 
 def _page(
-    out: Path, vectors: Vectors, found: Groups, threshold: float | None, images: Path | None
+    out: Path, vectors: Vectors, groups: Groups, threshold: float | None, images: Path | None
 ) -> None:
     pictures = Pictures(vectors, images)
     sections = []
-    for number in range(min(found.count, GROUPS_SHOWN)):
-        places = np.flatnonzero(found.group == number)
-        figures = "".join(_figure(vectors, pictures, found, place) for place in places.tolist())
+    for number in range(min(groups.count, GROUPS_SHOWN)):
+        positions = np.flatnonzero(groups.group == number)
+        figures = "".join(
+            _figure(vectors, pictures, groups, position) for position in positions.tolist()
+        )
         sections.append(
             f'<section><h2>Group {number + 1}</h2><div class="gallery">{figures}</div></section>'
         )
@@ -272,9 +278,9 @@ def _page(
         if threshold is not None
         else "much nearer to each other than to anything else"
     )
-    shown = f", the first {GROUPS_SHOWN} shown" if found.count > GROUPS_SHOWN else ""
+    shown = f", the first {GROUPS_SHOWN} shown" if groups.count > GROUPS_SHOWN else ""
     about = (
-        f"{found.count:,} groups{shown} among {len(vectors):,} pictures of {vectors.path}: {rule}."
+        f"{groups.count:,} groups{shown} among {len(vectors):,} pictures of {vectors.path}: {rule}."
         " The number is the cosine to the likest other of the group. Look before you delete."
     )
     body = "".join(sections) or "<p>No picture is there twice.</p>"
@@ -282,9 +288,9 @@ def _page(
     frame.write(out, "Near-duplicates", about, body, style=STYLE)
 
 
-def _figure(vectors: Vectors, pictures: Pictures, found: Groups, place: int) -> str:
-    row = int(found.rows[place])
-    word = "same bytes" if found.exact[place] else f"{found.cosine[place]:.4f}"
-    said = f'<span class="number">{word}</span>{" · largest" if found.keep[place] else ""}'
+def _figure(vectors: Vectors, pictures: Pictures, groups: Groups, position: int) -> str:
+    row = int(groups.rows[position])
+    word = "same bytes" if groups.exact[position] else f"{groups.cosine[position]:.4f}"
+    caption = f'<span class="number">{word}</span>{" · largest" if groups.keep[position] else ""}'
     size = f"{vectors.text('width', row)} x {vectors.text('height', row)}"
-    return pictures.figure(row, [said, frame.text(size), *named(vectors, row)])
+    return pictures.figure(row, [caption, frame.text(size), *named(vectors, row)])

@@ -35,9 +35,9 @@ def principal(vectors: Floats, count: int) -> NDArray[np.float32]:
     axes = axes[:, ::-1][:, :count]
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
     parts = [(block - mean) @ axes for block in _blocks(vectors)]
-    found = np.concatenate(parts) if parts else np.zeros((0, axes.shape[1]))
+    projection = np.concatenate(parts) if parts else np.zeros((0, axes.shape[1]))
     wide = np.zeros((len(vectors), count), np.float32)
-    wide[:, : found.shape[1]] = found
+    wide[:, : projection.shape[1]] = projection
     return wide
 
 
@@ -83,11 +83,11 @@ def clusters(points: NDArray[np.float32], count: int, seed: int = 0) -> NDArray[
         if np.allclose(moved, centres, atol=1e-6):
             break
         centres = moved.astype(np.float32)
-    found = _nearest(points, centres)
-    order = np.argsort(-np.bincount(found, minlength=count), kind="stable")
+    numbers = _nearest(points, centres)
+    order = np.argsort(-np.bincount(numbers, minlength=count), kind="stable")
     rank = np.empty(count, np.int64)
     rank[order] = np.arange(count)
-    return rank[found]
+    return rank[numbers]
 
 
 def _starts(

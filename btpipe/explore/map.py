@@ -69,17 +69,17 @@ def make(
     opened = tables.open_vectors(vectors, report)
     rows = len(opened)
     chosen = np.unique(np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64))
-    found = opened.take(chosen) if len(chosen) < rows else opened
-    pictures = Pictures(found, images)
-    small = thumbnails.make(len(found), pictures.content, report)
-    root = images or found.footer.get(table.ROOT, "")
+    sample = opened.take(chosen) if len(chosen) < rows else opened
+    pictures = Pictures(sample, images)
+    small = thumbnails.make(len(sample), pictures.content, report)
+    root = images or sample.footer.get(table.ROOT, "")
     if not small:
-        found_none = f"they are not below {root}" if str(root) else "the table names no folder"
-        report(Warned(f"no pictures: {found_none}; name theirs: --images DIR"))
-    points = _points(found, by, clusters, small, report)
+        reason = f"they are not below {root}" if str(root) else "the table names no folder"
+        report(Warned(f"no pictures: {reason}; name theirs: --images DIR"))
+    points = _points(sample, by, clusters, small, report)
     map_page.write(out, vectors.name, dataclasses.replace(points, rows=rows, root=_address(root)))
     seconds, size = time.monotonic() - started, out.stat().st_size
-    report(Mapped(seconds, out, len(found), rows, len(small), size))
+    report(Mapped(seconds, out, len(sample), rows, len(small), size))
 
 
 def _address(folder: str | Path) -> str:
@@ -87,22 +87,24 @@ def _address(folder: str | Path) -> str:
     return Path(folder).absolute().as_uri() if str(folder) and Path(folder).is_dir() else ""
 
 
-def _points(found: Vectors, by: By, clusters: int, small: dict[int, str], report: Report) -> Points:
-    reduced = layout.principal(found.unit, CLUSTER_DIMENSIONS)
+def _points(
+    vectors: Vectors, by: By, clusters: int, small: dict[int, str], report: Report
+) -> Points:
+    reduced = layout.principal(vectors.unit, CLUSTER_DIMENSIONS)
     places = {"pca": reduced[:, :2]}
     if by == "umap":
         report(Note("UMAP takes about a minute for 10,000 vectors; --by pca is there at once"))
-        places = {"umap": layout.umap(found.unit), **places}
-    report(Note(f"finding the {NEIGHBOURS} nearest of each of {len(found):,} vectors"))
-    nearest, cosines = blocks.nearest_others(found.unit, NEIGHBOURS)
+        places = {"umap": layout.umap(vectors.unit), **places}
+    report(Note(f"finding the {NEIGHBOURS} nearest of each of {len(vectors):,} vectors"))
+    nearest, cosines = blocks.nearest_others(vectors.unit, NEIGHBOURS)
     return Points(
-        paths=[path or "" for path in found.column("path")],
-        labels=[label or "" for label in found.column("label")],
+        paths=[path or "" for path in vectors.column("path")],
+        labels=[label or "" for label in vectors.column("label")],
         clusters=layout.clusters(reduced, clusters),
         places=places,
         nearest=nearest,
         cosines=cosines,
         root="",
         thumbnails=small,
-        rows=len(found),
+        rows=len(vectors),
     )

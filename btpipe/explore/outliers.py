@@ -59,8 +59,8 @@ class OutliersFound(Finished):
 
     @property
     def text(self) -> str:
-        place = f"{self.out} and {self.page}" if self.page else f"{self.out}"
-        return f"{place}: {self.pictures:,} pictures, the strangest first"
+        files = f"{self.out} and {self.page}" if self.page else f"{self.out}"
+        return f"{files}: {self.pictures:,} pictures, the strangest first"
 
     def tables(self) -> list[TextTable]:
         """A row for each of the strangest."""
@@ -90,17 +90,19 @@ def run(
     out = out or tables.list_path(path, "outliers")
     tables.check_list(out)
     vectors = tables.open_vectors(path, report)
-    found = rank(vectors, k)
-    tables.write_list(out, _list(vectors, found))
+    ranking = rank(vectors, k)
+    tables.write_list(out, _list(vectors, ranking))
     if html:
-        _page(html, vectors, found, top, k, images)
+        _page(html, vectors, ranking, top, k, images)
     strangest = tuple(
         Outlier(row, distance, vectors.text("path", row), vectors.text("label", row))
-        for row, distance in zip(found.rows[:top].tolist(), found.distance.tolist(), strict=False)
+        for row, distance in zip(
+            ranking.rows[:top].tolist(), ranking.distance.tolist(), strict=False
+        )
     )
     seconds = time.monotonic() - started
     report(OutliersFound(seconds, vectors.path, out, html, len(vectors), k, strangest))
-    return found
+    return ranking
 
 
 def rank(vectors: Vectors, k: int) -> Strange:
@@ -113,29 +115,31 @@ def rank(vectors: Vectors, k: int) -> Strange:
     return Strange(order, mean[order], nearest[order])
 
 
-def _list(vectors: Vectors, found: Strange) -> pa.Table:
+def _list(vectors: Vectors, ranking: Strange) -> pa.Table:
     paths, labels = vectors.column("path"), vectors.column("label")
-    nearest = [paths[row] if row >= 0 else None for row in found.nearest.tolist()]
-    rows = found.rows.tolist()
+    nearest = [paths[row] if row >= 0 else None for row in ranking.nearest.tolist()]
+    rows = ranking.rows.tolist()
     return pa.table(
         {
             "path": pa.array([paths[row] for row in rows], pa.string()),
             "label": pa.array([labels[row] for row in rows], pa.string()),
-            "distance": found.distance,
+            "distance": ranking.distance,
             "nearest": pa.array(nearest, pa.string()),
         }
     )
 
 
 def _page(
-    out: Path, vectors: Vectors, found: Strange, top: int, k: int, images: Path | None
+    out: Path, vectors: Vectors, ranking: Strange, top: int, k: int, images: Path | None
 ) -> None:
     pictures = Pictures(vectors, images)
     figures = "".join(
         pictures.figure(row, [f'<span class="number">{distance:.3f}</span>', *named(vectors, row)])
-        for row, distance in zip(found.rows[:top].tolist(), found.distance.tolist(), strict=False)
+        for row, distance in zip(
+            ranking.rows[:top].tolist(), ranking.distance.tolist(), strict=False
+        )
     )
-    median = float(np.median(found.distance))
+    median = float(np.median(ranking.distance))
     about = (
         f"The {min(top, len(vectors)):,} of {len(vectors):,} pictures of {vectors.path} with the"
         f" largest mean cosine distance to their {k} nearest (median {median:.3f}). {MEANING}"

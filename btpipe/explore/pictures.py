@@ -16,9 +16,9 @@ from btpipe.embed import table
 from btpipe.errors import BtpipeError
 from btpipe.events import ignore
 from btpipe.explore.tables import Vectors
-from btpipe.pages import frame as page
+from btpipe.pages import frame
 
-_DECODED_SIDE = 2 * page.THUMBNAIL_SIDE
+_DECODED_SIDE = 2 * frame.THUMBNAIL_SIDE
 
 
 class Pictures:
@@ -27,14 +27,14 @@ class Pictures:
     Without, below the folder that the table names, looked for beside the table and in the working
     folder, or below these two themselves: wherever the first row's picture is.
 
-    All thumbnails together take `page.THUMBNAIL_BYTES` at most; then there are no more of them.
+    All thumbnails together take `frame.THUMBNAIL_BYTES` at most; then there are no more of them.
     `shown` and `missing` count.
     """
 
     def __init__(self, vectors: Vectors, images: Path | None) -> None:
         self._vectors = vectors
         self._root = os.fspath(images) if images else ""
-        self._room = page.THUMBNAIL_BYTES
+        self._room = frame.THUMBNAIL_BYTES
         self._containers: dict[str, tuple[index.Index, dict[str, int]] | None] = {}
         self.shown, self.missing = 0, 0
         if not images:
@@ -45,25 +45,25 @@ class Pictures:
         folders = [self._vectors.path.absolute().parent, Path.cwd()]
         for folder in [*(folder / name for folder in folders), *folders]:
             self._root = os.fspath(folder)
-            place = self.place(0) or _split(self._vectors.text("path", 0))[0]
-            if (folder / place).is_file():
+            location = self.location(0) or _split(self._vectors.text("path", 0))[0]
+            if (folder / location).is_file():
                 return
         self._root = name
 
     def figure(self, row: int, lines: Sequence[str]) -> str:
         """A picture with lines of HTML below it; it links to its file where that is one."""
         source = self._source(row)
-        place = self.place(row)
+        location = self.location(row)
         if source is None:
             inside = '<span class="muted">no picture</span>'
         else:
-            alt = page.text(self._vectors.text("path", row))
+            alt = frame.text(self._vectors.text("path", row))
             inside = f'<img loading="lazy" alt="{alt}" src="{source}">'
-        frame = f'<div class="picture">{inside}</div>'
-        if place and not storage.is_url(place) and Path(place).is_file():
-            frame = f'<a href="{page.text(Path(place).absolute().as_uri())}">{frame}</a>'
-        said = "".join(f"<div>{line}</div>" for line in lines)
-        return f"<figure>{frame}<figcaption>{said}</figcaption></figure>"
+        box = f'<div class="picture">{inside}</div>'
+        if location and not storage.is_url(location) and Path(location).is_file():
+            box = f'<a href="{frame.text(Path(location).absolute().as_uri())}">{box}</a>'
+        captions = "".join(f"<div>{line}</div>" for line in lines)
+        return f"<figure>{box}<figcaption>{captions}</figcaption></figure>"
 
     def note(self) -> str:
         """What a reader should know about pictures that are not there; "" where all are."""
@@ -71,7 +71,7 @@ class Pictures:
             return ""
         return (
             f"{self.missing} pictures are not shown: not found below {self._root or 'no root'}"
-            f" (--images DIR), or more than {page.THUMBNAIL_BYTES // 1_000_000} MB in all"
+            f" (--images DIR), or more than {frame.THUMBNAIL_BYTES // 1_000_000} MB in all"
         )
 
     def _source(self, row: int) -> str | None:
@@ -81,7 +81,7 @@ class Pictures:
             with contextlib.suppress(
                 OSError, ValueError, BtpipeError, BadInputError, PIL.Image.DecompressionBombError
             ):
-                source = page.embedded(self._thumbnail(row))
+                source = frame.embedded(self._thumbnail(row))
         if source is None or len(source) > self._room:
             self.missing += 1
             return None
@@ -92,22 +92,22 @@ class Pictures:
     def _thumbnail(self, row: int) -> bytes:
         with PIL.Image.open(io.BytesIO(self.content(row))) as picture:
             picture.draft("RGB", (_DECODED_SIDE, _DECODED_SIDE))
-            return page.thumbnail(PIL.ImageOps.exif_transpose(picture))
+            return frame.thumbnail(PIL.ImageOps.exif_transpose(picture))
 
     def content(self, row: int) -> bytes:
         """The bytes of a row's picture; OSError, KeyError or BadInputError where there is none."""
-        place = self.place(row)
-        if place is not None:
-            return retry.read_patiently(lambda: storage.read(place))
+        location = self.location(row)
+        if location is not None:
+            return retry.read_patiently(lambda: storage.read(location))
         path = self._vectors.text("path", row)
         container, _, _ = _split(path)
-        found = self._container(container)
-        if found is None:
+        members = self._container(container)
+        if members is None:
             raise FileNotFoundError(path)
-        listed, rows = found
+        listed, rows = members
         return listed.read_bytes(rows[_split(path)[2]])
 
-    def place(self, row: int) -> str | None:
+    def location(self, row: int) -> str | None:
         """The file of a row; None where it is a part of one."""
         exact = self._vectors.cell("path_bytes", row)
         path = os.fsdecode(exact) if isinstance(exact, bytes) else self._vectors.text("path", row)
@@ -130,7 +130,7 @@ class Pictures:
 def _split(path: str) -> tuple[str, str, str]:
     """`a.tar::b.jpg` -> a.tar, ::, b.jpg; `a.parquet#17` likewise; others have no second part."""
     for mark in ("::", "#"):
-        before, found, after = path.rpartition(mark)
-        if found and before.endswith((".tar", ".parquet")):
-            return before, found, after
+        before, separator, after = path.rpartition(mark)
+        if separator and before.endswith((".tar", ".parquet")):
+            return before, separator, after
     return path, "", ""

@@ -91,21 +91,21 @@ def run(
     started = time.monotonic()
     vectors = tables.open_vectors(path, report)
     row = row_of(vectors, query)
-    asked = (
+    queries = (
         _embed(vectors, Path(query), model) if row is None else blocks.widen(vectors.unit[[row]])
     )
-    rows, cosines = blocks.nearest(asked, vectors.unit, k if row is None else k + 1)
+    rows, cosines = blocks.nearest(queries, vectors.unit, k if row is None else k + 1)
     others = np.flatnonzero(rows[0] != (-1 if row is None else row))[:k]
-    found = NearestRows(rows[0][others], cosines[0][others], row)
+    nearest = NearestRows(rows[0][others], cosines[0][others], row)
     neighbours = tuple(
         Neighbour(at, cosine, vectors.text("path", at), vectors.text("label", at))
-        for at, cosine in zip(found.rows.tolist(), found.cosines.tolist(), strict=True)
+        for at, cosine in zip(nearest.rows.tolist(), nearest.cosines.tolist(), strict=True)
     )
     if html:
-        _page(html, vectors, query, found, images)
+        _page(html, vectors, query, nearest, images)
     seconds = time.monotonic() - started
     report(Searched(seconds, vectors.path, query, len(vectors), neighbours, html))
-    return found
+    return nearest
 
 
 def row_of(vectors: Vectors, query: str) -> int | None:
@@ -132,10 +132,10 @@ def _embed(vectors: Vectors, image: Path, model: Path | None) -> NDArray[np.floa
     """The picture's vector (1, D), made as the table's were."""
     digest = tables.bundle_of(vectors)
     bundle = model or _bundle(digest, vectors)
-    found = contract.open_bundle(bundle).digest if bundle.is_dir() else digest
-    if found != digest:
+    model_digest = contract.open_bundle(bundle).digest if bundle.is_dir() else digest
+    if model_digest != digest:
         raise RefusedError(
-            f"bundle {found[:12]}",
+            f"bundle {model_digest[:12]}",
             where=bundle,
             expected=f"{digest[:12]}, which made {vectors.path}",
             fix="name that bundle with --model, or embed the table again",
@@ -169,19 +169,21 @@ def _bundle(digest: str, vectors: Vectors) -> Path:
     )
 
 
-def _page(out: Path, vectors: Vectors, query: str, found: NearestRows, images: Path | None) -> None:
+def _page(
+    out: Path, vectors: Vectors, query: str, nearest: NearestRows, images: Path | None
+) -> None:
     pictures = Pictures(vectors, images)
-    if found.row is None:
-        source = _own(Path(query))
+    if nearest.row is None:
+        source = _query_thumbnail(Path(query))
         first = (
             f'<figure><div class="picture"><img alt="query" src="{source}"></div>'
             f"<figcaption>{frame.text(query)}</figcaption></figure>"
         )
     else:
-        first = pictures.figure(found.row, [frame.text(query)])
+        first = pictures.figure(nearest.row, [frame.text(query)])
     figures = [
         pictures.figure(row, [f'<span class="number">{cosine:.3f}</span>', *named(vectors, row)])
-        for row, cosine in zip(found.rows.tolist(), found.cosines.tolist(), strict=True)
+        for row, cosine in zip(nearest.rows.tolist(), nearest.cosines.tolist(), strict=True)
     ]
     about = f"{len(vectors):,} vectors of {vectors.path}, by cosine, the nearest first."
     body = (
@@ -193,7 +195,7 @@ def _page(out: Path, vectors: Vectors, query: str, found: NearestRows, images: P
     frame.write(out, f"Most like {query}", about, body, style=style)
 
 
-def _own(image: Path) -> str:
+def _query_thumbnail(image: Path) -> str:
     """The picture that was asked for."""
     with PIL.Image.open(image) as picture:
         return frame.embedded(frame.thumbnail(PIL.ImageOps.exif_transpose(picture)))

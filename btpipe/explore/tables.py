@@ -64,11 +64,11 @@ class Vectors:
 
     def cell(self, name: str, row: int) -> str | bytes | int | None:
         """One cell; of a large table only what lies around it is read."""
-        near, place = (self.rows, row) if self._groups is None else self._groups.around(row)
-        found: str | bytes | int | None = None
-        if name in near.column_names:
-            found = near[name][place].as_py()
-        return found
+        part, position = (self.rows, row) if self._groups is None else self._groups.around(row)
+        value: str | bytes | int | None = None
+        if name in part.column_names:
+            value = part[name][position].as_py()
+        return value
 
     def text(self, name: str, row: int) -> str:
         """One cell as text, "" where there is none."""
@@ -92,14 +92,14 @@ class _Groups:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        found = pq.read_metadata(path)
-        counts = [found.row_group(i).num_rows for i in range(found.num_row_groups)]
+        metadata = pq.read_metadata(path)
+        counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._stops = np.cumsum(counts)
         self._names = [n for n in pq.read_schema(path).names if n != _EMBEDDING]
         self._kept: dict[int, pa.Table] = {}
 
     def around(self, row: int) -> tuple[pa.Table, int]:
-        """The group that holds a row, and the row's place in it."""
+        """The group that holds a row, and the row's position in it."""
         group = int(np.searchsorted(self._stops, row, side="right"))
         if group not in self._kept:
             with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
@@ -139,9 +139,9 @@ def _mapped(path: Path, shape: tuple[int, int], report: Report) -> Half:
     folders = (path.absolute().parent, Path.home() / ".cache" / "btpipe" / "vectors")
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
-            found: Half = np.load(folder / name, mmap_mode="r")
-            if found.shape == shape and found.dtype == np.float16:
-                return found
+            vectors: Half = np.load(folder / name, mmap_mode="r")
+            if vectors.shape == shape and vectors.dtype == np.float16:
+                return vectors
     writable = [folder for folder in folders if _is_writable(folder)]
     if not writable:
         fix = f"let one of these be written to: {', '.join(map(str, folders))}"
@@ -163,16 +163,16 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _write(path: Path, to: Path, shape: tuple[int, int]) -> None:
-    beside = to.with_name(f"{to.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = to.with_name(f"{to.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             header = {"shape": shape, "fortran_order": False, "descr": "<f2"}
             np.lib.format.write_array_header_1_0(file, header)
             for part in _unit(path, shape[1]):
                 file.write(part.astype("<f2", copy=False).data)
-        os.replace(beside, to)
+        os.replace(temporary, to)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _key(path: Path) -> str:
@@ -180,11 +180,11 @@ def _key(path: Path) -> str:
     digest = hashlib.sha256(str(path.absolute()).encode())
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            found = file.stat()
-            digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}".encode())
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
             with file.open("rb") as content:
                 digest.update(content.read(_KEY_BYTES))
-                content.seek(max(0, found.st_size - _KEY_BYTES))
+                content.seek(max(0, status.st_size - _KEY_BYTES))
                 digest.update(content.read())
     return digest.hexdigest()[:12]
 

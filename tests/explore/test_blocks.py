@@ -17,13 +17,13 @@ def unit(count: int, dimension: int = 16, seed: int = 0) -> NDArray[np.float16]:
 
 
 def brute(queries: NDArray[np.float32], base: NDArray[np.float16], k: int) -> NDArray[np.float32]:
-    every = queries @ base.astype(np.float32).T
-    return -np.sort(-every, axis=1)[:, :k]
+    cosines = queries @ base.astype(np.float32).T
+    return -np.sort(-cosines, axis=1)[:, :k]
 
 
 def test_every_float16_up_to_one_is_widened_exactly() -> None:
-    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    small = every[np.abs(every) <= 1]
+    values = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    small = values[np.abs(values) <= 1]
     assert len(small) == 2 * 0x3C01
     wide = blocks.widen(small[:, None])[:, 0]
     assert np.array_equal(wide, small.astype(np.float32))
@@ -35,8 +35,8 @@ def test_nearest_over_several_blocks_finds_the_largest_cosines(k: int) -> None:
     base, queries = unit(2 * blocks.SCAN_ROWS + 30), blocks.widen(unit(7, seed=1))
     indices, cosines = blocks.nearest(queries, base, k)
     np.testing.assert_allclose(cosines, brute(queries, base, k), atol=ROUNDED)
-    found = np.einsum("md,mkd->mk", queries, base[indices].astype(np.float32))
-    np.testing.assert_allclose(cosines, found, atol=ROUNDED)
+    expected = np.einsum("md,mkd->mk", queries, base[indices].astype(np.float32))
+    np.testing.assert_allclose(cosines, expected, atol=ROUNDED)
 
 
 def test_of_equal_rows_the_first_come_first() -> None:
@@ -52,10 +52,10 @@ def test_the_others_of_every_row_are_the_nearest_but_itself(count: int) -> None:
     k = min(8, count - 1)
     assert indices.shape == (count, k)
     wide = base.astype(np.float32)
-    every = wide @ wide.T
-    np.fill_diagonal(every, -np.inf)
-    np.testing.assert_allclose(cosines, -np.sort(-every, axis=1)[:, :k], atol=ROUNDED)
-    np.testing.assert_allclose(np.take_along_axis(every, indices, 1), cosines, atol=ROUNDED)
+    matrix = wide @ wide.T
+    np.fill_diagonal(matrix, -np.inf)
+    np.testing.assert_allclose(cosines, -np.sort(-matrix, axis=1)[:, :k], atol=ROUNDED)
+    np.testing.assert_allclose(np.take_along_axis(matrix, indices, 1), cosines, atol=ROUNDED)
     assert all(len(set(row)) == k for row in indices.tolist())
 
 

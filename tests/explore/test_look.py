@@ -52,15 +52,15 @@ def groups(path: Path) -> list[list[str]]:
 def test_a_picture_finds_itself_first_and_a_row_finds_others(home: Path, embedded: Path) -> None:
     image = sorted((home / "images").rglob("*.jpg"))[5]
     model = home / "exports" / "tiny"
-    found = search.run(embedded, str(image), ignore, k=3, model=model)
+    nearest = search.run(embedded, str(image), ignore, k=3, model=model)
     paths = pq.read_table(embedded)["path"].to_pylist()
-    assert str(image).endswith(paths[int(found.rows[0])])
-    assert found.cosines[0] > 1 - 1e-3
-    by_row = search.run(embedded, str(found.rows[0]), ignore, k=3)
-    by_path = search.run(embedded, paths[int(found.rows[0])], ignore, k=3)
+    assert str(image).endswith(paths[int(nearest.rows[0])])
+    assert nearest.cosines[0] > 1 - 1e-3
+    by_row = search.run(embedded, str(nearest.rows[0]), ignore, k=3)
+    by_path = search.run(embedded, paths[int(nearest.rows[0])], ignore, k=3)
     assert by_row.rows.tolist() == by_path.rows.tolist()
-    assert found.rows[0] not in by_row.rows
-    assert by_row.rows[:2].tolist() == found.rows[1:].tolist()
+    assert nearest.rows[0] not in by_row.rows
+    assert by_row.rows[:2].tolist() == nearest.rows[1:].tolist()
 
 
 def test_another_bundle_than_the_tables_is_refused(home: Path, tmp_path: Path) -> None:
@@ -108,20 +108,20 @@ def test_equal_bytes_are_a_group_and_the_largest_picture_is_kept(tmp_path: Path)
     digests[60] = digests[7]
     sizes = [(10, 10)] * 61 + [(20, 20)]
     path = vector_table.write(tmp_path / "v.parquet", vectors, digests=digests, sizes=sizes)
-    found = dupes.run(path, ignore, out=tmp_path / "list.parquet")
+    result = dupes.run(path, ignore, out=tmp_path / "list.parquet")
     rows = pq.read_table(tmp_path / "list.parquet").to_pylist()
     assert [row["path"] for row in rows] == ["61.jpg", "7.jpg", "60.jpg"]
     assert [row["same_bytes"] for row in rows] == [False, True, True]
     assert [row["keep"] for row in rows] == [True, False, False]
-    assert found.count == 1
+    assert result.count == 1
 
 
 def test_thousands_of_equal_pictures_are_one_group(tmp_path: Path) -> None:
     vectors = np.concatenate([np.repeat(scattered(1, seed=9), 2100, axis=0), scattered(50)])
     path = vector_table.write(tmp_path / "v.parquet", vectors)
     for threshold in (None, 0.99):
-        found = dupes.run(path, ignore, threshold=threshold)
-        assert (found.count, len(found.rows)) == (1, 2100)
+        result = dupes.run(path, ignore, threshold=threshold)
+        assert (result.count, len(result.rows)) == (1, 2100)
 
 
 def test_a_table_without_doubles_has_an_empty_list(tmp_path: Path) -> None:
@@ -137,15 +137,15 @@ def test_the_planted_stranger_comes_first_with_its_mean_distance(tmp_path: Path)
     cloud = np.stack([near(scattered(1)[0], i, by=0.3) for i in range(50)])
     vectors = np.stack([*cloud[:20], -cloud[0], *cloud[20:]]).astype(np.float32)
     path = vector_table.write(tmp_path / "v.parquet", vectors)
-    said: list[Event] = []
-    found = outliers.run(path, said.append, k=4)
-    assert found.rows[0] == 20
+    events: list[Event] = []
+    ranking = outliers.run(path, events.append, k=4)
+    assert ranking.rows[0] == 20
     unit = neighbours.normalize(vectors).astype(np.float64)
-    every = 1 - unit @ unit.T
-    np.fill_diagonal(every, np.inf)
-    expected = np.sort(every, axis=1)[:, :4].mean(axis=1)
-    np.testing.assert_allclose(found.distance, expected[found.rows], atol=2e-3)  # of float16
-    (table,) = [table for event in said for table in event.tables()]
+    distances = 1 - unit @ unit.T
+    np.fill_diagonal(distances, np.inf)
+    expected = np.sort(distances, axis=1)[:, :4].mean(axis=1)
+    np.testing.assert_allclose(ranking.distance, expected[ranking.rows], atol=2e-3)  # of float16
+    (table,) = [table for event in events for table in event.tables()]
     assert table.rows[0][1] == "20.jpg"
     assert "does not mean wrong" in table.note
     with (tmp_path / "v.outliers.csv").open() as file:

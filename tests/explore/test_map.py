@@ -66,8 +66,8 @@ def test_principal_components_are_those_of_a_singular_value_decomposition() -> N
     rows = grouped()
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     u, s, _ = np.linalg.svd(unit - unit.mean(axis=0), full_matrices=False)
-    found = layout.principal(rows.astype(np.float16), 2)
-    np.testing.assert_allclose(np.abs(found), np.abs(u[:, :2] * s[:2]), atol=ROUNDING)
+    projection = layout.principal(rows.astype(np.float16), 2)
+    np.testing.assert_allclose(np.abs(projection), np.abs(u[:, :2] * s[:2]), atol=ROUNDING)
 
 
 def test_components_beyond_the_dimension_are_zero() -> None:
@@ -76,9 +76,9 @@ def test_components_beyond_the_dimension_are_zero() -> None:
 
 def test_clusters_are_the_groups_and_the_largest_is_first() -> None:
     vectors = np.concatenate([grouped(), grouped()[:CLASS]])
-    found = layout.clusters(vectors, 3)
-    assert set(found[:CLASS]) == set(found[3 * CLASS :]) == {0}
-    groups = [set(found[i * CLASS : (i + 1) * CLASS]) for i in range(3)]
+    numbers = layout.clusters(vectors, 3)
+    assert set(numbers[:CLASS]) == set(numbers[3 * CLASS :]) == {0}
+    groups = [set(numbers[i * CLASS : (i + 1) * CLASS]) for i in range(3)]
     assert all(len(group) == 1 for group in groups)
     assert set.union(*groups) == {0, 1, 2}
 
@@ -90,15 +90,15 @@ def test_equal_vectors_have_clusters_too() -> None:
 def test_pictures_fill_what_they_may_and_no_more(vectors: Path) -> None:
     root = vectors.parent / "pictures"
     files = sorted(root.rglob("*.png"))
-    made = thumbnails.make(len(files), lambda row: files[row].read_bytes(), ignore, 2_000)
-    assert 0 < len(made) < len(files)
-    assert sum(len(text) + 1 for text in made.values()) <= 2_000
+    addresses = thumbnails.make(len(files), lambda row: files[row].read_bytes(), ignore, 2_000)
+    assert 0 < len(addresses) < len(files)
+    assert sum(len(text) + 1 for text in addresses.values()) <= 2_000
 
 
 def test_a_picture_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    made = thumbnails.make(2, lambda _: (tmp_path / "broken.png").read_bytes(), ignore)
-    assert made == {}
+    addresses = thumbnails.make(2, lambda _: (tmp_path / "broken.png").read_bytes(), ignore)
+    assert addresses == {}
 
 
 def test_of_too_many_rows_some_are_drawn_and_the_page_says_so(vectors: Path) -> None:
@@ -144,16 +144,16 @@ def test_a_browser_draws_the_points_shows_pictures_and_neighbours(
         tab.open(home / "map.html")
         box = tab.ask("(b => [b.x, b.y, b.width, b.height])($('map').getBoundingClientRect())")
         assert isinstance(box, list)
-        seen = tab.pixels()[int(box[1]) :, int(box[0]) : int(box[0] + box[2]) - 130]
+        screen = tab.pixels()[int(box[1]) :, int(box[0]) : int(box[0] + box[2]) - 130]
         for color in ((0, 114, 178), (213, 94, 0), (0, 158, 115)):
-            assert (np.abs(seen.astype(int) - color).max(axis=2) < 40).sum() > 200, color
+            assert (np.abs(screen.astype(int) - color).max(axis=2) < 40).sum() > 200, color
         # Where plotly says that the first point of the first class lies.
         row = tab.ask("traces[0][0]")
-        place = (
+        script = (
             "(f => [f.xaxis._offset + f.xaxis.l2p(places.pca.x[traces[0][0]]),"
             " f.yaxis._offset + f.yaxis.l2p(places.pca.y[traces[0][0]])])($('map')._fullLayout)"
         )
-        offset = tab.ask(place)
+        offset = tab.ask(script)
         assert isinstance(offset, list)
         x, y = box[0] + offset[0], box[1] + offset[1]
         tab.mouse("Moved", x - 3, y)
@@ -177,10 +177,10 @@ def test_a_browser_draws_the_points_shows_pictures_and_neighbours(
     np.fill_diagonal(chosen, -1)
     assert isinstance(near, list)
     assert isinstance(row, int)
-    found = next(
+    hovered_row = next(
         i for i in range(len(rows)) if set(near) <= set(np.argsort(-chosen[i])[:12].tolist())
     )
-    assert found // CLASS == row // CLASS
+    assert hovered_row // CLASS == row // CLASS
 
 
 @needs_chromium

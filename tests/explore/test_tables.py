@@ -43,14 +43,14 @@ def test_every_format_opens_as_unit_vectors_with_its_rows(tmp_path: Path, name: 
 
 def test_a_large_table_is_mapped_from_a_file_that_is_written_once(tmp_path: Path) -> None:
     path = vector_table.write(tmp_path / "v.parquet", drawn(LARGE, 2048))
-    said: list[Event] = []
-    first = tables.open_vectors(path, said.append)
+    events: list[Event] = []
+    first = tables.open_vectors(path, events.append)
     (file,) = kept(tmp_path)
-    assert [str(file) in note.text for note in said if isinstance(note, Note)] == [True]
+    assert [str(file) in note.text for note in events if isinstance(note, Note)] == [True]
     before = file.stat().st_mtime_ns
-    second = tables.open_vectors(path, said.append)
+    second = tables.open_vectors(path, events.append)
     assert isinstance(second.unit, np.memmap)
-    assert (file.stat().st_mtime_ns, len(said)) == (before, 1)
+    assert (file.stat().st_mtime_ns, len(events)) == (before, 1)
     assert np.array_equal(first.unit, second.unit)
 
     changed = drawn(LARGE, 2048, seed=1)
