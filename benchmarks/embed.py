@@ -40,10 +40,10 @@ def run(
     """
     with bench.prepare(options, data, model, on_event) as setting:
         user = functools.partial(embed_cases.user, setting.work, workers)
-        named: dict[str, Prepare] = {USER: functools.partial(user, False)}
+        cases: dict[str, Prepare] = {USER: functools.partial(user, False)}
         if options.device == "cuda":
-            named[HALF] = functools.partial(user, True)
-        rows = bench.take(named | bench.parts(setting), options, lambda name: name in (USER, HALF))
+            cases[HALF] = functools.partial(user, True)
+        rows = bench.take(cases | bench.parts(setting), options, lambda name: name in (USER, HALF))
     on_event(Compared(_table(rows, setting, options)))
     on_event(Compared(parts_table(bench.parts_of(rows, setting, options))))
 

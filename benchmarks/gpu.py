@@ -82,15 +82,17 @@ class StageResult:
 
 def run(call: str, seconds: float, workspace: Workspace, out: Path) -> list[StageResult]:
     """Runs a call's stages one after the other, within so many seconds."""
-    end, ended = time.monotonic() + seconds, []
+    end, stage_results = time.monotonic() + seconds, []
     for stage in CALLS[call]:
         limit = min(stage.limit, end - time.monotonic() - SPARE_SECONDS)
         if limit < SHORTEST_SECONDS:
-            ended.append(StageResult(stage, "left out", 0.0, []))
+            stage_results.append(StageResult(stage, "left out", 0.0, []))
             continue
-        ended.append(one(stage, limit, workspace, out / f"gpu-{call}-{stage.name}.log"))
-        print(f"[{stage.name}] {ended[-1].how}, {ended[-1].seconds:.0f} s", flush=True)
-    return ended
+        stage_results.append(one(stage, limit, workspace, out / f"gpu-{call}-{stage.name}.log"))
+        print(
+            f"[{stage.name}] {stage_results[-1].how}, {stage_results[-1].seconds:.0f} s", flush=True
+        )
+    return stage_results
 
 
 def one(stage: Stage, limit: float, workspace: Workspace, log: Path) -> StageResult:
@@ -116,25 +118,25 @@ def one(stage: Stage, limit: float, workspace: Workspace, log: Path) -> StageRes
     return StageResult(stage, how, time.monotonic() - started, results)
 
 
-def show(ended: list[StageResult]) -> None:
+def show(stage_results: list[StageResult]) -> None:
     """All numbers, stage by stage."""
-    for one_ended in ended:
-        stage = one_ended.stage
-        about = f"{one_ended.how}, {one_ended.seconds:.0f} s of {stage.planned:.0f} planned"
+    for stage_result in stage_results:
+        stage = stage_result.stage
+        about = f"{stage_result.how}, {stage_result.seconds:.0f} s of {stage.planned:.0f} planned"
         print(f"\n## {stage.name} ({about}): {stage.decides}")
-        for result in one_ended.results:
+        for result in stage_result.results:
             values = [f"{key} {value}" for key, value in result.items() if key != "name"]
             print(f"{result['name']}: {', '.join(values)}")
 
 
-def write(call: str, ended: list[StageResult], out: Path) -> None:
+def write(call: str, stage_results: list[StageResult], out: Path) -> None:
     """The same as JSON."""
     record = {
         "call": call,
         "python": platform.python_version(),
         "stages": [
             {"name": e.stage.name, "how": e.how, "seconds": e.seconds, "results": e.results}
-            for e in ended
+            for e in stage_results
         ],
     }
     (out / f"gpu-{call}.json").write_text(json.dumps(record, indent=1))
@@ -171,10 +173,10 @@ def main() -> int:
             return 1
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
-    ended = run(arguments.call, float(arguments.seconds), workspace, arguments.out)
-    show(ended)
-    write(arguments.call, ended, arguments.out)
-    return 0 if all(e.how == "ok" for e in ended) else 1
+    stage_results = run(arguments.call, float(arguments.seconds), workspace, arguments.out)
+    show(stage_results)
+    write(arguments.call, stage_results, arguments.out)
+    return 0 if all(e.how == "ok" for e in stage_results) else 1
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ def stage_export(workspace: Workspace) -> None:
         words = ("--images", str(workspace.photos), "--out", out, "--overwrite")
         # Without fp16 where its gate fails: others need it.
         for precision_list in ("fp32,fp16", "fp32"):
-            ended = btpipe(
+            result = btpipe(
                 "export", "--onnx", "--precision", precision_list, *words, folder=workspace.work
             )
-            print_result(f"export, {precision_list}", exit_code=ended.code)
-            require(ended.code == 0, f"export of {precision_list} ended with {ended.code}")
-            if ended.code == 0:
+            print_result(f"export, {precision_list}", exit_code=result.code)
+            require(result.code == 0, f"export of {precision_list} ended with {result.code}")
+            if result.code == 0:
                 break
         gates = contract.open_bundle(bundle_of(workspace)).manifest.origin["gates"]
         assert isinstance(gates, dict)
@@ -82,9 +82,9 @@ def stage_embed(workspace: Workspace) -> None:
         for name, options in cases.items():
             out = workspace.work / "vectors.parquet"
             _remove(out)
-            ended = _embed(workspace, workspace.jpegs, out, *options)
-            _print_embedding(f"embed, {name}", ended)
-            require(ended.code == 0, f"{name}: ended with {ended.code}")
+            result = _embed(workspace, workspace.jpegs, out, *options)
+            _print_embedding(f"embed, {name}", result)
+            require(result.code == 0, f"{name}: ended with {result.code}")
 
 
 def _embed(workspace: Workspace, source: Path, out: Path, *options: str) -> CommandResult:
@@ -92,17 +92,17 @@ def _embed(workspace: Workspace, source: Path, out: Path, *options: str) -> Comm
     return btpipe("embed", *words, folder=workspace.work, seconds=80.0)
 
 
-def _print_embedding(name: str, ended: CommandResult) -> None:
-    progress, finished = ended.of("Progressed"), ended.of("Embedded")
-    notes = [str(event["text"]) for event in ended.of("Note")]
+def _print_embedding(name: str, result: CommandResult) -> None:
+    progress, finished = result.of("Progressed"), result.of("Embedded")
+    notes = [str(event["text"]) for event in result.of("Note")]
     print_result(
         name,
-        exit_code=ended.code,
+        exit_code=result.code,
         images_per_second=round(float(str(progress[-1]["images_per_second"]))) if progress else 0,
         data_wait=progress[-1]["data_wait"] if progress else None,
-        made=finished[-1] if finished else ended.text[-200:],
+        made=finished[-1] if finished else result.text[-200:],
         precision=notes[:1],
-        warnings=len(ended.of("Warned")),
+        warnings=len(result.of("Warned")),
     )
 
 
@@ -136,8 +136,8 @@ def _among_bad_files(workspace: Workspace, require: Require) -> None:
     for device in dict.fromkeys((_device(), "cpu")):
         out = workspace.work / f"nasty-{device}.parquet"
         _remove(out)
-        ended = _embed(workspace, workspace.nasty, out, "--device", device, "--precision", "fp32")
-        _print_embedding(f"bad files, {device}", ended)
+        result = _embed(workspace, workspace.nasty, out, "--device", device, "--precision", "fp32")
+        _print_embedding(f"bad files, {device}", result)
         rejects = pq.read_table(out.with_name(f"{out.stem}.rejects.parquet"))["path"].to_pylist()
         require(sorted(rejects) == bad, f"{device}: {len(rejects)} rejects of {len(bad)} bad files")
         tables.append(_vectors(out))

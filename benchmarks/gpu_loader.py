@@ -40,9 +40,11 @@ def stage_decode(workspace: Workspace) -> None:
     files = files_of(workspace.jpegs, 16 if workspace.small else BATCH)
     parsed = [encoded for file in files if (encoded := decode.parse(file))]
     for name, decoder in decoders():
-        taken = rate(functools.partial(decoder.decode, parsed), len(parsed), seconds)
+        throughput = rate(functools.partial(decoder.decode, parsed), len(parsed), seconds)
         print_result(
-            f"decode alone, {name}", images_per_second=round(taken.per_second), **_host(taken)
+            f"decode alone, {name}",
+            images_per_second=round(throughput.per_second),
+            **_host(throughput),
         )
     if gpu() is None:
         return
@@ -59,9 +61,9 @@ def stage_decode(workspace: Workspace) -> None:
 
         feed()
         feed()
-        taken = rate(turn, len(files), seconds)
+        throughput = rate(turn, len(files), seconds)
         name = f"decode alone, DALI mixed, hw_decoder_load {share:g}, fancy {int(fancy)}"
-        print_result(name, images_per_second=round(taken.per_second), **_host(taken))
+        print_result(name, images_per_second=round(throughput.per_second), **_host(throughput))
 
 
 def decoders() -> list[tuple[str, BatchDecoder]]:
@@ -108,16 +110,16 @@ def stage_loader(workspace: Workspace) -> None:
     with judged() as require:
         for name, folder, file, batch in cases:
             size = 8 if workspace.small else batch
-            described = recipe_of(workspace, file, f"data.threads={cores()}")
-            settings = LoaderSettings.sample(described, size)
+            run_recipe = recipe_of(workspace, file, f"data.threads={cores()}")
+            settings = LoaderSettings.sample(run_recipe, size)
             with loader_of(index_of(folder), settings, device()) as loader:
                 batches = functools.partial(next, iter(loader))
-                taken = rate(batches, size, 0.5 if workspace.small else 5.0, warm_ups=4)
+                throughput = rate(batches, size, 0.5 if workspace.small else 5.0, warm_ups=4)
                 require(not loader.rejected, f"good images rejected: {loader.rejected}")
             print_result(
                 f"loader alone, {name}, batch {size}",
-                pairs_per_second=round(taken.per_second),
-                **_host(taken),
+                pairs_per_second=round(throughput.per_second),
+                **_host(throughput),
             )
 
 

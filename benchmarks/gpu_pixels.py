@@ -109,9 +109,9 @@ def _evaluation_view(workspace: Workspace, require: Require) -> None:
 
 def _training_views(workspace: Workspace, require: Require) -> None:
     index = index_of(workspace.photos)
-    described = recipe_of(workspace, "imagenet-1gpu.toml", f"data.threads={cores()}")
+    run_recipe = recipe_of(workspace, "imagenet-1gpu.toml", f"data.threads={cores()}")
     count = 8 if workspace.small else min(64, len(index))
-    settings = LoaderSettings.sample(described, count, steps=1)
+    settings = LoaderSettings.sample(run_recipe, count, steps=1)
     batches = []
     for on in (torch.device("cpu"), device()):
         with loader_of(index, settings, on) as loader:

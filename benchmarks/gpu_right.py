@@ -72,28 +72,28 @@ def _versions() -> dict[str, object]:
 def stage_doctor(workspace: Workspace) -> None:
     """`btpipe doctor`, which computes and compares on the card."""
     with judged() as require:
-        ended = btpipe("doctor", folder=workspace.work, json_lines=False)
-        broken = _named_behind("not usable:", ", ", ended)
-        print_result("doctor", exit_code=ended.code, broken=broken)
-        require(not broken and ended.code in (0, 5), f"broken: {broken or ended.code}")
+        result = btpipe("doctor", folder=workspace.work, json_lines=False)
+        broken = _named_behind("not usable:", ", ", result)
+        print_result("doctor", exit_code=result.code, broken=broken)
+        require(not broken and result.code in (0, 5), f"broken: {broken or result.code}")
 
 
 def stage_selftest(workspace: Workspace) -> None:
     """`btpipe selftest`."""
     with judged() as require:
-        ended = btpipe("selftest", folder=workspace.work, json_lines=False)
-        failed = _named_behind("the self-test failed:", "; ", ended)
-        print_result("selftest", exit_code=ended.code, failed=failed)
-        require(not failed and ended.code in (0, 6), f"failed: {failed or ended.code}")
+        result = btpipe("selftest", folder=workspace.work, json_lines=False)
+        failed = _named_behind("the self-test failed:", "; ", result)
+        print_result("selftest", exit_code=result.code, failed=failed)
+        require(not failed and result.code in (0, 6), f"failed: {failed or result.code}")
 
 
-def _named_behind(words: str, between: str, ended: CommandResult) -> list[str]:
+def _named_behind(words: str, between: str, result: CommandResult) -> list[str]:
     """What an error of btpipe lists behind these words.
 
     But for onnxruntime's CUDA provider on a machine whose onnxruntime is one for CPUs: a call that
     is about training alone may run there.
     """
-    lists = [line.partition(words)[2] for line in ended.text.splitlines() if words in line]
+    lists = [line.partition(words)[2] for line in result.text.splitlines() if words in line]
     names = [name.strip() for name in lists[0].split(between)] if lists else []
     provider = "CUDAExecutionProvider" in str(_versions().get("providers"))
     return [name for name in names if provider or not name.startswith("onnxruntime")]
@@ -105,24 +105,26 @@ def stage_badfiles(workspace: Workspace) -> None:
     with judged() as require:
         for threads in (8,) if workspace.small else (2, 8, 16):
             code = _TRAIN_OVER_JUNK.format(folder=str(workspace.nasty), threads=threads)
-            ended = _python(code)
-            named = [line for line in ended.stdout.splitlines() if line.startswith("bad: ")]
+            result = _python(code)
+            bad_lines = [line for line in result.stdout.splitlines() if line.startswith("bad: ")]
             print_result(
-                f"loader over junk, {threads} threads", exit_code=ended.returncode, bad=len(named)
+                f"loader over junk, {threads} threads",
+                exit_code=result.returncode,
+                bad=len(bad_lines),
             )
-            print(ended.stdout[-2000:], ended.stderr[-2000:])
-            require(ended.returncode == 0, f"{threads} threads: ended with {ended.returncode}")
-            names = sorted(line.removeprefix("bad: ") for line in named)
+            print(result.stdout[-2000:], result.stderr[-2000:])
+            require(result.returncode == 0, f"{threads} threads: ended with {result.returncode}")
+            names = sorted(line.removeprefix("bad: ") for line in bad_lines)
             require(names == bad, f"{threads} threads: {len(names)} of {len(bad)} bad files named")
-        ended = _python(
+        result = _python(
             _FUZZ.format(folder=str(workspace.photos), count=FUZZED, bytes=HEADER_BYTES)
         )
-        print(ended.stdout[-2000:], ended.stderr[-2000:])
-        last = ended.stdout.splitlines()[-1:] or [""]
+        print(result.stdout[-2000:], result.stderr[-2000:])
+        last = result.stdout.splitlines()[-1:] or [""]
         print_result(
-            "damaged headers beside good files", exit_code=ended.returncode, result=last[0]
+            "damaged headers beside good files", exit_code=result.returncode, result=last[0]
         )
-        require(ended.returncode == 0, f"damaged headers: ended with {ended.returncode}")
+        require(result.returncode == 0, f"damaged headers: ended with {result.returncode}")
 
 
 def _python(code: str) -> "subprocess.CompletedProcess[str]":
@@ -150,15 +152,15 @@ def train_over(folder: Path, threads: int) -> None:
 
     index = index_of(folder)
     overrides = ["data.image_size=64", f"data.threads={threads}"]
-    described = recipe.load(PROJECT / "recipes" / "folder.toml", overrides)
+    run_recipe = recipe.load(PROJECT / "recipes" / "folder.toml", overrides)
     steps = recipe.count_steps(len(index), batch_size=32, epochs=40)
-    settings = LoaderSettings.sample(described, 32, steps)
-    listed = {path.as_py() for path in index.table["path"]}
+    settings = LoaderSettings.sample(run_recipe, 32, steps)
+    index_paths = {path.as_py() for path in index.table["path"]}
     with loader_of(index, settings, device()) as loader:
         for _ in loader:
             pass
         rejected = {index.table["path"][row].as_py() for row in loader.rejected}
-    refused = {path.name for path in folder.iterdir()} - listed
+    refused = {path.name for path in folder.iterdir()} - index_paths
     for name in sorted(refused | rejected):
         print(f"bad: {name}")
 

@@ -45,8 +45,8 @@ def stage_resnet(workspace: Workspace) -> None:
     file, batch = "imagenet-1gpu.toml", "data.batch_size=256"
     with judged() as require:
         try:
-            named = "ResNet-50, compiled"
-            core, views = _measure(named, workspace, file, batch, compile_setting(workspace))
+            name = "ResNet-50, compiled"
+            core, views = _measure(name, workspace, file, batch, compile_setting(workspace))
             _profile(core, views, workspace, "resnet")
             del core, views
         except Exception:  # what the compiler cannot do must not cost the other numbers
@@ -111,18 +111,18 @@ def _measure(
     name: str, workspace: Workspace, file: str, *overrides: str, steps: int = 10
 ) -> tuple[step.Core, Views]:
     """Tells of a step as `pretrain` takes it, on pixels that are on the device."""
-    described = recipe_of(workspace, file, *overrides)
+    run_recipe = recipe_of(workspace, file, *overrides)
     on = device()
     torch.backends.cudnn.benchmark = True  # as runtime.start
-    core = step.build(described, on)
+    core = step.build(run_recipe, on)
     if core.compiled:
         step.compile(core)
-    views = _views(described, on)
+    views = _views(run_recipe, on)
     started = time.perf_counter()
     float(step.update(core, views, LR, BIAS_LR).terms.on_diagonal)
     first = time.perf_counter() - started
     timing = _timed(core, views, 2 if workspace.small else steps)
-    batch = described.data.batch_size
+    batch = run_recipe.data.batch_size
     print_result(
         f"{name}, batch {batch}, {core.precision}",
         pairs_per_second=round(1000 * batch / timing.gpu_ms),
@@ -134,8 +134,8 @@ def _measure(
     return core, views
 
 
-def _views(described: Recipe, on: torch.device) -> Views:
-    shape = (described.data.batch_size, *2 * (described.data.image_size,), 3)
+def _views(run_recipe: Recipe, on: torch.device) -> Views:
+    shape = (run_recipe.data.batch_size, *2 * (run_recipe.data.image_size,), 3)
     return [torch.randint(0, 256, shape, dtype=torch.uint8, device=on) for _ in range(2)]
 
 
@@ -211,15 +211,15 @@ def pretrain(workspace: Workspace, seconds: float) -> CommandResult:
     return btpipe("pretrain", recipe, *words, folder=workspace.work, seconds=seconds)
 
 
-def _print_run(name: str, ended: CommandResult) -> None:
-    steps = ended.of("StepDone")
+def _print_run(name: str, result: CommandResult) -> None:
+    steps = result.of("StepDone")
     last = steps[-1] if steps else {}
     print_result(
         name,
-        exit_code=ended.code,
+        exit_code=result.code,
         images_per_second=[round(float(str(s["images_per_second"]))) for s in steps[-3:]],
         data_wait=[round(float(str(s["data_wait"])), 3) for s in steps[-3:]],
         loss=last.get("loss"),
         step=last.get("step"),
-        compile_seconds=[round(float(str(e["seconds"])), 1) for e in ended.of("Compiled")],
+        compile_seconds=[round(float(str(e["seconds"])), 1) for e in result.of("Compiled")],
     )

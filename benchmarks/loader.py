@@ -96,12 +96,12 @@ def _images(
 
 
 def _loader_table(work: LoaderWork, options: LoaderOptions, source: str) -> TextTable:
-    named: dict[str, Prepare] = {
+    cases: dict[str, Prepare] = {
         "published transform, DataLoader": functools.partial(loader_cases.published_loader, work),
         "this loader": functools.partial(loader_cases.core_loader, work, False),
         "this loader, cast and normalised": functools.partial(loader_cases.core_loader, work, True),
     }
-    rows = _take_turns(named, options)
+    rows = _take_turns(cases, options)
     pairs = work.batch * work.batches
     title = (
         f"Pairs of views at {work.image_size} pixels, {work.batches} batches of {work.batch},"
@@ -123,18 +123,18 @@ def _parts_table(work: LoaderWork, options: LoaderOptions, source: str) -> TextT
     }
     cells: list[tuple[str, ...]] = []
     for part, (published, core) in parts.items():
-        named: dict[str, Prepare] = {
+        cases: dict[str, Prepare] = {
             f"{part}: Pillow and torchvision": functools.partial(published, work),
             f"{part}: DALI": functools.partial(core, work),
         }
-        rows = _take_turns(named, options)
+        rows = _take_turns(cases, options)
         cells += [_cells(row, rows[0], work.batch * work.batches) for row in rows]
     columns = ("part", "times faster", "CPU ms an image", "images per CPU-second")
     return TextTable(f"Parts of the loader, one thread each, {source}", columns, tuple(cells))
 
 
 def _gpu_loader_table(work: LoaderWork, options: LoaderOptions, source: str) -> TextTable:
-    named: dict[str, Prepare] = {
+    cases: dict[str, Prepare] = {
         "published transform, DataLoader": functools.partial(
             loader_cases.published_gpu_loader, work
         ),
@@ -143,7 +143,7 @@ def _gpu_loader_table(work: LoaderWork, options: LoaderOptions, source: str) -> 
             loader_cases.core_gpu_loader, work, True
         ),
     }
-    rows = _take_turns(named, options)
+    rows = _take_turns(cases, options)
     title = (
         f"Pairs of views at {work.image_size} pixels in the memory of {machine('cuda')},"
         f" {work.batches} batches of {work.batch}, {work.workers} workers, {source},"
@@ -161,14 +161,14 @@ def _gpu_loader_table(work: LoaderWork, options: LoaderOptions, source: str) -> 
 
 def _gpu_table(work: LoaderWork, options: LoaderOptions, source: str) -> TextTable:
     """Decoding for a GPU: on the CPU, and on the GPU with each share for its hardware decoder."""
-    named: dict[str, Prepare] = {
+    cases: dict[str, Prepare] = {
         "CPU": functools.partial(loader_cases.gpu_decode, work, None),
         "nvImageCodec, as pretrain uses it": functools.partial(loader_cases.batch_decode, work),
     }
     for share in HARDWARE_LOADS:
         name = f"DALI, mixed, hw_decoder_load {share:g}"
-        named[name] = functools.partial(loader_cases.gpu_decode, work, share)
-    rows = [_take_turns({name: prepare}, options)[0] for name, prepare in named.items()]
+        cases[name] = functools.partial(loader_cases.gpu_decode, work, share)
+    rows = [_take_turns({name: prepare}, options)[0] for name, prepare in cases.items()]
     title = f"Decoding a batch of {work.batch} for {machine('cuda')}, {source}"
     cells = [_gpu_cells(row, rows[0], work.batch) for row in rows]
     columns = ("decoder", "times faster", "images/s", "CPU ms an image")
@@ -181,10 +181,10 @@ def _gpu_cells(row: Measurement, base: Measurement, count: int) -> tuple[str, ..
     return row.name, faster, _rate(row, count), number(cpu_milliseconds)
 
 
-def _take_turns(named: Mapping[str, Prepare], options: LoaderOptions) -> list[Measurement]:
+def _take_turns(cases: Mapping[str, Prepare], options: LoaderOptions) -> list[Measurement]:
     """Every row in a process of its own, one after the other, `turns` times."""
     # One thread for torch: what it does here is small, and threads that wait burn CPU time.
-    turns = take_turns(named, options.turns, threads=1, has_children=lambda _: True)
+    turns = take_turns(cases, options.turns, threads=1, has_children=lambda _: True)
     return [Measurement(name, taken) for name, taken in turns.items()]
 
 

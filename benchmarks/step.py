@@ -107,18 +107,18 @@ def parse_grid(text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def measure(
-    named: Mapping[str, Prepare], options: StepOptions, device: Device
+    cases: Mapping[str, Prepare], options: StepOptions, device: Device
 ) -> list[Measurement]:
     """Every variant in its own process, some turns each; interleaved on a CPU."""
     if device == "cuda":
-        return [row for name in named for row in _take_turns({name: named[name]}, options)]
-    return _take_turns(named, options)
+        return [row for name in cases for row in _take_turns({name: cases[name]}, options)]
+    return _take_turns(cases, options)
 
 
-def _take_turns(named: Mapping[str, Prepare], options: StepOptions) -> list[Measurement]:
+def _take_turns(cases: Mapping[str, Prepare], options: StepOptions) -> list[Measurement]:
     processes = [
         MeasuredProcess(name, prepare, options.threads)
-        for name, prepare in named.items()
+        for name, prepare in cases.items()
         if prepare
     ]
     try:
@@ -138,7 +138,7 @@ def _take_turns(named: Mapping[str, Prepare], options: StepOptions) -> list[Meas
     finally:
         for process in processes:
             process.close()
-    return [Measurement(name, tuple(timings.get(name, ())), peaks.get(name, 0)) for name in named]
+    return [Measurement(name, tuple(timings.get(name, ())), peaks.get(name, 0)) for name in cases]
 
 
 def _step_table(options: StepOptions, device: Device, *, compiled: bool) -> TextTable:
@@ -146,16 +146,16 @@ def _step_table(options: StepOptions, device: Device, *, compiled: bool) -> Text
     published = functools.partial(step_cases.published_step, device, sizes)
     core = functools.partial(step_cases.core_step, device, sizes)
     default = default_core(device)
-    named: dict[str, Prepare] = {"published, fp32": functools.partial(published, "fp32")}
+    cases: dict[str, Prepare] = {"published, fp32": functools.partial(published, "fp32")}
     if default[0] == "bf16":
         published_half: Literal["fp16", "bf16"] = "fp16" if device == "cuda" else "bf16"
         name = f"published, {published_half} autocast"
-        named[name] = functools.partial(published, published_half)
+        cases[name] = functools.partial(published, published_half)
     for kind in core_kinds(device, compiled=compiled):
         name = f"this core, {kind[0]}" + (", compiled" if kind[1] else "")
         name += " (as pretrain runs it)" if kind == default else ""
-        named[name] = functools.partial(core, *kind)
-    rows = measure(named, options, device)
+        cases[name] = functools.partial(core, *kind)
+    rows = measure(cases, options, device)
     title = (
         f"One step: {sizes.backbone} at {sizes.image_size}, {sizes.batch} pairs of views, projector"
         f" 3 x {sizes.dimension}, {machine(device)}, {options.turns} turns"
@@ -197,17 +197,17 @@ def _loss_table(options: StepOptions, device: Device) -> TextTable:
     rows: list[tuple[str, ...]] = []
     for dimension in options.dimensions:
         for count in options.counts:
-            named: dict[str, Prepare] = {
+            cases: dict[str, Prepare] = {
                 "published": functools.partial(step_cases.published_loss, device, count, dimension)
             }
             forms: tuple[loss.Form, ...] = ("gram", "cross")
             for form in forms:
-                named[form] = functools.partial(
+                cases[form] = functools.partial(
                     step_cases.core_loss, device, count, dimension, form
                 )
             if SQUARES * 4 * dimension**2 > _free_bytes(device):
-                named |= dict.fromkeys(("published", "cross"))
-            measured = measure(named, options, device)
+                cases |= dict.fromkeys(("published", "cross"))
+            measured = measure(cases, options, device)
             rows += [_loss_cells(row, measured[0], count, dimension, device) for row in measured]
     title = f"The loss with its gradient, float32, {machine(device)}, {options.turns} turns"
     unit = "CPU-seconds" if device == "cpu" else "seconds"
@@ -233,13 +233,13 @@ def _loss_cells(
 
 
 def _lars_table(options: StepOptions, device: Device) -> TextTable:
-    named: dict[str, Prepare] = {
+    cases: dict[str, Prepare] = {
         "published, a loop over parameters": functools.partial(
             step_cases.published_lars, device, options.sizes
         ),
         "this core, foreach": functools.partial(step_cases.core_lars, device, options.sizes),
     }
-    rows = measure(named, options, device)
+    rows = measure(cases, options, device)
     unit = "CPU-seconds" if device == "cpu" else "seconds"
     sizes = options.sizes
     title = f"LARS on {sizes.backbone} and projector 3 x {sizes.dimension}, {machine(device)}"

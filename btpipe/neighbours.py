@@ -45,12 +45,12 @@ def largest(values: NDArray[np.float32], k: int) -> tuple[NDArray[np.int64], NDA
     if k == 0:
         return np.empty((len(values), 0), np.int64), np.empty((len(values), 0), np.float32)
     threshold = np.partition(values, -k, axis=1)[:, -k, None]
-    kept = values >= threshold
-    surplus = np.count_nonzero(kept, axis=1) - k
+    mask = values >= threshold
+    surplus = np.count_nonzero(mask, axis=1) - k
     for row in np.flatnonzero(surplus):  # equal to the k-th value, but there is no room for all
         equal = np.flatnonzero(values[row] == threshold[row])
-        kept[row, equal[-surplus[row] :]] = False
-    columns = np.nonzero(kept)[1].reshape(len(values), k)
+        mask[row, equal[-surplus[row] :]] = False
+    columns = np.nonzero(mask)[1].reshape(len(values), k)
     chosen = np.take_along_axis(values, columns, axis=1)
     order = np.argsort(-chosen, axis=1, kind="stable")
     return (

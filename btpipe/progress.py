@@ -182,10 +182,10 @@ class Training:
         lines = []
         if self.step:
             lines += [step_text(self.step), correlation_text(self.step, self.batch_size)]
-        judged = [ranks_text(self.ranks)] if self.ranks else []
+        quality = [ranks_text(self.ranks)] if self.ranks else []
         if self.knn:
-            judged.append(f"kNN {self.knn.accuracy:.1%} (epoch {self.knn.epoch:.0f})")
-        return [*lines, "  ".join(judged)] if judged else lines
+            quality.append(f"kNN {self.knn.accuracy:.1%} (epoch {self.knn.epoch:.0f})")
+        return [*lines, "  ".join(quality)] if quality else lines
 
 
 def pace_text(event: events.Progressed) -> str:
@@ -246,11 +246,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _table(shown: events.TextTable) -> Table:
-    table = Table(title=shown.title, title_justify="left", title_style="bold")
-    for i, column in enumerate(shown.columns):
-        numbers = i > 0 and all(NUMBER.match(row[i]) for row in shown.rows)
+def _table(content: events.TextTable) -> Table:
+    table = Table(title=content.title, title_justify="left", title_style="bold")
+    for i, column in enumerate(content.columns):
+        numbers = i > 0 and all(NUMBER.match(row[i]) for row in content.rows)
         table.add_column(column, justify="right" if numbers else "left", overflow="fold")
-    for row in shown.rows:
+    for row in content.rows:
         table.add_row(*map(Text, row))  # in plain text rich would take [brackets] for markup
     return table

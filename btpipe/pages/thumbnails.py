@@ -34,14 +34,14 @@ def make(
     side = next(side for rows, side in SIDES if count <= rows or not rows)
     order = np.random.default_rng(0).permutation(count).tolist()
     thumbnails: dict[int, str] = {}
-    taken, started = 0, time.monotonic()
+    total_bytes, started = 0, time.monotonic()
     last_report = started
     with concurrent.futures.ThreadPoolExecutor(runtime.cores(), "btpipe-thumbnail") as pool:
         for done, (row, text) in enumerate(_drawn(order, read, side, pool)):
-            if taken + len(text) + 1 > most_bytes:
+            if total_bytes + len(text) + 1 > most_bytes:
                 break
             if text:
-                thumbnails[row], taken = text, taken + len(text) + 1
+                thumbnails[row], total_bytes = text, total_bytes + len(text) + 1
             now = time.monotonic()
             if now - last_report > REPORT_SECONDS:
                 last_report, speed = now, per_second(done, now - started)

@@ -47,13 +47,13 @@ class Matrix:
     @property
     def about(self) -> str:
         """What is seen, in one sentence."""
-        shown = (
+        contents = (
             f"blocks of {self.block} x {self.block}: mean |C_ij|, on the diagonal mean C_ii"
             if self.block > 1
             else "every C_ij"
         )
         return (
-            f"{self.dimension} dimensions, {self.images} images, {shown}; mean diagonal"
+            f"{self.dimension} dimensions, {self.images} images, {contents}; mean diagonal"
             f" {self.mean_diagonal:.3f}, off-diagonal RMS {self.off_diagonal_rms:.3f}"
         )
 
@@ -68,14 +68,14 @@ def measure(run: Path, selection: str, on_event: Report) -> list[Matrix]:
         UsageError: a step without a checkpoint; those that there are, are named.
         IntegrityError: a checkpoint or the index is damaged.
     """
-    described, index = recipe.load(run / "recipe.toml"), open_index(run / "index.parquet")
+    run_recipe, index = recipe.load(run / "recipe.toml"), open_index(run / "index.parquet")
     steps = _steps(run, selection)
-    size = min(described.data.batch_size, MOST_IMAGES, len(index))
+    size = min(run_recipe.data.batch_size, MOST_IMAGES, len(index))
     with runtime.start() as process:
-        pairs = view_pairs.read(index, described, size, process.device, on_event, known_bad={})
+        pairs = view_pairs.read(index, run_recipe, size, process.device, on_event, known_bad={})
         matrices = []
         for step in steps:
-            model = _network(run, described, step, on_event).to(process.device)
+            model = _network(run, run_recipe, step, on_event).to(process.device)
             with torch.no_grad():
                 z = model(pairs.first, pairs.second).z
             matrices.append(_matrix(run.resolve().name, step, z[0], z[1]))
@@ -120,9 +120,13 @@ def _matrix(name: str, step: int, z1: torch.Tensor, z2: torch.Tensor) -> Matrix:
 
 def _steps(run: Path, selection: str) -> list[int]:
     saved_steps = checkpoint.steps(run)
-    named = {"first": 0, "last": max(saved_steps, default=0)}
+    steps_by_name = {"first": 0, "last": max(saved_steps, default=0)}
     parts = [part.strip() for part in selection.split(",") if part.strip()]
-    steps = [named[part] if part in named else int(part) for part in parts if _is_step(part)]
+    steps = [
+        steps_by_name[part] if part in steps_by_name else int(part)
+        for part in parts
+        if _is_step(part)
+    ]
     strange = [part for part in parts if not _is_step(part)]
     missing = [str(step) for step in steps if step not in (0, *saved_steps)]
     if strange or missing or not steps:
@@ -140,10 +144,10 @@ def _is_step(part: str) -> bool:
     return part in ("first", "last") or part.isdecimal()
 
 
-def _network(run: Path, described: Recipe, step: int, on_event: Report) -> network.BarlowTwins:
-    model = network.initialise(described)
+def _network(run: Path, run_recipe: Recipe, step: int, on_event: Report) -> network.BarlowTwins:
+    model = network.initialise(run_recipe)
     if step == 0 and 0 not in checkpoint.steps(run):
-        init_from.load(run, described.network, model, on_event)
+        init_from.load(run, run_recipe.network, model, on_event)
         return model
     model.load_state_dict(checkpoint.model_state(checkpoint.folder_of(run, step)))
     return model

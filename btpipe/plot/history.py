@@ -85,7 +85,7 @@ def read(run: Path) -> History:
     if not (run / "recipe.toml").is_file():
         fix = "name a run folder: runs/NAME"
         raise UsageError("no run there", where=run, expected="a folder with recipe.toml", fix=fix)
-    described = recipe.load(run / "recipe.toml")
+    run_recipe = recipe.load(run / "recipe.toml")
     log = run / "events.jsonl"
     if not log.is_file():
         raise UsageError(
@@ -106,7 +106,7 @@ def read(run: Path) -> History:
             starts=tuple(reader.starts),
             times=reader.times,
             floor=float(str(reader.begun["loss_floor"])),
-            lambd=described.loss.lambd,
+            lambd=run_recipe.loss.lambd,
             batch_size=int(str(reader.begun["batch_size"])),
             steps=int(str(reader.begun["steps"])),
             steps_per_epoch=max(1, int(str(reader.begun["steps_per_epoch"]))),
@@ -203,11 +203,11 @@ def thin(line: Series, most: int) -> Series:
     if len(line) <= most:
         return line
     length = -(-len(line) // max(1, most // 2))
-    kept: set[tuple[int, float]] = {line[0], line[-1]}
+    points: set[tuple[int, float]] = {line[0], line[-1]}
     for start in range(0, len(line), length):
         stretch = line[start : start + length]
-        kept |= {min(stretch, key=_value), max(stretch, key=_value)}
-    return tuple(sorted(kept))
+        points |= {min(stretch, key=_value), max(stretch, key=_value)}
+    return tuple(sorted(points))
 
 
 def _value(point: tuple[int, float]) -> float:

@@ -121,11 +121,11 @@ def _body(
 
 
 def _drawn(panels: Sequence[Panel]) -> str:
-    drawn = "\n".join(
+    sections = "\n".join(
         _panel(f"panel{i}", f"{panel.title}{f', {panel.unit}' if panel.unit else ''}", panel.about)
         for i, panel in enumerate(panels)
     )
-    return f'<div class="panels">\n{drawn}\n</div>'
+    return f'<div class="panels">\n{sections}\n</div>'
 
 
 def _table(numbers: TextTable) -> str:

@@ -160,10 +160,10 @@ def diagrams(runs: Sequence[History], by: By) -> tuple[list[Panel], list[str]]:
     panels, missing = [], []
     for plan in PLANS:
         lines = [line for i, run in enumerate(runs) for line in _lines(plan, run, runs, i, by)]
-        drawn = [line for line in lines if not line.bound]
-        if plan.rare and not any(any(line.y) for line in drawn):
+        curves = [line for line in lines if not line.bound]
+        if plan.rare and not any(any(line.y) for line in curves):
             continue
-        if not drawn:
+        if not curves:
             missing.append(plan.title)
             continue
         log = plan.log and _spans_decades([y for line in lines for y in line.y])

@@ -125,16 +125,16 @@ def _follow(
     histories: list[History], write: Write, on_event: Report, patience_seconds: float
 ) -> list[History]:
     """Writes pages that read themselves again, until no run goes on or a signal came."""
-    runs, gone = [run.path for run in histories], _Gone(patience_seconds)
+    runs, watch = [run.path for run in histories], _ProcessWatch(patience_seconds)
     with runtime.StopSignals() as signals:
         write(histories, True)
         looked = time.monotonic()
         for run in histories:
-            if not run.ended and not gone.holds(run.path):
+            if not run.ended and not watch.holds(run.path):
                 text = "no process of this machine trains it now; Ctrl-C ends looking at it"
                 on_event(Note(f"{run.path}: {text}"))
         while not signals.first and not all(
-            run.ended or gone.is_gone(run.path) for run in histories
+            run.ended or watch.is_gone(run.path) for run in histories
         ):
             time.sleep(0.1)
             if time.monotonic() - looked < RELOAD_SECONDS:
@@ -144,13 +144,13 @@ def _follow(
                 histories = now
                 write(histories, True)
     for run in histories:
-        if not run.ended and gone.is_gone(run.path):
+        if not run.ended and watch.is_gone(run.path):
             text = f"its process is gone; it stands at step {run.step:,} of {run.steps:,}"
             on_event(Note(f"{run.path}: {text}"))
     return histories
 
 
-class _Gone:
+class _ProcessWatch:
     """Which runs lost the process that trained them. One that no process of this machine was seen
     to hold is not told to be gone: another machine may train it.
     """

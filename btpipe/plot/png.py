@@ -125,7 +125,7 @@ def _draw(axes: Axes, panel: Panel, marks: Sequence[Sign], by: By) -> None:
 
 def _draw_matrix(figure: Figure, axes: Axes, matrix: Matrix) -> None:
     whole = matrix.block == 1
-    drawn = axes.imshow(
+    picture = axes.imshow(
         matrix.cells,
         cmap="RdBu_r" if whole else "Oranges",
         vmin=-1 if whole else 0,
@@ -133,7 +133,7 @@ def _draw_matrix(figure: Figure, axes: Axes, matrix: Matrix) -> None:
         extent=(0, matrix.dimension, matrix.dimension, 0),
         interpolation="nearest",
     )
-    figure.colorbar(drawn, ax=axes, shrink=0.8)
+    figure.colorbar(picture, ax=axes, shrink=0.8)
     title = f"{matrix.run}, step {matrix.step:,}: mean diagonal {matrix.mean_diagonal:.3f}"
     block = f", mean |C| of {matrix.block} x {matrix.block}" if not whole else ""
     axes.set_title(f"{title}{block}", loc="left", fontsize=10, color=INK)

@@ -64,17 +64,17 @@ def prepare(
 
 
 def _index(recipe: Recipe, on_event: Report) -> tuple[Index, list[Rejected]]:
-    named = recipe.data.inputs
+    inputs = recipe.data.inputs
     try:
-        index, rejected = build(named, on_event)
+        index, rejected = build(inputs, on_event)
     except UsageError as error:
         fix = "put the training images there (any tree of folders), or: --set data.train=DIR"
-        what = f"data.train = {' '.join(named)!r}: {error.what}"
+        what = f"data.train = {' '.join(inputs)!r}: {error.what}"
         raise UsageError(what, where=error.where, expected=error.expected, fix=fix) from error
     if len(index) < recipe.data.batch_size:
         raise UsageError(
             f"{len(index)} readable images are less than one batch of {recipe.data.batch_size}",
-            where=" ".join(named),
+            where=" ".join(inputs),
             fix="add images, or lower the batch: --set data.batch_size=N",
         )
     return index, rejected
@@ -149,7 +149,7 @@ class RunRejects:
         with (self._folder / RECIPE).open() as turn:
             fcntl.flock(turn, fcntl.LOCK_EX)
             before = rejects.read(self._folder / REJECTS)
-            listed = {bad.path for bad in before}
-            fresh = [rejected[row] for row in sorted(rejected) if rejected[row].path not in listed]
+            paths = {bad.path for bad in before}
+            fresh = [rejected[row] for row in sorted(rejected) if rejected[row].path not in paths]
             if fresh:
                 rejects.write(self._folder / REJECTS, before + fresh)

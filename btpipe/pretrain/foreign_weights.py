@@ -204,23 +204,23 @@ def _match(tensors: State, settings: Network, file: Path) -> tuple[State, dict[s
     prefix = _prefix(tensors, file)
     inside = _inside(tensors, prefix)
     state: State = {}
-    wrong: list[str] = []
+    mismatches: list[str] = []
     for name, shape in shapes.items():
         tensor = inside.get(name)
         if tensor is None and name.endswith(COUNTER):
             state[name] = torch.zeros((), dtype=torch.int64)
         elif tensor is None:
-            wrong.append(f"{name} is missing")
+            mismatches.append(f"{name} is missing")
         elif tuple(tensor.shape) != shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, not {shape}")
+            mismatches.append(f"{name} is {tuple(tensor.shape)}, not {shape}")
         elif tensor.is_floating_point() == name.endswith(COUNTER):
-            wrong.append(f"{name} is of type {tensor.dtype}")
+            mismatches.append(f"{name} is of type {tensor.dtype}")
         else:
             kind = torch.int64 if name.endswith(COUNTER) else torch.float32
             state[name] = tensor.detach().to(kind, copy=True).contiguous()
     over = [f"{name} is left over" for name in inside if INSIDE.match(name) and name not in shapes]
-    if wrong or over:
-        raise _another_network(inside, wrong, over, settings, file)
+    if mismatches or over:
+        raise _another_network(inside, mismatches, over, settings, file)
     others = [key for key in tensors if key.removeprefix(prefix) not in shapes]
     return state, dict(Counter(_owner(key, prefix) for key in others))
 
@@ -257,11 +257,11 @@ def _shapes(settings: Network) -> dict[str, tuple[int, ...]]:
 
 
 def _another_network(
-    inside: State, wrong: list[str], over: list[str], settings: Network, file: Path
+    inside: State, mismatches: list[str], over: list[str], settings: Network, file: Path
 ) -> RefusedError:
     """Names what does not fit, and the network that fits best."""
-    lines = [*wrong[:EXAMPLES], *over[:EXAMPLES]]
-    more = len(wrong) + len(over) - len(lines)
+    lines = [*mismatches[:EXAMPLES], *over[:EXAMPLES]]
+    more = len(mismatches) + len(over) - len(lines)
     text = "; ".join(lines) + (f"; and {more} more" if more else "")
     keys = ", ".join(list(inside)[:EXAMPLES])
     return RefusedError(
@@ -283,14 +283,14 @@ def _nearest(inside: State) -> str:
 
 def _best(inside: State) -> tuple[float, Network]:
     """The network with the largest share of its tensors here, by name and shape, and that share."""
-    there = {name: tuple(tensor.shape) for name, tensor in inside.items()}
-    body = sum(bool(INSIDE.match(name)) and not name.endswith(COUNTER) for name in there)
+    file_shapes = {name: tuple(tensor.shape) for name, tensor in inside.items()}
+    body = sum(bool(INSIDE.match(name)) and not name.endswith(COUNTER) for name in file_shapes)
     fits: list[tuple[float, Network]] = []
     for backbone in get_args(Backbone):
         for stem in STEMS:
             network = Network(backbone=backbone, stem=stem)
             shapes = _shapes(network)
             names = [name for name in shapes if not name.endswith(COUNTER)]
-            same = sum(there.get(name) == shapes[name] for name in names)
+            same = sum(file_shapes.get(name) == shapes[name] for name in names)
             fits.append((same / max(len(names), body), network))
     return max(fits, key=lambda fit: fit[0])

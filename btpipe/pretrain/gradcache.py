@@ -44,8 +44,8 @@ def backward(
     terms, gradients = judge(z)
     cached = zip(*(torch.split(gradient, micro_batch) for gradient in gradients), strict=True)
     for micro, z_gradients in zip(micros, cached, strict=True):
-        again = forward(micro).z
+        recomputed = forward(micro).z
         torch.autograd.backward(
-            again, [g.to(z.dtype) for g, z in zip(z_gradients, again, strict=True)]
+            recomputed, [g.to(z.dtype) for g, z in zip(z_gradients, recomputed, strict=True)]
         )
     return ViewEmbeddings(z, features), terms

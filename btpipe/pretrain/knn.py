@@ -34,8 +34,8 @@ def labelled_images(recipe: Recipe, on_event: Report) -> Index | None:
     Raises:
         UsageError: no images there, images without a label, or only one class.
     """
-    named = recipe.health.knn
-    if not named:
+    source = recipe.health.knn
+    if not source:
         return None
     expected = (
         "images with labels of two classes or more: a folder for each (DIR/cat/1.jpg), a list or"
@@ -43,17 +43,17 @@ def labelled_images(recipe: Recipe, on_event: Report) -> Index | None:
     )
     fix = "or train without judging: --set health.knn="
     try:
-        index, _ = build(named, on_event)
+        index, _ = build(source, on_event)
     except UsageError as error:
-        what = f"health.knn = {named!r}: {error.what}"
+        what = f"health.knn = {source!r}: {error.what}"
         raise UsageError(what, where=error.where, expected=expected, fix=fix) from error
     labels = index.labels
     if None in labels:
         what = f"health.knn: {index.table['path'][labels.index(None)].as_py()} has no label"
-        raise UsageError(what, where=named, expected=expected, fix=fix)
+        raise UsageError(what, where=source, expected=expected, fix=fix)
     if len(set(labels)) < 2:
         what = f"health.knn: {labels[0]!r} is the only class"
-        raise UsageError(what, where=named, expected=expected, fix=fix)
+        raise UsageError(what, where=source, expected=expected, fix=fix)
     return index
 
 

@@ -96,7 +96,9 @@ def draw_samples(recipe: Recipe, on_event: Report, *, count: int, epoch: int) ->
             width=int(sizes[i, 1]),
             height=int(sizes[i, 0]),
             original=_shown(originals[i]),
-            views=tuple(_view(pixels[k][i], drawn, i, sizes[i]) for k, drawn in enumerate(draws)),
+            views=tuple(
+                _view(pixels[k][i], view_draws, i, sizes[i]) for k, view_draws in enumerate(draws)
+            ),
         )
         for i, row in enumerate(batch.images)
     ]

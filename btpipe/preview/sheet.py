@@ -186,9 +186,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _fitted(text: str, width: int, size: int) -> str:
     """The text, or its two ends where it is longer than `width` pixels."""
     font = _font(size)
-    kept = len(text)
-    shown = text
-    while font.getlength(shown) > width and kept > 2:
-        kept -= 1
-        shown = f"{text[: kept // 2]}{ELLIPSIS}{text[len(text) - (kept - kept // 2) :]}"
-    return shown
+    length = len(text)
+    fitted = text
+    while font.getlength(fitted) > width and length > 2:
+        length -= 1
+        fitted = f"{text[: length // 2]}{ELLIPSIS}{text[len(text) - (length - length // 2) :]}"
+    return fitted

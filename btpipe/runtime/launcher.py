@@ -211,7 +211,7 @@ def _raise(
             raise note.error
     if signals.first:
         raise Stopped(f"stopped by {signals.first}", fix="run the same command to go on")
-    lost, how, fix = [failed], "", AGAIN
+    lost_ranks, how, fix = [failed], "", AGAIN
     exit_code = _exit_code(ranks[failed])
     if exit_code < 0:
         how = f"killed by {signal.Signals(-exit_code).name}"
@@ -221,8 +221,9 @@ def _raise(
             )
     elif notes:
         answering = {note.rank for note in notes}
-        lost = [number for number in range(len(ranks)) if number not in answering] or lost
-        how = "it does not answer" if failed not in lost else str(notes[0].error)
+        silent = [number for number in range(len(ranks)) if number not in answering]
+        lost_ranks = silent or lost_ranks
+        how = "it does not answer" if failed not in lost_ranks else str(notes[0].error)
     else:
         how = f"it ended with exit code {exit_code}"
-    raise MachineError(f"rank {', '.join(map(str, lost))} was lost ({how})", fix=fix)
+    raise MachineError(f"rank {', '.join(map(str, lost_ranks))} was lost ({how})", fix=fix)

@@ -127,8 +127,8 @@ def _lost(error: RuntimeError) -> str:
     text = str(error)
     if "imed out" in text or "timeout" in text:
         return "another rank does not answer" if _of_a_collective(error) else ""
-    gone = isinstance(error, dist.DistError) or _of_a_collective(error)
-    return "the connection to another rank was lost" if gone else ""
+    is_lost = isinstance(error, dist.DistError) or _of_a_collective(error)
+    return "the connection to another rank was lost" if is_lost else ""
 
 
 def _of_a_collective(error: RuntimeError) -> bool:
@@ -149,10 +149,10 @@ def _with_threads(runtime: Runtime) -> Runtime:
 
 def cores() -> int:
     """CPU cores that this process may use: its share of those that its machine's ranks may."""
-    rank_env, mine = find_rank_env(), len(os.sched_getaffinity(0))
+    rank_env, count = find_rank_env(), len(os.sched_getaffinity(0))
     if rank_env is None:
-        return mine
-    return max(1, min(mine, rank_env.local_cores) or mine // rank_env.local_world_size)
+        return count
+    return max(1, min(count, rank_env.local_cores) or count // rank_env.local_world_size)
 
 
 def keep_to(cores: Sequence[int], gpu: int | None) -> None:
@@ -162,8 +162,8 @@ def keep_to(cores: Sequence[int], gpu: int | None) -> None:
     """
     os.sched_setaffinity(0, cores)
     if gpu is not None:
-        shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        os.environ["CUDA_VISIBLE_DEVICES"] = shown.split(",")[gpu] if shown else str(gpu)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
 
 
 def core_groups(count: int) -> list[tuple[int, ...]]:
@@ -172,11 +172,11 @@ def core_groups(count: int) -> list[tuple[int, ...]]:
     Raises:
         UsageError: fewer cores than groups.
     """
-    mine = sorted(os.sched_getaffinity(0))
-    if not 1 <= count <= len(mine):
-        raise UsageError(f"{count} workers", expected=f"1 to {len(mine)}, one core for each")
+    cpus = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(cpus):
+        raise UsageError(f"{count} workers", expected=f"1 to {len(cpus)}, one core for each")
     return [
-        tuple(mine[i * len(mine) // count : (i + 1) * len(mine) // count]) for i in range(count)
+        tuple(cpus[i * len(cpus) // count : (i + 1) * len(cpus) // count]) for i in range(count)
     ]
 
 
