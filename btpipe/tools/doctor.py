@@ -21,7 +21,7 @@ from btpipe import artifact, runtime
 from btpipe.errors import MachineError
 from btpipe.events import Finished, Report, TextTable
 from btpipe.tools import doctor_gpu
-from btpipe.tools.finding import REINSTALL, MachineFinding, readable_bytes, tried
+from btpipe.tools.finding import REINSTALL, MachineFinding, Value, readable_bytes, tried
 
 RUN_BYTES = 5 * 2**30
 """Free disk for a run: three checkpoints of ResNet-50 and its 8192 projector take 4.2 GB."""
@@ -61,10 +61,10 @@ def run(report: Report, folder: Path) -> None:
         MachineError: something is broken.
     """
     started = time.monotonic()
-    found = examine(folder)
-    looks = sum(finding.verdict != "ok" for finding in found)
-    report(MachineExamined(time.monotonic() - started, tuple(found), looks))
-    broken = [finding for finding in found if finding.verdict == "broken"]
+    findings = examine(folder)
+    looks = sum(finding.verdict != "ok" for finding in findings)
+    report(MachineExamined(time.monotonic() - started, tuple(findings), looks))
+    broken = [finding for finding in findings if finding.verdict == "broken"]
     if broken:
         raise MachineError(
             f"not usable: {', '.join(finding.name for finding in broken)}",
@@ -100,11 +100,14 @@ def examine(folder: Path) -> list[MachineFinding]:
 def _processor() -> MachineFinding:
     cores, quota = runtime.cores(), _cpu_quota()
     kinds = ["bf16"] * runtime.cpu_has_bf16() + ["int8"] * runtime.cpu_has_int8()
-    found = f"{cores} cores, {platform.machine()}{', fast in ' if kinds else ''}{', '.join(kinds)}"
-    if quota is not None and quota < cores:
-        to_do = f"--set data.threads={max(1, round(quota))}, or raise the container's CPU limit"
-        return MachineFinding("processor", f"{found}; {quota:g} cores allowed", "look", to_do)
-    return MachineFinding("processor", found)
+    text = f"{cores} cores, {platform.machine()}{', fast in ' if kinds else ''}{', '.join(kinds)}"
+    allowed = cores if quota is None else quota
+    values = {"cores": cores, "allowed_cores": allowed, "fast_in": tuple(kinds)}
+    if allowed < cores:
+        text += f"; {allowed:g} cores allowed"
+        to_do = f"--set data.threads={max(1, round(allowed))}, or raise the container's CPU limit"
+        return MachineFinding("processor", text, "look", to_do, values)
+    return MachineFinding("processor", text, values=values)
 
 
 def _cpu_quota() -> float | None:
@@ -119,16 +122,17 @@ def _cpu_quota() -> float | None:
 def _memory() -> MachineFinding:
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    found = f"{readable_bytes(free)} free"
+    text, values = f"{readable_bytes(free)} free", {"free_bytes": free}
     if free < MEMORY_BYTES:
-        return MachineFinding(
-            "memory", found, "look", "smaller data.batch_size, or run.micro_batch"
-        )
-    return MachineFinding("memory", found)
+        to_do = "smaller data.batch_size, or run.micro_batch"
+        return MachineFinding("memory", text, "look", to_do, values)
+    return MachineFinding("memory", text, values=values)
 
 
 def _python() -> MachineFinding:
-    return MachineFinding("Python", f"{platform.python_version()}, btpipe {btpipe.__version__}")
+    values = {"python": platform.python_version(), "btpipe": btpipe.__version__}
+    text = f"{values['python']}, btpipe {btpipe.__version__}"
+    return MachineFinding("Python", text, values=values)
 
 
 def _torch() -> MachineFinding:
@@ -136,26 +140,30 @@ def _torch() -> MachineFinding:
     vision = importlib.import_module("torchvision").__version__
     importlib.import_module("torchvision.models")
     cuda = f", CUDA {torch.version.cuda}" if torch.version.cuda else ", without CUDA"
-    return MachineFinding("torch", f"{torch.__version__}{cuda}; torchvision {vision}")
+    text = f"{torch.__version__}{cuda}; torchvision {vision}"
+    values = {"torch": str(torch.__version__), "torchvision": str(vision)}
+    return MachineFinding("torch", text, values={**values, "cuda": torch.version.cuda or ""})
 
 
 def _dali() -> MachineFinding:
     """Makes the evaluation view of pictures, on the CPU."""
-    made = importlib.import_module("btpipe.tools.gpu_pixels").evaluation_views(None)
-    if made.std() < CONTRAST:
-        raise RuntimeError(f"JPEGs became pixels of {made.mean():.0f} +- {made.std():.1f}")
+    pixels = importlib.import_module("btpipe.tools.gpu_pixels").evaluation_views(None)
+    if pixels.std() < CONTRAST:
+        raise RuntimeError(f"JPEGs became pixels of {pixels.mean():.0f} +- {pixels.std():.1f}")
     installed = [f"{n} {v}" for n in runtime.DALI_PACKAGES if (v := runtime.package_version(n))]
     version = importlib.import_module("nvidia.dali").__version__
-    found = f"{', '.join(installed) or f'DALI {version}'}: decodes"
+    text = f"{', '.join(installed) or f'DALI {version}'}: decodes"
+    values: dict[str, Value] = {"dali": version, "packages": tuple(installed)}
     nvjpeg = next(iter(runtime.mapped_nvjpegs()), None)
     if nvjpeg:
-        found += f"; nvJPEG is {str(nvjpeg.resolve()).rpartition('-packages/')[2]}"
+        values["nvjpeg"] = str(nvjpeg.resolve()).rpartition("-packages/")[2]
+        text += f"; nvJPEG is {values['nvjpeg']}"
     if nvjpeg and nvjpeg.parent.name == "torchvision.libs" and runtime.gpu_count():
         fix = (
             "pip install --force-reinstall nvidia-nvjpeg, or nvidia-nvjpeg-cu12: DALI's is not used"
         )
-        return MachineFinding("DALI", found, "look", fix)
-    return MachineFinding("DALI", found)
+        return MachineFinding("DALI", text, "look", fix, values)
+    return MachineFinding("DALI", text, values=values)
 
 
 def _onnxruntime() -> MachineFinding:
@@ -164,33 +172,34 @@ def _onnxruntime() -> MachineFinding:
     array = importlib.import_module("numpy")
     model = doctor_gpu.model("Relu", {}, (2,), (2,))
     session = engine.InferenceSession(model, providers=["CPUExecutionProvider"])
-    (made,) = session.run(None, {"x": array.array([-1, 2], array.float32)})
-    if made.tolist() != [0, 2]:
-        raise RuntimeError(f"max(x, 0) of -1 and 2 gave {made.tolist()}")
-    providers = engine.get_available_providers()
-    found = f"{engine.__version__}: {', '.join(p.removesuffix('Provider') for p in providers)}"
+    (result,) = session.run(None, {"x": array.array([-1, 2], array.float32)})
+    if result.tolist() != [0, 2]:
+        raise RuntimeError(f"max(x, 0) of -1 and 2 gave {result.tolist()}")
+    providers = tuple(p.removesuffix("Provider") for p in engine.get_available_providers())
+    text = f"{engine.__version__}: {', '.join(providers)}"
+    values = {"onnxruntime": engine.__version__, "providers": providers}
     folders = [runtime.package_folder(name) for name in ("onnxruntime", "onnxruntime-gpu")]
     if folders[0] is not None and folders[0] == folders[1]:
         fix = "pip uninstall onnxruntime; then pip install --force-reinstall onnxruntime-gpu"
-        return MachineFinding(
-            "onnxruntime", f"{found}; two packages over each other", "broken", fix
-        )
-    return MachineFinding("onnxruntime", found)
+        text += "; two packages over each other"
+        return MachineFinding("onnxruntime", text, "broken", fix, values)
+    return MachineFinding("onnxruntime", text, values=values)
 
 
 def _compiler() -> MachineFinding:
     """What torch.compile needs: a C++ compiler, and Python's headers."""
     builder = importlib.import_module("torch._inductor.cpp_builder")
     try:
-        found = str(builder.get_cpp_compiler())
+        path = str(builder.get_cpp_compiler())
     except Exception:
         fix = f"apt install g++, or {EAGER}"
         return MachineFinding("compiler", "no C++ compiler: torch.compile cannot work", "look", fix)
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.is_file():
         fix = f"apt install python3-dev, or {EAGER}"
-        return MachineFinding("compiler", f"{found}; no Python.h: no torch.compile", "look", fix)
-    return MachineFinding("compiler", f"{found}, Python.h")
+        text = f"{path}; no Python.h: no torch.compile"
+        return MachineFinding("compiler", text, "look", fix, {"compiler": path})
+    return MachineFinding("compiler", f"{path}, Python.h", values={"compiler": path})
 
 
 def _disk(folder: Path) -> MachineFinding:
@@ -202,27 +211,27 @@ def _disk(folder: Path) -> MachineFinding:
         fix = "go to a folder that you may write to"
         return MachineFinding("disk", f"{folder.resolve()}: {error.strerror}", "broken", fix)
     free = shutil.disk_usage(folder).free
-    found = f"{readable_bytes(free)} free in {folder.resolve()}"
+    text = f"{readable_bytes(free)} free in {folder.resolve()}"
+    values: dict[str, Value] = {"free_bytes": free, "folder": str(folder.resolve())}
     if free < RUN_BYTES:
-        return MachineFinding(
-            "disk", found, "look", f"a run of ResNet-50 wants {readable_bytes(RUN_BYTES)}"
-        )
-    return MachineFinding("disk", found)
+        to_do = f"a run of ResNet-50 wants {readable_bytes(RUN_BYTES)}"
+        return MachineFinding("disk", text, "look", to_do, values)
+    return MachineFinding("disk", text, values=values)
 
 
 def _shared_memory() -> MachineFinding:
     size = shutil.disk_usage(SHARED).total
-    found = f"{SHARED} of {readable_bytes(size)}"
+    text, values = f"{SHARED} of {readable_bytes(size)}", {"bytes": size}
     if size < SHARED_BYTES and runtime.gpu_count() > 1:
-        return MachineFinding(
-            "shared memory", found, "look", "start the container with --shm-size=8g"
-        )
-    return MachineFinding("shared memory", found)
+        to_do = "start the container with --shm-size=8g"
+        return MachineFinding("shared memory", text, "look", to_do, values)
+    return MachineFinding("shared memory", text, values=values)
 
 
 def _open_files() -> MachineFinding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    found = f"{soft} at a time"
+    text, values = f"{soft} at a time", {"limit": soft, "hard_limit": hard}
     if soft < OPEN_FILES:
-        return MachineFinding("open files", found, "look", f"ulimit -n {min(hard, 65_536)}")
-    return MachineFinding("open files", found)
+        to_do = f"ulimit -n {min(hard, 65_536)}"
+        return MachineFinding("open files", text, "look", to_do, values)
+    return MachineFinding("open files", text, values=values)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from btpipe import runtime
 from btpipe.errors import BtpipeError
-from btpipe.tools.finding import MachineFinding, readable_bytes
+from btpipe.tools.finding import MachineFinding, Value, readable_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,9 +40,9 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 class Wrong(Exception):
     """What was computed, and what was expected; what to do where the library is to blame."""
 
-    def __init__(self, found: str, to_do: str = DRIVER) -> None:
-        super().__init__(found)
-        self.to_do = to_do
+    def __init__(self, text: str, to_do: str = DRIVER, **values: Value) -> None:
+        super().__init__(text)
+        self.to_do, self.values = to_do, values
 
 
 def gpus() -> MachineFinding:
@@ -52,16 +52,20 @@ def gpus() -> MachineFinding:
     if not counted:
         if driver.exists():
             fix = "look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
-            return MachineFinding("GPU", "a driver, but no GPU to use", "look", fix)
-        return MachineFinding("GPU", "none: training and embedding run on the CPU")
+            text = "a driver, but no GPU to use"
+            return MachineFinding("GPU", text, "look", fix, {"gpus": 0})
+        text = "none: training and embedding run on the CPU"
+        return MachineFinding("GPU", text, values={"gpus": 0})
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         to_do = f"update the driver to one for CUDA {torch.version.cuda}, or install another torch"
-        return MachineFinding("GPU", f"{counted}, which torch cannot use", "broken", to_do)
+        text = f"{counted}, which torch cannot use"
+        return MachineFinding("GPU", text, "broken", to_do, {"gpus": counted})
     names = sorted({torch.cuda.get_device_name(i) for i in range(counted)})
     free, total = torch.cuda.mem_get_info(0)
     memory = f"{readable_bytes(free)} of {readable_bytes(total)} free on the first"
-    return MachineFinding("GPU", f"{counted} x {', '.join(names)}; {memory}")
+    values = {"gpus": counted, "names": tuple(names), "free_bytes": free, "bytes": total}
+    return MachineFinding("GPU", f"{counted} x {', '.join(names)}; {memory}", values=values)
 
 
 def computed() -> list[MachineFinding]:
@@ -80,14 +84,17 @@ def _on_all(name: str, compare: Callable[[int], None], to_do: str) -> MachineFin
         try:
             compare(number)
         except Wrong as error:
-            return MachineFinding(name, f"GPU {number}: {error}", "broken", error.to_do)
+            text, values = f"GPU {number}: {error}", {"gpu": number, **error.values}
+            return MachineFinding(name, text, "broken", error.to_do, values)
         except BtpipeError as error:
-            return MachineFinding(name, f"GPU {number}: {error.what}", "broken", error.fix or to_do)
+            text, fix = f"GPU {number}: {error.what}", error.fix or to_do
+            return MachineFinding(name, text, "broken", fix, {"gpu": number})
         except Exception as error:
-            text = str(error).strip().splitlines()
-            said = f"GPU {number}: {type(error).__name__}: {text[0] if text else ''}"
-            return MachineFinding(name, said, "broken", to_do)
-    return MachineFinding(name, "computes what the CPU computes")
+            lines = str(error).strip().splitlines()
+            text = f"GPU {number}: {type(error).__name__}: {lines[0] if lines else ''}"
+            return MachineFinding(name, text, "broken", to_do, {"gpu": number})
+    compared = {"gpus": runtime.gpu_count()}
+    return MachineFinding(name, "computes what the CPU computes", values=compared)
 
 
 def _torch(number: int) -> None:
@@ -101,29 +108,34 @@ def _torch(number: int) -> None:
     product, convolved = torch.matmul, torch.nn.functional.conv2d
     factors = drawn(256, 256), drawn(256, 256)
     images, kernels = drawn(2, 16, 32, 32), drawn(16, 16, 3, 3)
-    for what, compute, given, tolerance in (
+    for what, compute, operands, tolerance in (
         ("a copy there and back", lambda x: x, factors[:1], 0.0),
         ("a float32 product", product, factors, SINGLE),
         ("a convolution", convolved, (images, kernels), TENSOR_FLOAT),
     ):
-        found = compute(*(one.to(device) for one in given)).cpu().numpy()
-        require(what, found, compute(*given).numpy(), tolerance)
+        result = compute(*(one.to(device) for one in operands)).cpu().numpy()
+        require(what, result, compute(*operands).numpy(), tolerance)
     runtime.require_float32_products(device)
 
 
 def _dali(number: int) -> None:
     """The evaluation view of a few drawn JPEGs."""
-    decoding = importlib.import_module("btpipe.data.pipeline.decode")
-    pixels = importlib.import_module("btpipe.tools.gpu_pixels")
-    found, expected = (pixels.evaluation_views(gpu) for gpu in (number, None))
-    if rescued := decoding.batch_decoder(number, runtime.cores()).rescued:
-        said = f"{rescued} of {pixels.IMAGES} drawn JPEGs are decoded by the CPU alone"
-        raise Wrong(said, OTHER_DALI)
-    apart = pixels.grey_levels(found, expected)
-    if not apart <= GREY_LEVELS:
+    decode = importlib.import_module("btpipe.data.pipeline.decode")
+    gpu_pixels = importlib.import_module("btpipe.tools.gpu_pixels")
+    views, expected = (gpu_pixels.evaluation_views(gpu) for gpu in (number, None))
+    if rescued := decode.batch_decoder(number, runtime.cores()).rescued:
+        text = f"{rescued} of {gpu_pixels.IMAGES} drawn JPEGs are decoded by the CPU alone"
+        raise Wrong(text, OTHER_DALI, rescued=rescued, images=gpu_pixels.IMAGES)
+    difference = gpu_pixels.grey_levels(views, expected)
+    if not difference <= GREY_LEVELS:
         raise Wrong(
-            f"the evaluation view of drawn JPEGs is {found.mean():.1f} on average,"
-            f" {expected.mean():.1f} expected; pixels are {apart:.1f} apart, {GREY_LEVELS} allowed"
+            f"the evaluation view of drawn JPEGs is {views.mean():.1f} on average,"
+            f" {expected.mean():.1f} expected; pixels are {difference:.1f} apart,"
+            f" {GREY_LEVELS} allowed",
+            mean=float(views.mean()),
+            expected_mean=float(expected.mean()),
+            difference=difference,
+            allowed=GREY_LEVELS,
         )
 
 
@@ -142,47 +154,51 @@ def _onnxruntime(number: int) -> None:
         for shape in ((2, 16, 32, 32), (16, 16, 3, 3))
     )
     content = model("Conv", {"kernels": kernels}, (2, 16, 32, 32), (2, 16, 30, 30))
-    made = []
+    results = []
     for name, settings in ((CUDA, {"device_id": str(number), "use_tf32": "0"}), (CPU, {})):
         session = engine.InferenceSession(content, providers=[(name, settings)], enable_fallback=0)
-        if (taken := session.get_providers()[0]) != name:
-            raise Wrong(f"onnxruntime runs on {taken}, {name} expected", OTHER_ENGINE)
-        made.append(session.run(None, {"x": images})[0])
-    require("a convolution", made[0], made[1], SINGLE)
+        if (provider := session.get_providers()[0]) != name:
+            raise Wrong(f"onnxruntime runs on {provider}, {name} expected", OTHER_ENGINE)
+        results.append(session.run(None, {"x": images})[0])
+    require("a convolution", results[0], results[1], SINGLE)
 
 
 def model(
     operator: str,
     weights: "Mapping[str, NDArray[np.float32]]",
-    taken: Sequence[int],
-    given: Sequence[int],
+    input_shape: Sequence[int],
+    output_shape: Sequence[int],
 ) -> bytes:
     """An ONNX model of one operator of float32 `x` and the weights, of these shapes."""
     helper = importlib.import_module("onnx.helper")
     numpy_helper = importlib.import_module("onnx.numpy_helper")
     ends = [
-        helper.make_tensor_value_info("x", 1, taken),
-        helper.make_tensor_value_info("y", 1, given),
+        helper.make_tensor_value_info("x", 1, input_shape),
+        helper.make_tensor_value_info("y", 1, output_shape),
     ]
     tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     node = helper.make_node(operator, ["x", *weights], ["y"])
     graph = helper.make_graph([node], "g", ends[:1], ends[1:], tensors)
     opset = [helper.make_opsetid("", 17)]
-    made: bytes = helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
-    return made
+    built = helper.make_model(graph, opset_imports=opset, ir_version=8)
+    return bytes(built.SerializeToString())
 
 
 def require(
-    what: str, found: "NDArray[np.float32]", expected: "NDArray[np.float32]", tolerance: float
+    what: str, result: "NDArray[np.float32]", expected: "NDArray[np.float32]", tolerance: float
 ) -> None:
     """Returns where a result is the expected one, relative to the largest number.
 
     Raises:
         Wrong: it is another one, or not a number.
     """
-    error = float(abs(found - expected).max() / abs(expected).max())
+    error = float(abs(result - expected).max() / abs(expected).max())
     if not error <= tolerance:
         raise Wrong(
-            f"{what} is {found.mean():.4g} on average, {expected.mean():.4g} expected;"
-            f" largest difference {error:.1e}, {tolerance:.0e} allowed"
+            f"{what} is {result.mean():.4g} on average, {expected.mean():.4g} expected;"
+            f" largest difference {error:.1e}, {tolerance:.0e} allowed",
+            mean=float(result.mean()),
+            expected_mean=float(expected.mean()),
+            difference=error,
+            allowed=tolerance,
         )

@@ -1,21 +1,23 @@
 """One thing that the doctor looked at."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
+Value = int | float | str | tuple[str, ...]
 Verdict = Literal["ok", "look", "broken"]
 REINSTALL = "install btpipe anew: pip install --force-reinstall ."
 
 
 @dataclasses.dataclass(frozen=True)
 class MachineFinding:
-    """What was found; `to_do` where it is not as it should be."""
+    """What was found, in words and by name; `to_do` where it is not as it should be."""
 
     name: str
     found: str
     verdict: Verdict = "ok"
     to_do: str = ""
+    values: Mapping[str, Value] = dataclasses.field(default_factory=dict)
 
 
 def tried(name: str, look: Callable[[], MachineFinding], to_do: str) -> MachineFinding:
