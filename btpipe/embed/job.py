@@ -65,7 +65,7 @@ def embed(
     source: Path | str | Sequence[Path | str],
     out: Path,
     encoder: EncoderConfig,
-    report: Report,
+    on_event: Report,
     options: JobOptions = DEFAULTS,
 ) -> Embedded:
     """Embeds every image of `source` into `out` and its rejects file.
@@ -82,33 +82,33 @@ def embed(
     started = time.monotonic()
     outputs.check(out)
     with runtime.StopSignals() as signals:
-        run = _EmbedJob(out, encoder, options, _StoppableReport(report, signals))
-        with _pool(run.encoder, options, report, signals) as pool:
+        run = _EmbedJob(out, encoder, options, _StoppableReport(on_event, signals))
+        with _pool(run.encoder, options, on_event, signals) as pool:
             run.look_at_table()
             if run.before is None:
                 pool.start()  # a worker starts in seconds: while the inputs are listed
             run.plan(source)
             images = run.make(pool) if run.is_due() else 0
     summary = run.summary(images, time.monotonic() - started)
-    report(summary)
+    on_event(summary)
     _keep_budget(summary, options.max_bad)
     return summary
 
 
 def _pool(
-    encoder: EncoderConfig, options: JobOptions, report: Report, signals: runtime.StopSignals
+    encoder: EncoderConfig, options: JobOptions, on_event: Report, signals: runtime.StopSignals
 ) -> WorkerPool | RayPool:
     config, limit = WorkerConfig(encoder, decode=options.decode), options.limit_seconds
     if options.cluster == "ray":
-        return RayPool(config, options.workers, limit, report, signals)
-    return WorkerPool(worker_configs(config, options.workers), limit, report, signals)
+        return RayPool(config, options.workers, limit, on_event, signals)
+    return WorkerPool(worker_configs(config, options.workers), limit, on_event, signals)
 
 
 class _StoppableReport:
     """A report that ends the job when a signal asked for it."""
 
-    def __init__(self, report: Report, signals: runtime.StopSignals) -> None:
-        self.plain, self._signals = report, signals
+    def __init__(self, on_event: Report, signals: runtime.StopSignals) -> None:
+        self.plain, self._signals = on_event, signals
 
     def __call__(self, event: Event) -> None:
         self.plain(event)
@@ -131,16 +131,16 @@ class _EmbedJob:
         out: Path,
         requested: EncoderConfig,
         options: JobOptions,
-        report: _StoppableReport,
+        on_event: _StoppableReport,
     ) -> None:
-        self._out, self._folder, self._report = out, work_folder.folder_of(out), report
+        self._out, self._folder, self._on_event = out, work_folder.folder_of(out), on_event
         self._options, self._share = options, Share.parse(options.shard)
         if not requested.bundle.is_dir():
             fix = "make one first: btpipe export --onnx"
             raise UsageError("no bundle there", where=requested.bundle, fix=fix)
         opened = contract.open_bundle(requested.bundle)
         earlier = {} if options.overwrite else resolve.earlier_settings(out)
-        self.encoder = resolve.resolve(opened, requested, earlier, report)
+        self.encoder = resolve.resolve(opened, requested, earlier, on_event)
         self._footer = resolve.footer(opened, self.encoder, self._share, options.dtype)
         self.before: Mapping[str, str] | None = None
         self._is_finished = False
@@ -157,7 +157,7 @@ class _EmbedJob:
         except IntegrityError as error:
             if not self._options.overwrite and not self._options.repair:
                 raise
-            self._report(Warned(f"{self._out}: replaced, because it {error.what}"))
+            self._on_event(Warned(f"{self._out}: replaced, because it {error.what}"))
         if self.before is not None and not self._options.overwrite:
             fix = "choose another --out, or replace the table with --overwrite"
             ours = self._footer.metadata()
@@ -165,7 +165,7 @@ class _EmbedJob:
 
     def plan(self, source: Path | str | Sequence[Path | str]) -> None:
         """Lists the inputs, and sees whether the table is of them."""
-        self._index, refused = build(source, self._report)
+        self._index, refused = build(source, self._on_event)
         outputs.refuse_input(self._out, [origin.place for origin in self._index.sources])
         self._footer = dataclasses.replace(
             self._footer,
@@ -193,7 +193,7 @@ class _EmbedJob:
     def is_due(self) -> bool:
         """Whether there is anything to make; a finished table's leftovers are removed."""
         if self._is_finished and self._options.repair and not vector_cache.is_whole(self._out):
-            self._report(Warned(f"{self._out}: damaged; what is whole of it is kept"))
+            self._on_event(Warned(f"{self._out}: damaged; what is whole of it is kept"))
             self._is_finished = False
         if self._is_finished and self._folder.exists():
             with work_folder.locked(self._folder):
@@ -208,8 +208,8 @@ class _EmbedJob:
                 self._refused,
                 self._footer,
                 self._folder,
-                self._report.plain,
-                self._report.check,
+                self._on_event.plain,
+                self._on_event.check,
             )
             writer.follow(self._fresh, self._earlier(), overwrite=self._options.overwrite)
             pool.start()

@@ -15,7 +15,7 @@ from btpipe.events import Rejected, Report
 from btpipe.results import Merged
 
 
-def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool = False) -> None:
+def merge(shards: Sequence[Path], out: Path, on_event: Report, *, overwrite: bool = False) -> None:
     """Streams the tables that `embed(..., shard="i/n")` made into `out`, in the plan's order.
 
     Raises:
@@ -32,7 +32,7 @@ def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool 
         earlier = outputs.footer_of(out)
         if earlier is not None:
             if identity.items() <= earlier.items() and not earlier.get(table.SHARD):
-                report(_merged(out, len(tables), started, nothing_to_do=True))
+                on_event(_merged(out, len(tables), started, nothing_to_do=True))
                 return
             fix = "choose another --out, or replace the table with --overwrite"
             work_folder.refuse_other(earlier, identity, "vectors", out, fix)
@@ -45,7 +45,7 @@ def merge(shards: Sequence[Path], out: Path, report: Report, *, overwrite: bool 
         table.take_place(rejects, table.rejects_path(out))
         outputs.take_place(out, vectors)
         work_folder.remove(folder)
-    report(_merged(out, len(tables), started))
+    on_event(_merged(out, len(tables), started))
 
 
 def _merged(out: Path, shards: int, started: float, *, nothing_to_do: bool = False) -> Merged:

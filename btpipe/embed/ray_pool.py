@@ -81,12 +81,12 @@ class RayPool:
         config: WorkerConfig,
         workers: int,
         limit_seconds: float,
-        report: Report,
+        on_event: Report,
         signals: runtime.StopSignals,
     ) -> None:
         runtime.require_ray()
         self._config, self._workers, self._limit_seconds = config, workers, limit_seconds
-        self._report, self._signals = report, signals
+        self._on_event, self._signals = on_event, signals
         self._connection, self._theirs = _CONTEXT.Pipe()
         self._process = _CONTEXT.Process(target=_drive, args=(self._theirs, os.getpid()))
 
@@ -131,7 +131,7 @@ class RayPool:
             if answer is None:
                 return
             for event in answer.events:
-                self._report(event)
+                self._on_event(event)
             if isinstance(answer.outcome, Failed):
                 raise answer.outcome.raised()
             yield PartProgress(images.pop(answer.outcome.part), 0.0)
@@ -292,8 +292,8 @@ class _Actor:
             self._shared.require()
             self._index = open_index(self._started.folder / work_folder.INDEX)
             config = dataclasses.replace(self._config, cores=runtime.core_groups(1)[0])
-            report, signals = self._events.append, runtime.StopSignals()
-            self._pool = WorkerPool([config], self._limit_seconds, report, signals)
+            on_event, signals = self._events.append, runtime.StopSignals()
+            self._pool = WorkerPool([config], self._limit_seconds, on_event, signals)
             self._pool.start()
         messages = list(self._pool.work(self._started, self._index, [task]))
         return next(message for message in messages if isinstance(message, PartWritten))

@@ -27,7 +27,7 @@ def earlier_settings(out: Path) -> Mapping[str, str]:
 
 
 def resolve(
-    bundle: contract.Bundle, requested: EncoderConfig, earlier: Mapping[str, str], report: Report
+    bundle: contract.Bundle, requested: EncoderConfig, earlier: Mapping[str, str], on_event: Report
 ) -> EncoderConfig:
     """The engine and precision that "auto" means here: for vectors that are there, theirs."""
     device = runtime.resolve_device(requested.device)
@@ -43,7 +43,7 @@ def resolve(
                     why = f"{precision}: as the vectors that are there"
     if not why:
         precision, why = precisions.choose(bundle, engine, requested.precision, device, agrees)
-    report(Note(why))
+    on_event(Note(why))
     return dataclasses.replace(requested, device=device, engine=engine, precision=precision)
 
 

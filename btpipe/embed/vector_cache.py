@@ -45,7 +45,7 @@ def gather(
     tables: Iterable[Path],
     footer: table.Footer,
     listed: pa.ChunkedArray,
-    report: Report,
+    on_event: Report,
 ) -> Gathered:
     """Writes the vectors of finished tables and parts into a locked work folder.
 
@@ -63,7 +63,7 @@ def gather(
                 else:
                     batches.append(_Batch.append_to(file, batch, footer))
             if lost:
-                report(Warned(f"{path}: {lost} rows are damaged; they are computed again"))
+                on_event(Warned(f"{path}: {lost} rows are damaged; they are computed again"))
             damaged += lost
         file.flush()
         os.fsync(file.fileno())

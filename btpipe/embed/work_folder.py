@@ -184,7 +184,7 @@ def commit(folder: Path, done: Commit, temporary: Path) -> None:
         os.fsync(file.fileno())
 
 
-def committed(folder: Path, plan: JobPlan, report: Report) -> dict[int, Commit]:
+def committed(folder: Path, plan: JobPlan, on_event: Report) -> dict[int, Commit]:
     """The parts that are done and whole; the others' lines and files are removed.
 
     A part whose bytes changed is computed again, with a warning.
@@ -198,7 +198,7 @@ def committed(folder: Path, plan: JobPlan, report: Report) -> dict[int, Commit]:
         if path.is_file() and artifact.file_digest(path) == entry.sha256:
             done[entry.part] = entry
         else:
-            report(Warned(f"{path}: changed or gone since it was written; computed again"))
+            on_event(Warned(f"{path}: changed or gone since it was written; computed again"))
     lines = "".join(done[part].line() for part in sorted(done))
     artifact.write_file(folder / COMMITS, lines.encode())
     sweep(folder, {part_path(folder, part).name for part in done})

@@ -67,11 +67,11 @@ class WorkerPool:
         self,
         configs: Sequence[WorkerConfig],
         limit_seconds: float,
-        report: Report,
+        on_event: Report,
         signals: runtime.StopSignals,
     ) -> None:
         self._configs = configs
-        self._limit_seconds, self._report, self._signals = limit_seconds, report, signals
+        self._limit_seconds, self._on_event, self._signals = limit_seconds, on_event, signals
         self._job: JobStarted | None = None
         self._fruitless = 0
         self._crash_counts: collections.Counter[int] = collections.Counter()
@@ -175,7 +175,7 @@ class WorkerPool:
         if self._fruitless >= FRUITLESS or max(self._losses.values(), default=0) >= LOSSES:
             fix = "run the same command again: it goes on; if nobody killed it, memory is short"
             raise MachineError(f"workers are lost one after the other; the last {how}", fix=fix)
-        self._report(Warned(f"a worker {how}: it is replaced, and its work done again"))
+        self._on_event(Warned(f"a worker {how}: it is replaced, and its work done again"))
         self._reject_culprits(rows, worker.config, how)
         assert self._job is not None
         fresh = _WorkerProcess(worker.config)

@@ -29,11 +29,11 @@ class Writer:
         refused: Sequence[Rejected],
         footer: table.Footer,
         folder: Path,
-        report: Report,
+        on_event: Report,
         check: Callable[[], None],
     ) -> None:
         self.index, self.refused, self.footer = index, refused, footer
-        self.folder, self.report, self._check = folder, report, check
+        self.folder, self.on_event, self._check = folder, on_event, check
 
     def follow(self, fresh: work_folder.JobPlan, earlier: Path | None, *, overwrite: bool) -> None:
         """Takes up the plan that was begun, or begins `fresh`.
@@ -49,10 +49,10 @@ class Writer:
             self.plan = unfinished
         else:
             self.plan = self._replace(unfinished, fresh, earlier, overwrite=overwrite)
-        self.done = work_folder.committed(self.folder, self.plan, self.report)
+        self.done = work_folder.committed(self.folder, self.plan, self.on_event)
         if self.done:
             kept = sum(len(self.plan.part_range(part)) for part in self.done)
-            self.report(Note(f"goes on: {kept} of {self.plan.rows} images are done"))
+            self.on_event(Note(f"goes on: {kept} of {self.plan.rows} images are done"))
 
     def _replace(
         self,
@@ -71,13 +71,13 @@ class Writer:
                     unfinished.settings, fresh.settings, "unfinished work", self.folder, fix
                 )
             what = "the images or the settings changed since this job began; it starts afresh"
-            self.report(Warned(f"{self.folder}: {what}"))
+            self.on_event(Warned(f"{self.folder}: {what}"))
             if unfinished.settings == fresh.settings:
-                done = work_folder.committed(self.folder, unfinished, self.report)
+                done = work_folder.committed(self.folder, unfinished, self.on_event)
                 tables += [work_folder.part_path(self.folder, part) for part in sorted(done)]
         if tables:
             paths = self.index.table["path"]
-            gathered = vector_cache.gather(self.folder, tables, self.footer, paths, self.report)
+            gathered = vector_cache.gather(self.folder, tables, self.footer, paths, self.on_event)
             fresh = dataclasses.replace(fresh, dropped=gathered.dropped)
         else:
             vector_cache.forget(self.folder)
@@ -95,7 +95,7 @@ class Writer:
             PartTask(part, rows.start, rows.stop, {})
             for part, rows in zip(missing, ranges, strict=True)
         ]
-        meter = _JobMeter(sum(map(len, ranges)), self.plan.rows, self.report)
+        meter = _JobMeter(sum(map(len, ranges)), self.plan.rows, self.on_event)
         started = JobStarted(self.folder, self.footer, batch_size)
         for message in pool.work(started, self.index, tasks):
             if isinstance(message, PartProgress):
@@ -108,9 +108,9 @@ class Writer:
     def _commit(self, written: PartWritten) -> None:
         for path in written.changed:
             what = "changed since it was listed; the vector is of what was read"
-            self.report(Warned(f"{path}: {what}"))
+            self.on_event(Warned(f"{path}: {what}"))
         for reject in written.rejects:
-            self.report(reject)
+            self.on_event(reject)
         done = work_folder.Commit(
             self.plan.digest,
             written.part,
@@ -144,9 +144,9 @@ class _JobMeter:
     The time that workers wait for data is a share of all workers' time.
     """
 
-    def __init__(self, missing: int, total: int, report: Report) -> None:
+    def __init__(self, missing: int, total: int, on_event: Report) -> None:
         self.done, self._waited = 0, 0.0
-        self._before, self._total, self._report = total - missing, total, report
+        self._before, self._total, self._on_event = total - missing, total, on_event
         self._started = time.monotonic()
         self._reported = 0.0
 
@@ -158,5 +158,5 @@ class _JobMeter:
         if now - self._reported >= REPORT_SECONDS or done == self._total:
             seconds = max(now - self._started, 1e-9)
             wait = min(self._waited / seconds, 1.0)
-            self._report(Progressed("embed", done, self._total, self.done / seconds, wait))
+            self._on_event(Progressed("embed", done, self._total, self.done / seconds, wait))
             self._reported = now

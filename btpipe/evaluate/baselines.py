@@ -95,7 +95,13 @@ class Comparison(Event):
 
 
 def compare(
-    run: Path, test: Path, out: Path, report: Report, *, pretrained: Path | None = None, k: int = 20
+    run: Path,
+    test: Path,
+    out: Path,
+    on_event: Report,
+    *,
+    pretrained: Path | None = None,
+    k: int = 20,
 ) -> Comparison:
     """Exports, embeds and judges a run's encoder and its untrained twin; keeps all of it in `out`.
 
@@ -110,7 +116,7 @@ def compare(
     if any(label is None for label in index.labels):
         fix = "compare on a data set with a folder of images for each class"
         raise UsageError("training images without classes", where=index.root, fix=fix)
-    quiet = _without_ends(report)
+    quiet = _without_ends(on_event)
     colours, pixels = _baselines(index, build(test, quiet)[0], quiet, k)
     untrained = bundle.export_run(run, out / "untrained", quiet, untrained=True)
     pretrained = pretrained or bundle.export_run(run, out / "pretrained", quiet)
@@ -123,15 +129,15 @@ def compare(
     return Comparison(run, colours, pixels, *judged)
 
 
-def _judge(train: Labelled, test: Labelled, name: str, report: Report, k: int) -> Scores:
+def _judge(train: Labelled, test: Labelled, name: str, on_event: Report, k: int) -> Scores:
     near = knn.accuracy(*train.numbered(train.names), *test.numbered(train.names), k)
-    return Scores(near, linear_probe.score(train, test, Path(name), report))
+    return Scores(near, linear_probe.score(train, test, Path(name), on_event))
 
 
-def _baselines(train: Index, test: Index, report: Report, k: int) -> tuple[Scores, Scores]:
+def _baselines(train: Index, test: Index, on_event: Report, k: int) -> tuple[Scores, Scores]:
     """Colour histograms, and the pixels themselves less the training images' mean picture."""
     (train_pixels, train_colours), (test_pixels, test_colours) = _pictures(train), _pictures(test)
-    colours = _judge(train_colours, test_colours, "colour histogram", report, k)
+    colours = _judge(train_colours, test_colours, "colour histogram", on_event, k)
     mean = train_pixels.embeddings.mean(axis=0)
     train_pixels, test_pixels = (
         _with(one, one.embeddings - mean) for one in (train_pixels, test_pixels)
@@ -143,7 +149,7 @@ def _baselines(train: Index, test: Index, report: Report, k: int) -> tuple[Score
     train_pixels, test_pixels = (
         _with(one, one.embeddings @ axes) for one in (train_pixels, test_pixels)
     )
-    score = linear_probe.score(train_pixels, test_pixels, Path("raw pixels"), report)
+    score = linear_probe.score(train_pixels, test_pixels, Path("raw pixels"), on_event)
     return colours, Scores(near, score)
 
 
@@ -191,12 +197,12 @@ def root_histograms(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray(np.sqrt(shares), dtype=np.float32)
 
 
-def _without_ends(report: Report) -> Report:
+def _without_ends(on_event: Report) -> Report:
     """Passes on everything but the last words of the parts: the comparison has its own."""
 
     def pass_on(event: Event) -> None:
         if not isinstance(event, Finished | verify.Gates):
-            report(event)
+            on_event(event)
 
     return pass_on
 

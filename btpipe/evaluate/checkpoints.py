@@ -43,7 +43,7 @@ class _Set:
 
 def run(
     folder: Path,
-    report: Report,
+    on_event: Report,
     *,
     by: By = "retrieval",
     images: tuple[str, ...] = (),
@@ -66,19 +66,21 @@ def run(
     with artifact.disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write = _writer(out)
-    selected = measure(folder, report, by=by, images=images, most=most)
+    selected = measure(folder, on_event, by=by, images=images, most=most)
     write(selected)
     artifact.write_json(out.with_suffix(".json"), selected.record())
     if selected.start_is_better:
-        report(Warned(selected.start_is_better))
-    report(selected)
+        on_event(Warned(selected.start_is_better))
+    on_event(selected)
     numbers = out.with_suffix(".json")
-    report(Note(f"{out} and {numbers} are written; btpipe export {folder} --step {selected.step}"))
+    on_event(
+        Note(f"{out} and {numbers} are written; btpipe export {folder} --step {selected.step}")
+    )
     return selected
 
 
 def measure(
-    folder: Path, report: Report, *, by: By, images: tuple[str, ...] = (), most: int = 1024
+    folder: Path, on_event: Report, *, by: By, images: tuple[str, ...] = (), most: int = 1024
 ) -> Selected:
     """Every measure of every checkpoint, and of the network the run started from.
 
@@ -101,7 +103,7 @@ def measure(
         raise UsageError("no checkpoint yet", where=folder, fix="let btpipe pretrain write one")
     labelled = _labelled(folder) if by == "knn" else None
     accuracies = {} if labelled else _accuracies(folder)
-    index = build(images, report)[0] if images else run_index
+    index = build(images, on_event)[0] if images else run_index
     if min(most, len(index)) < 2:
         raise UsageError(f"{len(index)} images", where=index.root, expected="two or more")
     known_bad = {} if images else RunRejects(folder, index).by_row()
@@ -109,11 +111,11 @@ def measure(
     rows: list[CheckpointRow] = []
     shares: dict[int, PerImage] = {}
     with runtime.start() as process:
-        image_set = _read(index, described, most, labelled, process.device, report, known_bad)
-        for step, encoder in _encoders(folder, [0, *steps], image_set, report):
+        image_set = _read(index, described, most, labelled, process.device, on_event, known_bad)
+        for step, encoder in _encoders(folder, [0, *steps], image_set, on_event):
             measures = _measured(encoder.to(process.device), described, image_set)
             if measures is None:
-                report(Warned(f"step {step}: its vectors are not finite; left out"))
+                on_event(Warned(f"step {step}: its vectors are not finite; left out"))
                 continue
             row, shares[step] = measures
             accuracy = row.knn if labelled else accuracies.get(step)
@@ -177,10 +179,10 @@ def _read(
     most: int,
     labelled: Index | None,
     device: torch.device,
-    report: Report,
+    on_event: Report,
     known_bad: Mapping[int, Rejected],
 ) -> _Set:
-    pairs = view_pairs.read(index, described, most, device, report, known_bad=known_bad)
+    pairs = view_pairs.read(index, described, most, device, on_event, known_bad=known_bad)
     pixels = [p for _, p in _evaluation(index, pairs.rows, described, device)]
     return _Set(pairs, torch.cat(pixels), labelled)
 
@@ -201,18 +203,18 @@ def _evaluation(
 
 
 def _encoders(
-    folder: Path, steps: list[int], image_set: _Set, report: Report
+    folder: Path, steps: list[int], image_set: _Set, on_event: Report
 ) -> Iterator[tuple[int, nn.Module]]:
     """Each step's encoder as export would publish it; damaged ones are named and left out."""
     started, each = time.monotonic(), 3 * len(image_set.pairs.rows)
     for i, step in enumerate(steps):
         rate = per_second(i * each, time.monotonic() - started)
-        report(Progressed("select", i * each, len(steps) * each, rate, 0.0))
+        on_event(Progressed("select", i * each, len(steps) * each, rate, 0.0))
         try:
             kept = None if step == 0 else step
-            source = encoder_source.of_run(folder, report, untrained=step == 0, step=kept)
+            source = encoder_source.of_run(folder, on_event, untrained=step == 0, step=kept)
         except IntegrityError as error:
-            report(Warned(f"step {step} is left out: {error}"))
+            on_event(Warned(f"step {step} is left out: {error}"))
             continue
         yield step, source.encoder.to(memory_format=torch.channels_last)  # as its pixels are
 

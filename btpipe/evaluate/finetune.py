@@ -81,7 +81,7 @@ class FinetuneScore:
     rejected: int
 
 
-def fit(job: FinetuneJob, process: Runtime, report: Report) -> FinetuneScore:
+def fit(job: FinetuneJob, process: Runtime, on_event: Report) -> FinetuneScore:
     """Trains and judges, from where `job.work` stands; every rank calls it.
 
     Raises:
@@ -108,14 +108,14 @@ def fit(job: FinetuneJob, process: Runtime, report: Report) -> FinetuneScore:
             world_size=process.world_size,
             start_step=start,
             device=process.device,
-            on_event=report,
+            on_event=on_event,
             rejected={},
         ) as loader,
     ):
-        _train(job, process, report, loader, model, optimizer, signals, start)
+        _train(job, process, on_event, loader, model, optimizer, signals, start)
     if not tuned and weights.digest(model.encoder.state_dict()) != before:
         raise NumericsError("the frozen encoder changed", where=job.bundle, fix="report this bug")
-    return _judge(job, bundle, model, process, report)
+    return _judge(job, bundle, model, process, on_event)
 
 
 def _settings(
@@ -146,7 +146,7 @@ def _optimizer(model: Classifier, protocol: Protocol, batch_size: int) -> torch.
 def _train(
     job: FinetuneJob,
     process: Runtime,
-    report: Report,
+    on_event: Report,
     loader: TrainingLoader,
     model: Classifier,
     optimizer: torch.optim.SGD,
@@ -177,7 +177,7 @@ def _train(
             )
         if now - reported > REPORT_SECONDS or done == steps:
             rate = (done - since) * loader.settings.batch_size / max(now - reported, 1e-9)
-            report(Progressed("eval", done, steps, rate, 0.0))
+            on_event(Progressed("eval", done, steps, rate, 0.0))
             reported, since = now, done
 
 
@@ -271,7 +271,7 @@ def _restore(job: FinetuneJob, model: Classifier, optimizer: torch.optim.SGD) ->
 
 
 def _judge(
-    job: FinetuneJob, bundle: contract.Bundle, model: Classifier, process: Runtime, report: Report
+    job: FinetuneJob, bundle: contract.Bundle, model: Classifier, process: Runtime, on_event: Report
 ) -> FinetuneScore:
     """The test images in the evaluation view, shared out among the ranks."""
     test = open_index(job.test)
@@ -283,7 +283,7 @@ def _judge(
     rows = np.arange(process.rank, len(test), process.world_size)
     for batch in evaluation_batches(test, rows, geometry, batch_size=64, threads=runtime.cores()):
         for bad in batch.rejected.values():
-            report(Warned(f"{bad.path} is not judged: {bad.reason}"))
+            on_event(Warned(f"{bad.path} is not judged: {bad.reason}"))
         counts[3] += len(batch.rejected)
         if len(batch.rows) == 0:
             continue

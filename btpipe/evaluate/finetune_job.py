@@ -128,20 +128,20 @@ def judge_on_rank(request: FinetuneRequest, mode: progress.Mode) -> None:
                 finetune.fit(_job(request), process, events.ignore)
                 runtime.barrier()
             return
-        with progress.show(mode) as report, _open(request, report) as identity:
+        with progress.show(mode) as on_event, _open(request, on_event) as identity:
             if runtime.any_rank(_stands(request.out, identity)):
                 record = json.loads(request.out.read_text())
-                report(_judged(request, record, time.monotonic() - started, nothing_to_do=True))
+                on_event(_judged(request, record, time.monotonic() - started, nothing_to_do=True))
                 return
-            score = finetune.fit(_job(request), process, report)
+            score = finetune.fit(_job(request), process, on_event)
             runtime.barrier()  # the others have read the lists of images
             record = {**identity, **_record(score)}
             artifact.write_json(request.out, record)
-            report(_judged(request, record, time.monotonic() - started))
+            on_event(_judged(request, record, time.monotonic() - started))
 
 
 @contextlib.contextmanager
-def _open(request: FinetuneRequest, report: Report) -> Iterator[dict[str, object]]:
+def _open(request: FinetuneRequest, on_event: Report) -> Iterator[dict[str, object]]:
     """Holds the prepared work folder, for one process at a time; what the score is to be of.
 
     After an error the folder stays where it holds a state to go on from.
@@ -150,7 +150,7 @@ def _open(request: FinetuneRequest, report: Report) -> Iterator[dict[str, object
     work, fix = _job(request).work, "wait for it, or choose another --out"
     with artifact.locked(work, "another process judges here", fix):
         try:
-            job = prepare(request, report)
+            job = prepare(request, on_event)
             images = len(open_index(job.train))
             yield {"kind": request.kind, "train images": images, **job.identity}
             shutil.rmtree(work / finetune.STATE, ignore_errors=True)
@@ -165,10 +165,10 @@ def _job(request: FinetuneRequest) -> finetune.FinetuneJob:
     return finetune.FinetuneJob(request.bundle, *files, request.protocol, work)
 
 
-def prepare(request: FinetuneRequest, report: Report) -> finetune.FinetuneJob:
+def prepare(request: FinetuneRequest, on_event: Report) -> finetune.FinetuneJob:
     """The job, with the lists of its images in the work folder; raises as `judge`."""
-    train, _ = build(request.train, report)
-    test, _ = build(request.test, report)
+    train, _ = build(request.train, on_event)
+    test, _ = build(request.test, on_event)
     _require_labels(train, "the training images")
     _require_labels(test, "the test images")
     chosen = _chosen(train, request)

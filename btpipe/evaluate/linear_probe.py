@@ -120,7 +120,7 @@ def judge(
     vectors: Path,
     test: Path | None,
     out: Path,
-    report: Report,
+    on_event: Report,
     *,
     labels: Labels = Labels(),
     split: float = 0.2,
@@ -136,7 +136,7 @@ def judge(
     """
     _require_ours(out)
     train_rows, test_rows, left_out = labelled.sides(vectors, test, labels, split, seed)
-    linear_score = score(train_rows, test_rows, vectors, report, seed=seed)
+    linear_score = score(train_rows, test_rows, vectors, on_event, seed=seed)
     share = split if test is None else 0.0
     digests = _digest(train_rows), _digest(test_rows)
     done = Probed(vectors, linear_score, train_rows.bundle, *digests, share, seed, left_out)
@@ -148,7 +148,7 @@ def judge(
 
 
 def score(
-    train: Labelled, test: Labelled, where: Path, report: Report, *, seed: int = 0
+    train: Labelled, test: Labelled, where: Path, on_event: Report, *, seed: int = 0
 ) -> LinearScore:
     """Trains on `train` with C chosen on a fifth of its images, and judges `test`.
 
@@ -178,10 +178,10 @@ def score(
 
     def on_progress(done: int, total: int) -> None:
         images, seconds = len(numbers) * done, time.monotonic() - started
-        report(Progressed("fit", images, len(numbers) * total, images / max(seconds, 1e-9), 0.0))
+        on_event(Progressed("fit", images, len(numbers) * total, images / max(seconds, 1e-9), 0.0))
 
     sweep = logistic.sweep(vectors, numbers, held_out, on_progress=on_progress)
-    _warn(sweep, where, report)
+    _warn(sweep, where, on_event)
     right = np.array([names.get(label, -1) for label in test.labels], dtype=np.int64)
     places = _places(sweep.model, test.embeddings, right)
     top1, top5 = (int(np.count_nonzero(places < k)) for k in (1, 5))
@@ -215,12 +215,12 @@ def _places(
     return np.concatenate(parts)
 
 
-def _warn(sweep: logistic.Swept, where: Path, report: Report) -> None:
+def _warn(sweep: logistic.Swept, where: Path, on_event: Report) -> None:
     if not sweep.model.converged:
-        report(Warned(f"{where}: the classifier has not converged in {logistic.STEPS} steps"))
+        on_event(Warned(f"{where}: the classifier has not converged in {logistic.STEPS} steps"))
     if sweep.at_end:
         end = f"C = {sweep.c:g} is the last that was tried: a better one may lie beyond"
-        report(Warned(f"{where}: {end}"))
+        on_event(Warned(f"{where}: {end}"))
 
 
 def _held_out(keys: list[str], seed: int) -> NDArray[np.bool_]:

@@ -68,7 +68,7 @@ class Groups:
 
 def run(
     path: Path,
-    report: Report,
+    on_event: Report,
     *,
     threshold: float | None = None,
     out: Path | None = None,
@@ -87,19 +87,19 @@ def run(
     started = time.monotonic()
     out = out or tables.list_path(path, "dupes")
     tables.check_list(out)
-    vectors = tables.open_vectors(path, report)
-    groups = group(vectors, report, threshold)
+    vectors = tables.open_vectors(path, on_event)
+    groups = group(vectors, on_event, threshold)
     tables.write_list(out, _list(vectors, groups))
     if html:
         _page(html, vectors, groups, threshold, images)
     seconds, spare = time.monotonic() - started, len(groups.rows) - groups.count
-    report(DupesFound(seconds, vectors.path, out, html, groups.count, spare, len(vectors)))
+    on_event(DupesFound(seconds, vectors.path, out, html, groups.count, spare, len(vectors)))
     if groups.count and not html:
-        report(Note("look before you delete anything: --html dupes.html shows the groups"))
+        on_event(Note("look before you delete anything: --html dupes.html shows the groups"))
     return groups
 
 
-def group(vectors: Vectors, report: Report, threshold: float | None) -> Groups:
+def group(vectors: Vectors, on_event: Report, threshold: float | None) -> Groups:
     """The groups of a table."""
     same, first = _same_bytes(vectors.column("digest"))
     root = _join(np.arange(len(vectors)), *same)
@@ -109,7 +109,7 @@ def group(vectors: Vectors, report: Report, threshold: float | None) -> Groups:
     # Bytes that are another row's are settled: one row of each goes on.
     kept = np.flatnonzero(first)
     unit = vectors.unit if first.all() else vectors.unit[kept]
-    on_progress = _CompareMeter(report, len(kept))
+    on_progress = _CompareMeter(on_event, len(kept))
     link_sets = (
         _near(unit, on_progress) if threshold is None else _above(unit, threshold, on_progress)
     )
@@ -122,8 +122,8 @@ def group(vectors: Vectors, report: Report, threshold: float | None) -> Groups:
 class _CompareMeter:
     """Reports blocks as pictures done."""
 
-    def __init__(self, report: Report, pictures: int) -> None:
-        self._report, self._pictures, self._started = report, pictures, time.monotonic()
+    def __init__(self, on_event: Report, pictures: int) -> None:
+        self._on_event, self._pictures, self._started = on_event, pictures, time.monotonic()
         self._last_report = self._started
 
     def __call__(self, done: int, total: int) -> None:
@@ -131,7 +131,7 @@ class _CompareMeter:
         if now - self._last_report >= 1 or done == total:
             pictures = self._pictures * done // total
             rate = per_second(pictures, now - self._started)
-            self._report(Progressed("compare", pictures, self._pictures, rate, 0.0))
+            self._on_event(Progressed("compare", pictures, self._pictures, rate, 0.0))
             self._last_report = now
 
 

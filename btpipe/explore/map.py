@@ -48,7 +48,7 @@ class Mapped(Finished):
 def make(
     vectors: Path,
     out: Path,
-    report: Report,
+    on_event: Report,
     *,
     by: By = "pca",
     most: int = MOST_POINTS,
@@ -66,20 +66,20 @@ def make(
     started = time.monotonic()
     if out.suffix.lower() != ".html":
         raise UsageError(f"--out {out}", expected="a name that ends in .html")
-    opened = tables.open_vectors(vectors, report)
+    opened = tables.open_vectors(vectors, on_event)
     rows = len(opened)
     chosen = np.unique(np.linspace(0, rows - 1, min(rows, most)).round().astype(np.int64))
     sample = opened.take(chosen) if len(chosen) < rows else opened
     pictures = Pictures(sample, images)
-    small = thumbnails.make(len(sample), pictures.content, report)
+    small = thumbnails.make(len(sample), pictures.content, on_event)
     root = images or sample.footer.get(table.ROOT, "")
     if not small:
         reason = f"they are not below {root}" if str(root) else "the table names no folder"
-        report(Warned(f"no pictures: {reason}; name theirs: --images DIR"))
-    points = _points(sample, by, clusters, small, report)
+        on_event(Warned(f"no pictures: {reason}; name theirs: --images DIR"))
+    points = _points(sample, by, clusters, small, on_event)
     map_page.write(out, vectors.name, dataclasses.replace(points, rows=rows, root=_address(root)))
     seconds, size = time.monotonic() - started, out.stat().st_size
-    report(Mapped(seconds, out, len(sample), rows, len(small), size))
+    on_event(Mapped(seconds, out, len(sample), rows, len(small), size))
 
 
 def _address(folder: str | Path) -> str:
@@ -88,14 +88,14 @@ def _address(folder: str | Path) -> str:
 
 
 def _points(
-    vectors: Vectors, by: By, clusters: int, small: dict[int, str], report: Report
+    vectors: Vectors, by: By, clusters: int, small: dict[int, str], on_event: Report
 ) -> Points:
     reduced = layout.principal(vectors.unit, CLUSTER_DIMENSIONS)
     places = {"pca": reduced[:, :2]}
     if by == "umap":
-        report(Note("UMAP takes about a minute for 10,000 vectors; --by pca is there at once"))
+        on_event(Note("UMAP takes about a minute for 10,000 vectors; --by pca is there at once"))
         places = {"umap": layout.umap(vectors.unit), **places}
-    report(Note(f"finding the {NEIGHBOURS} nearest of each of {len(vectors):,} vectors"))
+    on_event(Note(f"finding the {NEIGHBOURS} nearest of each of {len(vectors):,} vectors"))
     nearest, cosines = blocks.nearest_others(vectors.unit, NEIGHBOURS)
     return Points(
         paths=[path or "" for path in vectors.column("path")],

@@ -71,7 +71,7 @@ class OutliersFound(Finished):
 
 def run(
     path: Path,
-    report: Report,
+    on_event: Report,
     *,
     k: int = 10,
     top: int = 20,
@@ -89,7 +89,7 @@ def run(
     started = time.monotonic()
     out = out or tables.list_path(path, "outliers")
     tables.check_list(out)
-    vectors = tables.open_vectors(path, report)
+    vectors = tables.open_vectors(path, on_event)
     ranking = rank(vectors, k)
     tables.write_list(out, _list(vectors, ranking))
     if html:
@@ -101,7 +101,7 @@ def run(
         )
     )
     seconds = time.monotonic() - started
-    report(OutliersFound(seconds, vectors.path, out, html, len(vectors), k, strangest))
+    on_event(OutliersFound(seconds, vectors.path, out, html, len(vectors), k, strangest))
     return ranking
 
 

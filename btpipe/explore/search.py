@@ -71,7 +71,7 @@ class Searched(Finished):
 def run(
     path: Path,
     query: str,
-    report: Report,
+    on_event: Report,
     *,
     k: int = 20,
     model: Path | None = None,
@@ -89,7 +89,7 @@ def run(
         IntegrityError: not a table of vectors, or a damaged bundle.
     """
     started = time.monotonic()
-    vectors = tables.open_vectors(path, report)
+    vectors = tables.open_vectors(path, on_event)
     row = row_of(vectors, query)
     queries = (
         _embed(vectors, Path(query), model) if row is None else blocks.widen(vectors.unit[[row]])
@@ -104,7 +104,7 @@ def run(
     if html:
         _page(html, vectors, query, nearest, images)
     seconds = time.monotonic() - started
-    report(Searched(seconds, vectors.path, query, len(vectors), neighbours, html))
+    on_event(Searched(seconds, vectors.path, query, len(vectors), neighbours, html))
     return nearest
 
 

@@ -107,7 +107,7 @@ class _Groups:
         return self._kept[group], row - (int(self._stops[group - 1]) if group else 0)
 
 
-def open_vectors(path: Path, report: Report) -> Vectors:
+def open_vectors(path: Path, on_event: Report) -> Vectors:
     """Opens a table that `btpipe embed` wrote, in any of its formats.
 
     Raises:
@@ -127,13 +127,13 @@ def open_vectors(path: Path, report: Report) -> Vectors:
         if 2 * count * dimension <= MEMORY_BYTES:
             unit = np.concatenate(list(_unit(path, dimension)))
         else:
-            unit = _mapped(path, shape, report)
+            unit = _mapped(path, shape, on_event)
         return Vectors(path, footer, unit)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise IntegrityError(f"cannot be read: {error}", where=path) from error
 
 
-def _mapped(path: Path, shape: tuple[int, int], report: Report) -> Half:
+def _mapped(path: Path, shape: tuple[int, int], on_event: Report) -> Half:
     """The vectors from their file, which is written first where there is none of this table."""
     name = f"{path.name}.unit-{_key(path)}.npy"
     folders = (path.absolute().parent, Path.home() / ".cache" / "btpipe" / "vectors")
@@ -151,7 +151,7 @@ def _mapped(path: Path, shape: tuple[int, int], report: Report) -> Half:
         old.unlink(missing_ok=True)
     with artifact.disk_errors(folder / name):
         _write(path, folder / name, shape)
-    report(Note(f"{folder / name}: the vectors in float16, for the next time; may be deleted"))
+    on_event(Note(f"{folder / name}: the vectors in float16, for the next time; may be deleted"))
     return np.asarray(np.load(folder / name, mmap_mode="r"))
 
 

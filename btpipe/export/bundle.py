@@ -80,7 +80,7 @@ def parse_precisions(texts: Sequence[str]) -> tuple[Precision, ...]:
 def export_run(
     run: Path,
     out: Path,
-    report: Report,
+    on_event: Report,
     *,
     untrained: bool = False,
     step: int | None = None,
@@ -99,14 +99,14 @@ def export_run(
         RefusedError: `out` holds something else, and `overwrite` was not asked for.
         NumericsError: an exported model disagrees with the network; nothing is published.
     """
-    source = of_run(run, report, untrained=untrained, step=step)
-    return _export(source, out, report, images=images, overwrite=overwrite, options=options)
+    source = of_run(run, on_event, untrained=untrained, step=step)
+    return _export(source, out, on_event, images=images, overwrite=overwrite, options=options)
 
 
 def export_file(
     file: Path,
     out: Path,
-    report: Report,
+    on_event: Report,
     *,
     images: Path | None,
     size: int = 224,
@@ -121,14 +121,14 @@ def export_file(
             `out` holds something else, and `overwrite` was not asked for.
         NumericsError: an exported model disagrees with the network; nothing is published.
     """
-    source = of_file(file, size, report)
-    return _export(source, out, report, images=images, overwrite=overwrite, options=options)
+    source = of_file(file, size, on_event)
+    return _export(source, out, on_event, images=images, overwrite=overwrite, options=options)
 
 
 def _export(
     source: EncoderSource,
     out: Path,
-    report: Report,
+    on_event: Report,
     *,
     images: Path | None,
     overwrite: bool,
@@ -149,10 +149,10 @@ def _export(
     is_there = _stands(out, origin, overwrite=overwrite)
     if not is_there:
         artifact.sweep(out.parent, out.name)
-        chosen = samples.choose(index, source.preprocessing, report, calibrate=calibrate)
-        publish(source, chosen, out, origin, report, options)
+        chosen = samples.choose(index, source.preprocessing, on_event, calibrate=calibrate)
+        publish(source, chosen, out, origin, on_event, options)
     size, models = source.preprocessing.size, tuple(options.models)
-    report(Exported(time.monotonic() - started, out, size, models, is_there))
+    on_event(Exported(time.monotonic() - started, out, size, models, is_there))
     return out
 
 
@@ -161,7 +161,7 @@ def publish(
     chosen: Samples,
     out: Path,
     origin: dict[str, object],
-    report: Report,
+    on_event: Report,
     options: BundleOptions = PLAIN,
 ) -> None:
     """Writes the bundle, reads it back, and gives it its name if all its models agree.
@@ -179,7 +179,7 @@ def publish(
         reference = weights.load(folder / contract.WEIGHTS, described)
         vectors = verify.reference(reference, prepared, chosen.pixels)
         gates = _gates(vectors, source, chosen, folder, options)
-        report(verify.Gates(tuple(gates.values())))
+        on_event(verify.Gates(tuple(gates.values())))
         verify.require(list(gates.values()), out)
         complete["gates"] = {name: gate.record() for name, gate in gates.items()}
         dimension = vectors.shape[1]
@@ -231,23 +231,15 @@ def _gates(
     for precision in options.precisions:
         device = half if precision == "fp16" else "cpu"
         opened = session.Session(folder / MODELS[precision], device=device)
+        limits = verify.THRESHOLDS[precision]
         gates[precision] = verify.compare(
-            vectors,
-            opened.run,
-            chosen,
-            verify.THRESHOLDS[precision],
-            model=MODELS[precision],
-            provider=opened.device,
+            vectors, opened.run, chosen, limits, model=MODELS[precision], provider=opened.device
         )
     if options.float_input:
         floats = session.FloatSession(folder / FLOAT_MODEL, source.preprocessing)
+        limits = verify.THRESHOLDS["fp32"]
         gates["float-nchw"] = verify.compare(
-            vectors,
-            floats.run,
-            chosen,
-            verify.THRESHOLDS["fp32"],
-            model=FLOAT_MODEL,
-            provider="cpu",
+            vectors, floats.run, chosen, limits, model=FLOAT_MODEL, provider="cpu"
         )
     return gates
 

@@ -38,7 +38,7 @@ class EncoderSource:
 
 
 def of_run(
-    run: Path, report: Report, *, untrained: bool = False, step: int | None = None
+    run: Path, on_event: Report, *, untrained: bool = False, step: int | None = None
 ) -> EncoderSource:
     """The newest checkpoint of a run, or that of a step; `untrained`: what it started from.
 
@@ -56,13 +56,13 @@ def of_run(
     prepared = preprocessing_of(recipe.data.image_size)
     done, digest, known_changes = 0, "", ""
     if untrained:
-        encoder = _first(run, recipe, index, prepared, report)
+        encoder = _first(run, recipe, index, prepared, on_event)
         provenance = (
             "as it was before training, with batch norm's statistics measured on training images:"
             " a baseline to compare trained encoders with"
         )
     else:
-        folder = _newest(run, report) if step is None else _of_step(run, step)
+        folder = _newest(run, on_event) if step is None else _of_step(run, step)
         state = checkpoint.read_state(folder)
         done = state.step
         version = changes.version_at(run, done, state.recipe)
@@ -85,8 +85,8 @@ def of_run(
     return EncoderSource(recipe.network, prepared, encoder, origin, provenance, index, toml)
 
 
-def _newest(run: Path, report: Report) -> Path:
-    newest = checkpoint.newest(run, report)
+def _newest(run: Path, on_event: Report) -> Path:
+    newest = checkpoint.newest(run, on_event)
     if newest is None:
         fix = "let btpipe pretrain write one, or use --untrained"
         raise UsageError("no checkpoint yet", where=run, fix=fix)
@@ -107,7 +107,7 @@ def _of_step(run: Path, step: int) -> Path:
     return folder
 
 
-def of_file(file: Path, size: int, report: Report) -> EncoderSource:
+def of_file(file: Path, size: int, on_event: Report) -> EncoderSource:
     """The encoder in a file of others, of whatever network its tensors fit; nothing is executed.
 
     Prepared as torchvision, timm and the published code do: ImageNet's mean and deviation, and
@@ -121,7 +121,7 @@ def of_file(file: Path, size: int, report: Report) -> EncoderSource:
     described = foreign_weights.recognise(file)
     adopted = foreign_weights.read_encoder(file, described)
     kind = f"{described.backbone} with the {described.stem} stem"
-    report(Note(f"{adopted.source.name} is a {kind}: {adopted.matched}"))
+    on_event(Note(f"{adopted.source.name} is a {kind}: {adopted.matched}"))
     origin: dict[str, object] = {
         "source": adopted.source.name,
         "sha256": adopted.sha256,
@@ -143,14 +143,14 @@ def preprocessing_of(size: int) -> Preprocessing:
 
 
 def _first(
-    run: Path, recipe: Recipe, index: Index, prepared: Preprocessing, report: Report
+    run: Path, recipe: Recipe, index: Index, prepared: Preprocessing, on_event: Report
 ) -> nn.Module:
     """The encoder that the run started from."""
     if recipe.network.init_from:
         return weights.from_state(init_from.encoder_state(run), recipe.network)
     first: dict[str, torch.Tensor] = network.initialise(recipe).encoder.state_dict()
     rows = samples.spread(len(index), STATISTICS_IMAGES)
-    pixels = samples.read(index, rows, prepared, report).pixels
+    pixels = samples.read(index, rows, prepared, on_event).pixels
     if not len(pixels):
         fix = "bring the images back: batch norm's statistics are measured on them"
         raise UsageError("none of its images can be read", where=index.root, fix=fix)

@@ -40,7 +40,7 @@ class Read:
 
 
 def choose(
-    index: Index, preprocessing: Preprocessing, report: Report, *, calibrate: bool
+    index: Index, preprocessing: Preprocessing, on_event: Report, *, calibrate: bool
 ) -> Samples:
     """Up to 256 images to judge with, and with `calibrate` as many others to calibrate on.
 
@@ -52,8 +52,8 @@ def choose(
     count = GATE_IMAGES + (CALIBRATION_IMAGES if calibrate else 0)
     rows = spread(len(index), count)
     judging, calibrating = (rows[::2], rows[1::2]) if calibrate else (rows, rows[:0])
-    judged = read(index, judging, preprocessing, report)
-    others = read(index, calibrating, preprocessing, report)
+    judged = read(index, judging, preprocessing, on_event)
+    others = read(index, calibrating, preprocessing, on_event)
     twins = set(judged.digests)
     pixels = others.pixels[[digest not in twins for digest in others.digests]]
     if len(judged.pixels) < 2 or (calibrate and len(pixels) == 0):
@@ -72,7 +72,7 @@ def spread(total: int, count: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, total - 1, count).round().astype(np.int64))
 
 
-def read(index: Index, rows: NDArray[np.int64], prepared: Preprocessing, report: Report) -> Read:
+def read(index: Index, rows: NDArray[np.int64], prepared: Preprocessing, on_event: Report) -> Read:
     """These images in the evaluation view; those that cannot be read are reported and left out."""
     geometry = Geometry.for_size(prepared.size)
     empty = np.zeros((0, geometry.size, geometry.size, 3), np.uint8)
@@ -84,7 +84,7 @@ def read(index: Index, rows: NDArray[np.int64], prepared: Preprocessing, report:
         parts.append(batch.pixels)
         digests += batch.digests
         for rejected in batch.rejected.values():
-            report(dataclasses.replace(rejected, stage="export"))
+            on_event(dataclasses.replace(rejected, stage="export"))
     return Read(np.concatenate(good), np.concatenate(parts), digests)
 
 
