@@ -55,8 +55,8 @@ def tables(tmp_path: Path) -> tuple[Path, Path]:
     test, right = clouds(60, 2)
     paths = [f"test-{row}.jpg" for row in range(60)]
     return (
-        vector_table.write(tmp_path / "train.parquet", train, labels=labels),
-        vector_table.write(tmp_path / "test.parquet", test, labels=right, paths=paths),
+        vector_table.write(tmp_path / "known.parquet", train, labels=labels),
+        vector_table.write(tmp_path / "asked.parquet", test, labels=right, paths=paths),
     )
 
 

@@ -117,7 +117,7 @@ def test_what_separates_well_still_converges_and_is_named_rightly() -> None:
 
 def tables(tmp_path: Path) -> tuple[Path, Path]:
     files = []
-    for name, count, seed in (("train", 200, 1), ("test", 80, 2)):
+    for name, count, seed in (("known", 200, 1), ("asked", 80, 2)):
         vectors, labels = clouds(count, seed, 8)
         paths = [f"{name}-{row}.jpg" for row in range(count)]
         named: list[str | None] = [NAMES[label] for label in labels]
@@ -132,7 +132,7 @@ def test_a_table_is_judged_by_another_and_its_score_stands_beside_it(tmp_path: P
     done = CliRunner().invoke(app, ["eval", "linear", str(train), "--test", str(test), "--json"])
     assert done.exit_code == 0, done.output
     event = event_schema.read(done.stdout)[-1]
-    written = json.loads((tmp_path / "train.linear.json").read_text())
+    written = json.loads((tmp_path / "known.linear.json").read_text())
     assert event["score"].items() <= written.items()
     assert (written["bundle"], written["kind"]) == (vector_table.BUNDLE, linear_probe.KIND)
     vectors, labels = clouds(200, 1, 8)
@@ -207,19 +207,19 @@ def test_a_best_penalty_at_the_end_of_the_grid_is_said(tmp_path: Path) -> None:
 
 def test_another_file_is_not_replaced_by_a_score(tmp_path: Path) -> None:
     train, test = tables(tmp_path)
-    (tmp_path / "train.linear.json").write_text('{"kind": "linear"}')
+    (tmp_path / "known.linear.json").write_text('{"kind": "linear"}')
     with pytest.raises(RefusedError, match="holds something else"):
-        linear_probe.judge(train, test, tmp_path / "train.linear.json", ignore)
+        linear_probe.judge(train, test, tmp_path / "known.linear.json", ignore)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.parquet", "images"], "a table of vectors with images"),
-        (["train.parquet", "--test", "a", "--test", "b"], "more than once"),
-        (["train.parquet", "--epochs", "3"], "--epochs is for bundles"),
-        (["train.parquet", "--lr", "3"], "--lr is for bundles"),
-        (["train.parquet", "--devices", "2"], "--devices is for bundles"),
+        (["known.parquet", "images"], "a table of vectors with images"),
+        (["known.parquet", "--test", "a", "--test", "b"], "more than once"),
+        (["known.parquet", "--epochs", "3"], "--epochs is for bundles"),
+        (["known.parquet", "--lr", "3"], "--lr is for bundles"),
+        (["known.parquet", "--devices", "2"], "--devices is for bundles"),
         (["missing.parquet"], "neither a bundle nor a table"),
         (["bundle", "--test", "images"], "INPUT is missing"),
         (["bundle", "images"], "--test is missing"),
