@@ -47,7 +47,7 @@ def test_an_unknown_key_is_refused_before_torch_is_imported(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "fix"),
     [
         (("export",), "btpipe pretrain"),
         (("embed", "images", "--out", "v.parquet"), "btpipe export"),
@@ -58,13 +58,13 @@ def test_an_unknown_key_is_refused_before_torch_is_imported(tmp_path: Path) -> N
     ],
 )
 def test_a_mistake_is_answered_by_what_to_do_and_2(
-    tmp_path: Path, arguments: tuple[str, ...], said: str
+    tmp_path: Path, arguments: tuple[str, ...], fix: str
 ) -> None:
     draw_images(tmp_path / "images", 2)
     (tmp_path / "exports").mkdir()
     done = btpipe(tmp_path, *arguments)
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert fix in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -85,9 +85,9 @@ def test_a_mistake_is_one_line_of_json_for_a_machine(
         main([*arguments, "--json"])
     assert ended.value.code == 2
     written = capsys.readouterr()
-    (said,) = event_schema.read(written.out)
-    assert {"event": "Error", "code": 2, **error}.items() <= said.items()
-    assert said["what"]
+    (record,) = event_schema.read(written.out)
+    assert {"event": "Error", "code": 2, **error}.items() <= record.items()
+    assert record["what"]
     assert not written.err
 
 
@@ -112,9 +112,9 @@ def test_help_names_the_extras_that_an_option_needs() -> None:
 
 def test_help_lists_every_command_once_in_the_order_of_the_road() -> None:
     shown = CliRunner().invoke(app, ["--help"], terminal_width=80).output
-    found = re.findall(r"^(?:╭─ ([\w ]+) ─|│ (\w+)  )", shown, re.MULTILINE)
+    words = re.findall(r"^(?:╭─ ([\w ]+) ─|│ (\w+)  )", shown, re.MULTILINE)
     expected = [word for panel, names in PANELS.items() for word in (panel, *names)]
-    assert [panel or name for panel, name in found] == ["Options", *expected]
+    assert [panel or name for panel, name in words] == ["Options", *expected]
     assert expected[:2] == ["Train", "pretrain"]
     registered = [*app.registered_commands, *app.registered_groups]
     assert len(registered) == sum(map(len, PANELS.values()))

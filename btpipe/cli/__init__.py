@@ -10,8 +10,8 @@ from btpipe.cli.options import app
 __all__ = ["app", "draw", "evaluate", "explore", "stages", "tools"]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from btpipe import __version__
 
         typer.echo(__version__)

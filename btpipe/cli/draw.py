@@ -40,12 +40,12 @@ def plot(
     from btpipe.export import contract
     from btpipe.plot import plot
 
-    with progress.show("json" if as_json else "auto") as report:
-        found = runs or [contract.newest_run()]
+    with progress.show("json" if as_json else "auto") as on_event:
+        folders = runs or [contract.newest_run()]
         plot.make(
-            found,
+            folders,
             out or (None if tensorboard else Path("run.html")),
-            report,
+            on_event,
             tensorboard=tensorboard,
             by=by,
             correlation=correlation,
@@ -75,5 +75,5 @@ def draw_map(
     from btpipe import progress
     from btpipe.explore.map import make
 
-    with progress.show("json" if as_json else "auto") as report:
-        make(vectors, out, report, by=by, most=most, clusters=clusters, images=images)
+    with progress.show("json" if as_json else "auto") as on_event:
+        make(vectors, out, on_event, by=by, most=most, clusters=clusters, images=images)

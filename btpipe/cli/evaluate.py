@@ -41,7 +41,7 @@ def eval_knn(
     from btpipe.evaluate import knn
     from btpipe.evaluate.labelled import Labels
 
-    with progress.show("json" if as_json else "auto") as report:
+    with progress.show("json" if as_json else "auto") as on_event:
         judged = knn.judge(
             vectors,
             test,
@@ -51,7 +51,7 @@ def eval_knn(
             seed=seed,
             temperature=temperature,
         )
-        report(judged)
+        on_event(judged)
 
 
 @eval_app.command("select")
@@ -76,10 +76,10 @@ def eval_select(
     from btpipe.evaluate import checkpoints
     from btpipe.export import contract
 
-    with progress.show("json" if as_json else "auto") as report:
-        asked = tuple(images or ())
+    with progress.show("json" if as_json else "auto") as on_event:
+        inputs = tuple(images or ())
         checkpoints.run(
-            run or contract.newest_run(), report, by=by, images=asked, most=most, out=out
+            run or contract.newest_run(), on_event, by=by, images=inputs, most=most, out=out
         )
 
 
@@ -165,11 +165,11 @@ def _linear_on_vectors(
     from btpipe.evaluate import linear_probe
 
     score, share = out or linear_probe.score_path(vectors), 0.2 if split is None else split
-    with progress.show("json" if as_json else "auto") as report:
+    with progress.show("json" if as_json else "auto") as on_event:
         judged = linear_probe.judge(
-            vectors, test, score, report, labels=labels, split=share, seed=seed
+            vectors, test, score, on_event, labels=labels, split=share, seed=seed
         )
-        report(judged)
+        on_event(judged)
 
 
 @eval_app.command("semisup")
@@ -193,11 +193,11 @@ def eval_semisup(
     from btpipe.evaluate import finetune_job
     from btpipe.recipe import protocols
 
-    asked = {"epochs": epochs, "seed": seed}
-    protocol = protocols.SEMISUP.model_copy(update={k: v for k, v in asked.items() if v})
-    place = out or bundle.with_name(f"{bundle.name}.semisup.json")
+    settings = {"epochs": epochs, "seed": seed}
+    protocol = protocols.SEMISUP.model_copy(update={k: v for k, v in settings.items() if v})
+    path = out or bundle.with_name(f"{bundle.name}.semisup.json")
     job = finetune_job.FinetuneRequest(
-        "semisup", bundle, tuple(train), tuple(test), place, protocol, percent, split
+        "semisup", bundle, tuple(train), tuple(test), path, protocol, percent, split
     )
     finetune_job.judge(job, devices=devices, mode="json" if as_json else "auto")
 
@@ -216,6 +216,6 @@ def compare(
     from btpipe.export import contract
 
     run = run or contract.newest_run()
-    with progress.show("json" if as_json else "auto") as report:
-        judged = baselines.compare(run, test, out or run / "compare", report, k=k)
-        report(judged)
+    with progress.show("json" if as_json else "auto") as on_event:
+        judged = baselines.compare(run, test, out or run / "compare", on_event, k=k)
+        on_event(judged)

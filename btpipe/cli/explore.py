@@ -30,8 +30,8 @@ def search(
     from btpipe import progress
     from btpipe.explore import search
 
-    with progress.show("json" if as_json else "auto") as report:
-        search.run(vectors, query, report, k=k, model=model, html=html, images=images)
+    with progress.show("json" if as_json else "auto") as on_event:
+        search.run(vectors, query, on_event, k=k, model=model, html=html, images=images)
 
 
 @app.command(rich_help_panel=EXPLORE)
@@ -50,8 +50,8 @@ def dupes(
     from btpipe import progress
     from btpipe.explore import dupes
 
-    with progress.show("json" if as_json else "auto") as report:
-        dupes.run(vectors, report, threshold=threshold, out=out, html=html, images=images)
+    with progress.show("json" if as_json else "auto") as on_event:
+        dupes.run(vectors, on_event, threshold=threshold, out=out, html=html, images=images)
 
 
 @app.command(rich_help_panel=EXPLORE)
@@ -68,5 +68,5 @@ def outliers(
     from btpipe import progress
     from btpipe.explore import outliers
 
-    with progress.show("json" if as_json else "auto") as report:
-        outliers.run(vectors, report, k=k, top=top, out=out, html=html, images=images)
+    with progress.show("json" if as_json else "auto") as on_event:
+        outliers.run(vectors, on_event, k=k, top=top, out=out, html=html, images=images)

@@ -51,11 +51,11 @@ def scan(
     from btpipe.data import scan
 
     allowed = budget(max_bad, strict=strict)
-    with progress.show("json" if as_json else "auto") as report:
+    with progress.show("json" if as_json else "auto") as on_event:
         scan.scan(
             source,
             out,
-            report,
+            on_event,
             depth=depth,
             max_bad=allowed,
             limit_seconds=limit,
@@ -78,9 +78,9 @@ def shard(
     from btpipe.data import index, shard_job
 
     options = shard_job.ShardOptions(size, quality, shard_job.parse_bytes(shard_bytes))
-    with progress.show("json" if as_json else "auto") as report:
-        made, refused = index.build(inputs, report)
-        shard_job.write(made, refused, out, options, report)
+    with progress.show("json" if as_json else "auto") as on_event:
+        listed, rejected = index.build(inputs, on_event)
+        shard_job.write(listed, rejected, out, options, on_event)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -116,7 +116,7 @@ def pretrain(
 
     start = [f"network.init_from={json.dumps(init_from)}"] if init_from else []
     settings = [*(overrides or ()), *start]
-    wanted = load(recipe, settings)
+    described = load(recipe, settings)
     from btpipe.pretrain import changes, launch
     from btpipe.pretrain.sbatch import SlurmJob, write
 
@@ -128,14 +128,14 @@ def pretrain(
     if sbatch is not None:
         pairs = [word for setting in settings for word in ("--set", setting)]
         pairs += [word for key in accepted for word in ("--accept-change", key)]
-        place = ["--name", run.name, "--runs", str(runs)]
-        words = ["pretrain", str(recipe), *pairs, *place, *(["--json"] if as_json else [])]
-        write(sbatch, run.name, wanted, words, job)
-        with progress.show(mode) as report:
-            report(events.Note(f"{sbatch} is written: sbatch {sbatch}"))
+        folders = ["--name", run.name, "--runs", str(runs)]
+        words = ["pretrain", str(recipe), *pairs, *folders, *(["--json"] if as_json else [])]
+        write(sbatch, run.name, described, words, job)
+        with progress.show(mode) as on_event:
+            on_event(events.Note(f"{sbatch} is written: sbatch {sbatch}"))
         return
     job.require_default()
-    launch.pretrain(run, wanted, devices=devices, mode=mode, accepted=accepted)
+    launch.pretrain(run, described, devices=devices, mode=mode, accepted=accepted)
 
 
 @app.command(rich_help_panel=PUBLISH)
@@ -184,14 +184,14 @@ def export(
     options = bundle.BundleOptions(
         bundle.parse_precisions(precision or ()), onnx_input == "float-nchw", license_name
     )
-    with progress.show("json" if as_json else "auto") as report:
+    with progress.show("json" if as_json else "auto") as on_event:
         if from_file is not None:
             if run is not None or untrained or step is not None:
                 raise UsageError("--from FILE beside a run", expected="one of the two")
             bundle.export_file(
                 from_file,
                 out or Path("exports") / from_file.stem,
-                report,
+                on_event,
                 images=images,
                 size=size,
                 overwrite=overwrite,
@@ -206,7 +206,7 @@ def export(
         bundle.export_run(
             run,
             out,
-            report,
+            on_event,
             untrained=untrained,
             step=step,
             images=images,
@@ -302,8 +302,8 @@ def embed(
     )
     bundle = model or contract.newest_bundle()
     encoder = EncoderConfig(bundle, device, engine, precision, layer, normalize)
-    with progress.show("json" if as_json else "auto") as report:
-        job.embed(source, out, encoder, report, options)
+    with progress.show("json" if as_json else "auto") as on_event:
+        job.embed(source, out, encoder, on_event, options)
 
 
 @app.command(rich_help_panel=EMBED)
@@ -321,5 +321,5 @@ def merge(
     from btpipe import progress
     from btpipe.embed import merging
 
-    with progress.show("json" if as_json else "auto") as report:
-        merging.merge(shards, out, report, overwrite=overwrite)
+    with progress.show("json" if as_json else "auto") as on_event:
+        merging.merge(shards, out, on_event, overwrite=overwrite)

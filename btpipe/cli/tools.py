@@ -52,8 +52,8 @@ def bench(
     from btpipe.tools import bench
 
     options = bench.options(images, turns, backbone, size, device=device, quick=quick)
-    with progress.show("json" if as_json else "auto") as report:
-        bench.run(options, data, model, report)
+    with progress.show("json" if as_json else "auto") as on_event:
+        bench.run(options, data, model, on_event)
 
 
 @app.command(rich_help_panel=LOOK_AFTER)
@@ -62,8 +62,8 @@ def selftest(as_json: Json = False) -> None:
     from btpipe import progress
     from btpipe.tools import selftest
 
-    with progress.show("json" if as_json else "auto") as report:
-        selftest.run(report)
+    with progress.show("json" if as_json else "auto") as on_event:
+        selftest.run(on_event)
 
 
 @app.command("inspect", rich_help_panel=LOOK_AFTER)
@@ -75,8 +75,8 @@ def inspect_artifact(
     from btpipe import progress
     from btpipe.tools import inspect
 
-    with progress.show("json" if as_json else "auto") as report:
-        report(inspect.inspect(path))
+    with progress.show("json" if as_json else "auto") as on_event:
+        on_event(inspect.inspect(path))
 
 
 @app.command(rich_help_panel=LOOK_AFTER)
@@ -88,8 +88,8 @@ def verify(
     from btpipe import progress
     from btpipe.tools import verify
 
-    with progress.show("json" if as_json else "auto") as report:
-        verify.verify(path, report)
+    with progress.show("json" if as_json else "auto") as on_event:
+        verify.verify(path, on_event)
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -111,9 +111,9 @@ def views(
     from btpipe.recipe import load
 
     source = [f"data.train={json.dumps(data)}"] if data else []
-    wanted = load(recipe, [*(overrides or ()), *source])
-    with progress.show("json" if as_json else "auto") as report:
-        sheet.make(wanted, recipe.stem, out, report, count=count, epoch=epoch, page=page)
+    described = load(recipe, [*(overrides or ()), *source])
+    with progress.show("json" if as_json else "auto") as on_event:
+        sheet.make(described, recipe.stem, out, on_event, count=count, epoch=epoch, page=page)
 
 
 @recipe_app.command("show")
@@ -139,8 +139,8 @@ def doctor(as_json: Json = False) -> None:
     from btpipe import progress
     from btpipe.tools import doctor
 
-    with progress.show("json" if as_json else "auto") as report:
-        doctor.run(report, Path())
+    with progress.show("json" if as_json else "auto") as on_event:
+        doctor.run(on_event, Path())
 
 
 @app.command(rich_help_panel=TRAIN)
@@ -162,6 +162,6 @@ def plan(
     from btpipe.tools import plan
 
     source = [f"data.train={json.dumps(data)}"] if data else []
-    wanted = load(recipe, [*(overrides or ()), *source])
-    with progress.show("json" if as_json else "auto") as report:
-        plan.run(wanted, recipe.stem, report, devices=runtime.devices(devices), write=write)
+    described = load(recipe, [*(overrides or ()), *source])
+    with progress.show("json" if as_json else "auto") as on_event:
+        plan.run(described, recipe.stem, on_event, devices=runtime.devices(devices), write=write)

@@ -111,14 +111,14 @@ class Kind:
     precision: Precision
 
 
-def run(options: BenchOptions, data: Path | None, model: Path | None, report: Report) -> None:
+def run(options: BenchOptions, data: Path | None, model: Path | None, on_event: Report) -> None:
     """Measures and reports both tables.
 
     Raises:
         UsageError: fewer images in `data` than a turn has, or no bundle under `model`.
     """
     started = time.perf_counter()
-    with prepare(options, data, model, report) as setting:
+    with prepare(options, data, model, on_event) as setting:
         rows = take(parts(setting), options, lambda _: False)
     first, ways = rows[f"whole {setting.kinds[0].name}"], []
     for kind in setting.kinds:
@@ -126,7 +126,7 @@ def run(options: BenchOptions, data: Path | None, model: Path | None, report: Re
         part = part_of(kind.name, row, options.images)
         two = times_faster(row, first, options.device), share_of_limit(rows, kind, options)
         ways.append(Way(part.name, part.cpu_ms, part.images_per_second, *two))
-    report(
+    on_event(
         Benchmarked(
             seconds=time.perf_counter() - started,
             network=setting.network,
@@ -160,7 +160,7 @@ class Setting:
 
 @contextlib.contextmanager
 def prepare(
-    options: BenchOptions, data: Path | None, model: Path | None, report: Report
+    options: BenchOptions, data: Path | None, model: Path | None, on_event: Report
 ) -> Iterator[Setting]:
     """The images and the bundle, drawn and random where none are named, as long as this is open.
 
@@ -169,16 +169,16 @@ def prepare(
     """
     with tempfile.TemporaryDirectory(prefix="btpipe-") as name:
         folder = Path(name)
-        index, source = _images(options, data, folder, report)
+        index, source = _images(options, data, folder, on_event)
         shown = str(model)
         if model is None:
             model, shown = folder / "bundle", f"{options.backbone}, random"
             _make_bundle(index, options, model)
         bundle = contract.open_bundle(model)
         if options.device == "cpu" and "int8" not in bundle.precisions:
-            report(Note("no int8 row: name a bundle of btpipe export --precision fp32,int8"))
+            on_event(Note("no int8 row: name a bundle of btpipe export --precision fp32,int8"))
         if options.device == "cuda" and "fp16" not in bundle.precisions:
-            report(Note("no fp16 row: name a bundle of btpipe export --precision fp32,fp16"))
+            on_event(Note("no fp16 row: name a bundle of btpipe export --precision fp32,fp16"))
         work = Work(folder / "index.parquet", model, options.images, options.device)
         kinds = _kinds(bundle.precisions, options.device)
         yield Setting(work, kinds, shown, bundle.preprocessing.size, source)
@@ -254,7 +254,7 @@ def parts_of(
 
 
 def _images(
-    options: BenchOptions, data: Path | None, folder: Path, report: Report
+    options: BenchOptions, data: Path | None, folder: Path, on_event: Report
 ) -> tuple[Index, str]:
     """An index with its file in `folder`, and what its images are."""
     shorter_side = 0
@@ -264,7 +264,7 @@ def _images(
         for i in range(max(options.images, CALIBRATION_IMAGES)):
             path = folder / "images" / f"{i:04d}.jpg"
             path.write_bytes(synthetic.jpeg(i, shorter_side))
-    index, _ = build(data or folder / "images", report)
+    index, _ = build(data or folder / "images", on_event)
     if len(index) < options.images:
         raise UsageError(
             f"{len(index)} images", where=data or "", expected=f"{options.images}, as --images says"

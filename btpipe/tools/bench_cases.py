@@ -111,11 +111,11 @@ def forward_alone(work: Work, engine: Engine, precision: Precision) -> Prepared:
 def write_alone(work: Work) -> Prepared:
     """The table of vectors that are in memory."""
     index, encoder = open_index(work.index), _encoder(work, "onnx", "fp32")
-    made = [*encoder.stream(_batches(work, index, encoder), encoder.batch_size)]
+    vectors = [*encoder.stream(_batches(work, index, encoder), encoder.batch_size)]
     folder = tempfile.TemporaryDirectory(prefix="btpipe-")
 
     def action() -> None:
-        _write(Path(folder.name) / "vectors.parquet", index, encoder, made)
+        _write(Path(folder.name) / "vectors.parquet", index, encoder, vectors)
 
     return prepared(work, action)
 

@@ -56,22 +56,22 @@ def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
         drawn_images.draw(images, seed=seed)
     settings = (f"data.train={images / 'train'}", f"seed={seed}")
     with _timed(seconds, "pretrain"):
-        wanted = recipe.load(Path("demo.toml"), settings)
-        launch.pretrain(trained, wanted, devices="auto", mode=mode)
-    with progress.show(mode) as report:
+        described = recipe.load(Path("demo.toml"), settings)
+        launch.pretrain(trained, described, devices="auto", mode=mode)
+    with progress.show(mode) as on_event:
         with _timed(seconds, "export, checked against the network"):
-            bundle.export_run(trained, exported, report)
+            bundle.export_run(trained, exported, on_event)
         with _timed(seconds, "embed 2,000 images"):
-            job.embed(images / "train", vectors, EncoderConfig(exported), report)
+            job.embed(images / "train", vectors, EncoderConfig(exported), on_event)
         with _timed(seconds, "compare with the baselines"):
             judged = baselines.compare(
-                trained, images / "test", out / "compare", report, pretrained=exported
+                trained, images / "test", out / "compare", on_event, pretrained=exported
             )
         with _timed(seconds, "draw the map and the plots"):
-            pages = _draw_pages(out, vectors, trained, images / "train", report)
-        report(judged)
-        report(DemoDone(sum(seconds.values()), out, seconds))
-        report(Note(_next_steps(exported, vectors, pages)))
+            pages = _draw_pages(out, vectors, trained, images / "train", on_event)
+        on_event(judged)
+        on_event(DemoDone(sum(seconds.values()), out, seconds))
+        on_event(Note(_next_steps(exported, vectors, pages)))
     if judged.gain < GAIN:
         raise NumericsError(
             f"the pretrained encoder is {100 * judged.gain:.1f} points above the others",
@@ -81,12 +81,12 @@ def run(out: Path, *, seed: int, mode: progress.Mode) -> None:
 
 
 def _draw_pages(
-    out: Path, vectors: Path, trained: Path, images: Path, report: Report
+    out: Path, vectors: Path, trained: Path, images: Path, on_event: Report
 ) -> tuple[Path, Path]:
     """The map of the vectors, and the plots of the run with its first and last correlations."""
     map_page, run_page = out / "map.html", out / "run.html"
-    make(vectors, map_page, report, images=images)
-    plot.make([trained], run_page, report, correlation="first,last")
+    make(vectors, map_page, on_event, images=images)
+    plot.make([trained], run_page, on_event, correlation="first,last")
     return map_page, run_page
 
 

@@ -54,7 +54,7 @@ class MachineExamined(Finished):
         return [TextTable("What btpipe finds here", ("", "found", "", "what to do"), rows)]
 
 
-def run(report: Report, folder: Path) -> None:
+def run(on_event: Report, folder: Path) -> None:
     """Looks at everything and reports it. `folder` is where runs and tables go.
 
     Raises:
@@ -63,7 +63,7 @@ def run(report: Report, folder: Path) -> None:
     started = time.monotonic()
     findings = examine(folder)
     looks = sum(finding.verdict != "ok" for finding in findings)
-    report(MachineExamined(time.monotonic() - started, tuple(findings), looks))
+    on_event(MachineExamined(time.monotonic() - started, tuple(findings), looks))
     broken = [finding for finding in findings if finding.verdict == "broken"]
     if broken:
         raise MachineError(

@@ -79,21 +79,21 @@ def draw(
         if _record(folder) == record:
             return
         raise UsageError("holds other images", where=folder, fix="name a folder that is not there")
-    beside = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     with artifact.disk_errors(folder):
         try:
             for number, name in enumerate(FAMILIES):
                 for split, (part, count) in enumerate((("train", train), ("test", test))):
-                    target = beside / part / name
+                    target = temporary / part / name
                     target.mkdir(parents=True)
                     for i in range(count // len(FAMILIES)):
                         rng = np.random.default_rng([seed, split, number, i])
                         pixels = picture(name, rng, size)
                         Image.fromarray(pixels).save(target / f"{i:04d}.jpg", quality=90)
-            (beside / RECORD).write_text(json.dumps(record))
-            beside.rename(folder)
+            (temporary / RECORD).write_text(json.dumps(record))
+            temporary.rename(folder)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _record(folder: Path) -> object:

@@ -35,10 +35,10 @@ def evaluation_views(gpu: int | None) -> NDArray[np.uint8]:
         threads=runtime.cores(),
         gpu=gpu,
     )
-    found = list(batches)
-    for rejected in (bad for batch in found for bad in batch.rejected.values()):
+    views = list(batches)
+    for rejected in (bad for batch in views for bad in batch.rejected.values()):
         raise RuntimeError(f"a drawn JPEG cannot be decoded: {rejected.reason}")
-    return np.concatenate([batch.pixels for batch in found])
+    return np.concatenate([batch.pixels for batch in views])
 
 
 def training_views(device: "torch.device") -> list[NDArray[np.uint8]]:
@@ -71,11 +71,11 @@ def training_views(device: "torch.device") -> list[NDArray[np.uint8]]:
         return [view.cpu().numpy() for view in batch.views]
 
 
-def grey_levels(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
-    """The mean of |found - expected|, in grey levels of 256; not a number for other shapes."""
-    if found.shape != expected.shape:
+def grey_levels(pixels: NDArray[np.uint8], expected: NDArray[np.uint8]) -> float:
+    """The mean of |pixels - expected|, in grey levels of 256; not a number for other shapes."""
+    if pixels.shape != expected.shape:
         return math.nan
-    return float(np.abs(found.astype(np.int16) - expected.astype(np.int16)).mean())
+    return float(np.abs(pixels.astype(np.int16) - expected.astype(np.int16)).mean())
 
 
 def _drawn() -> index.Index:

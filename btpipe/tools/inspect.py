@@ -45,14 +45,14 @@ def inspect(path: Path) -> Inspected:
         IntegrityError: it cannot be read, or a file of it is missing or cut.
         NewerError: a newer btpipe wrote it.
     """
-    found = recognise(path)
-    facts = _FACTS[found.kind](found.path)
+    recognised = recognise(path)
+    facts = _FACTS[recognised.kind](recognised.path)
     facts = {name: fact for name, fact in facts.items() if fact.text}
     return Inspected(
-        str(found.path),
-        found.kind,
+        str(recognised.path),
+        recognised.kind,
         {name: _cut(fact.text) for name, fact in facts.items()},
-        tuple(provenance.of(found)),
+        tuple(provenance.of(recognised)),
         {name: fact.value for name, fact in facts.items()},
     )
 

@@ -39,7 +39,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class OutOfMemory:
-    """What a seat answers when its GPU has too little memory."""
+    """What a measured process answers when its GPU has too little memory."""
 
 
 Answer = Timing | OutOfMemory | int | None
@@ -182,26 +182,26 @@ def take_turns(
     has_children: Callable[[str], bool],
 ) -> dict[str, tuple[Timing, ...]]:
     """Every row in a process of its own, one after the other, `turns` times: name to its turns."""
-    with contextlib.ExitStack() as open_seats:
-        seats = []
+    with contextlib.ExitStack() as cleanup:
+        processes = []
         for name, prepare in named.items():
             assert prepare is not None
-            seat = MeasuredProcess(name, prepare, threads, has_children=has_children(name))
-            open_seats.callback(seat.close)
-            seats.append(seat)
-        for seat in seats:
-            seat.prepare()
-        taken: dict[str, list[Timing]] = {seat.name: [] for seat in seats}
+            process = MeasuredProcess(name, prepare, threads, has_children=has_children(name))
+            cleanup.callback(process.close)
+            processes.append(process)
+        for process in processes:
+            process.prepare()
+        timings: dict[str, list[Timing]] = {process.name: [] for process in processes}
         for _ in range(turns):
-            for seat in seats:
-                turn = seat.measure()
+            for process in processes:
+                turn = process.measure()
                 assert turn is not None
-                taken[seat.name].append(turn)
-    return {name: tuple(some) for name, some in taken.items()}
+                timings[process.name].append(turn)
+    return {name: tuple(some) for name, some in timings.items()}
 
 
 def _serve(pipe: Connection, prepare: Callable[[], Prepared], threads: int) -> None:
-    """The life of a seat's process: answers until the pipe is closed."""
+    """The life of a measured process: answers until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle; it closes the pipe
     torch.set_num_threads(threads)
     compute_as_pretrain()
@@ -231,7 +231,7 @@ def compute_as_pretrain() -> None:
 
 
 def _give_memory_back() -> None:
-    """Freed memory goes to the system before another seat's turn: together they would not fit.
+    """Freed memory goes to the system before another process's turn: together they would not fit.
 
     Asked of glibc; elsewhere nothing happens.
     """

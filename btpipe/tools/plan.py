@@ -79,8 +79,8 @@ class Planned(Finished):
     @property
     def text(self) -> str:
         advice = (f"--set {key}={value}" for key, value in self.plan.advice.items())
-        said = ", ".join(advice) or "nothing in the recipe needs to change"
-        return f"{said}; {self.written} is written" if self.written else said
+        text = ", ".join(advice) or "nothing in the recipe needs to change"
+        return f"{text}; {self.written} is written" if self.written else text
 
     def tables(self) -> list[TextTable]:
         """What was measured, and what it means for the run."""
@@ -118,7 +118,7 @@ def _parts(plan: Plan) -> TextTable:
     return TextTable("One process, images a second", columns, rows)
 
 
-def make(recipe: Recipe, report: Report, *, devices: int) -> Plan:
+def make(recipe: Recipe, on_event: Report, *, devices: int) -> Plan:
     """Looks at this machine with the recipe's own images.
 
     Raises:
@@ -129,31 +129,31 @@ def make(recipe: Recipe, report: Report, *, devices: int) -> Plan:
         raise UsageError("no images are named", where="data.train", fix=fix)
     device: plan_cases.Device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="btpipe-plan-") as scratch:
-        place = Path(scratch, "index.parquet")
-        total, sample = _listed(recipe, Path(scratch), report)
-        sample.save(place)
+        path = Path(scratch, "index.parquet")
+        total, sample = _listed(recipe, Path(scratch), on_event)
+        sample.save(path)
         if total < recipe.data.batch_size:
-            found = f"{total} images do not fill a batch of {recipe.data.batch_size}"
-            raise UsageError(found, fix="add images, or set data.batch_size")
+            shortage = f"{total} images do not fill a batch of {recipe.data.batch_size}"
+            raise UsageError(shortage, fix="add images, or set data.batch_size")
         share = recipe.data.batch_size // devices
-        taken = plan_probes.take(recipe, place, device, min(share, len(sample)), report)
-        rates = plan_probes.rates(recipe, place, device, taken[-1], report)
-    return _plan(recipe, device, total, devices, taken, rates, sample)
+        looks = plan_probes.take(recipe, path, device, min(share, len(sample)), on_event)
+        rates = plan_probes.rates(recipe, path, device, looks[-1], on_event)
+    return _plan(recipe, device, total, devices, looks, rates, sample)
 
 
-def _listed(recipe: Recipe, scratch: Path, report: Report) -> tuple[int, Index]:
+def _listed(recipe: Recipe, scratch: Path, on_event: Report) -> tuple[int, Index]:
     """How many images there are, and those to look at."""
-    listed, _ = build(recipe.data.inputs, report, depth="list")
+    listed, _ = build(recipe.data.inputs, on_event, depth="list")
     files = all(not source.is_container for source in listed.sources)
     if len(listed) > MOST_IMAGES and files:
         rows = np.linspace(0, len(listed) - 1, SAMPLE_IMAGES).round().astype(np.int64)
         names = [str(listed.file(int(row)).resolve()) for row in rows]
         file = scratch / "sample.txt"
         file.write_text("\n".join(names))
-        report(Note(f"{len(listed):,} images; {SAMPLE_IMAGES:,} of them are looked at"))
-        return len(listed), build(file, report)[0]
-    found, _ = build(recipe.data.inputs, report)
-    return len(found), found
+        on_event(Note(f"{len(listed):,} images; {SAMPLE_IMAGES:,} of them are looked at"))
+        return len(listed), build(file, on_event)[0]
+    index, _ = build(recipe.data.inputs, on_event)
+    return len(index), index
 
 
 def _plan(
@@ -242,7 +242,7 @@ def _free_bytes(devices: int) -> float:
     return SPARE_MEMORY * free / devices
 
 
-def run(recipe: Recipe, name: str, report: Report, *, devices: int, write: Path | None) -> None:
+def run(recipe: Recipe, name: str, on_event: Report, *, devices: int, write: Path | None) -> None:
     """Plans, reports, and writes what it advises as a recipe that extends this one.
 
     Raises:
@@ -251,10 +251,10 @@ def run(recipe: Recipe, name: str, report: Report, *, devices: int, write: Path 
     started = time.monotonic()
     if write is not None and write.exists():
         raise UsageError("stands there already", where=write, fix="choose another --write")
-    plan = make(recipe, report, devices=devices)
+    plan = make(recipe, on_event, devices=devices)
     if write is not None:
         _write(recipe, plan, write)
-    report(Planned(time.monotonic() - started, name, plan, write))
+    on_event(Planned(time.monotonic() - started, name, plan, write))
 
 
 def _write(recipe: Recipe, plan: Plan, path: Path) -> None:

@@ -24,30 +24,30 @@ RATES = 1e-3, 1e-3
 
 def loading(recipe: Recipe, index: Path, device: Device, batch_size: int, batches: int) -> Prepared:
     """Makes `batches` batches."""
-    made = supply(LoaderSettings.sample(recipe, batch_size), index, torch.device(device))
+    supplied = supply(LoaderSettings.sample(recipe, batch_size), index, torch.device(device))
 
     def action() -> None:
         for _ in range(batches):
-            next(made)
+            next(supplied)
 
     return Prepared(action, PeakMemory(torch.device(device)), batches)
 
 
 def stepping(recipe: Recipe, index: Path, device: Device, batch_size: int) -> Prepared:
     """One update, of a batch that is at hand."""
-    here = torch.device(device)
-    memory = PeakMemory(here, whole=True)
-    batch = next(supply(LoaderSettings.sample(recipe, batch_size, steps=1), index, here))
-    core = _core(recipe, here)
+    target = torch.device(device)
+    memory = PeakMemory(target, whole=True)
+    batch = next(supply(LoaderSettings.sample(recipe, batch_size, steps=1), index, target))
+    core = _core(recipe, target)
     return Prepared(lambda: step.update(core, batch.views, *RATES), memory)
 
 
 def training(recipe: Recipe, index: Path, device: Device, batch_size: int, steps: int) -> Prepared:
     """Makes `steps` batches and an update of each, as a run does."""
-    here = torch.device(device)
-    memory = PeakMemory(here, whole=True)
-    batches = supply(LoaderSettings.sample(recipe, batch_size), index, here)
-    core = _core(recipe, here)
+    target = torch.device(device)
+    memory = PeakMemory(target, whole=True)
+    batches = supply(LoaderSettings.sample(recipe, batch_size), index, target)
+    core = _core(recipe, target)
 
     def action() -> None:
         for batch in itertools.islice(batches, steps):

@@ -42,12 +42,12 @@ class Rates:
 
 
 def take(
-    recipe: Recipe, index: Path, device: plan_cases.Device, share: int, report: Report
+    recipe: Recipe, index: Path, device: plan_cases.Device, share: int, on_event: Report
 ) -> list[Look]:
     """The loop at a small batch and at one as large as time allows, at most `share`."""
 
     def look(images: int, steps: int) -> Look | None:
-        report(Note(f"looking at {steps} steps of {images} images, loader and network"))
+        on_event(Note(f"looking at {steps} steps of {images} images, loader and network"))
         prepare = functools.partial(plan_cases.training, recipe, index, device, images, steps)
         measured = _measured(prepare, steps)
         return Look(images, *measured) if measured else None
@@ -64,15 +64,15 @@ def take(
         second = look(largest, min(steps, 50))
         if second is not None:
             return [first, second]
-        report(Note(f"too little GPU memory for {largest} images"))
+        on_event(Note(f"too little GPU memory for {largest} images"))
         largest //= 2
     return [first]
 
 
 def rates(
-    recipe: Recipe, index: Path, device: plan_cases.Device, last: Look, report: Report
+    recipe: Recipe, index: Path, device: plan_cases.Device, last: Look, on_event: Report
 ) -> Rates:
-    report(Note(f"looking at loader and step apart, {last.images} images each"))
+    on_event(Note(f"looking at loader and step apart, {last.images} images each"))
     images = last.images
     batches = max(2, round(LOOK_SECONDS / 2 / last.turn.seconds))
     load_batches = functools.partial(plan_cases.loading, recipe, index, device, images, batches)
@@ -92,14 +92,14 @@ def rates(
 
 def _measured(prepare: Callable[[], Prepared], repeats: int) -> tuple[Timing, int] | None:
     """Time of one of the action's `repeats`, and the peak of memory; None: a GPU has too little."""
-    seat = MeasuredProcess("plan", prepare, runtime.cores())
+    process = MeasuredProcess("plan", prepare, runtime.cores())
     try:
-        turn = seat.measure() if seat.prepare() else None
+        turn = process.measure() if process.prepare() else None
         if turn is None:
             return None
-        return Timing(turn.seconds / repeats, turn.cpu_seconds / repeats), seat.peak_bytes()
+        return Timing(turn.seconds / repeats, turn.cpu_seconds / repeats), process.peak_bytes()
     finally:
-        seat.close()
+        process.close()
 
 
 def at(images: int, points: list[tuple[int, float]]) -> float:

@@ -18,14 +18,14 @@ from btpipe.tools.artifact_kinds import Artifact
 SAME, GONE = "here, the same", "not found near by"
 
 
-def of(found: Artifact) -> Iterator[Link]:
+def of(thing: Artifact) -> Iterator[Link]:
     """The links from this artifact on, the nearest first.
 
     Near by is the present folder, the artifact's own and the two around it, and `exports/` and
     `runs/` in each of them.
     """
-    path = found.path
-    match found.kind:
+    path = thing.path
+    match thing.kind:
         case "vectors":
             yield from _of_vectors(path, outputs.footer_of(path) or {})
         case "rejects":
@@ -59,7 +59,7 @@ def _around(path: Path, kept_in: str) -> list[Path]:
     """Folders to look in."""
     whole = path.absolute()
     bases = [Path.cwd(), *whole.parents[:3]]
-    return list(dict.fromkeys(place for base in bases for place in (base / kept_in, base)))
+    return list(dict.fromkeys(folder for base in bases for folder in (base / kept_in, base)))
 
 
 def _of_vectors(path: Path, footer: Mapping[str, str]) -> Iterator[Link]:
@@ -83,8 +83,10 @@ def _of_bundle(path: Path, origin: Mapping[str, object]) -> Iterator[Link]:
         yield _outside(origin)
         return
     name, step = str(origin["run"]), int(str(origin.get("step", 0)))
-    places = [folder / name for folder in _around(path, "runs")]
-    run = next((place for place in places if (place / "recipe.toml").is_file()), None)
+    candidates = [folder / name for folder in _around(path, "runs")]
+    run = next(
+        (candidate for candidate in candidates if (candidate / "recipe.toml").is_file()), None
+    )
     if origin.get("trained") and origin.get("checkpoint"):
         yield _checkpoint(run, step, str(origin["checkpoint"]))
     if run is None:
@@ -100,10 +102,10 @@ def _checkpoint(run: Path | None, step: int, digest: str) -> Link:
     if run is None or not folder.is_dir():
         return Link("checkpoint", digest, f"step {step}", GONE)
     try:
-        here = artifact.read(folder, "checkpoint").digest
+        present = artifact.read(folder, "checkpoint").digest
     except BtpipeError as error:
         return Link("checkpoint", digest, _shown(folder), f"damaged: {error.what}")
-    return Link("checkpoint", digest, _shown(folder), _compared(here, digest))
+    return Link("checkpoint", digest, _shown(folder), _compared(present, digest))
 
 
 def _of_run(run: Path, origin: Mapping[str, object]) -> Iterator[Link]:
@@ -144,8 +146,8 @@ def _outside(origin: Mapping[str, object]) -> Link:
     return Link("weights of others", str(origin.get("sha256", "")), source, "not looked for")
 
 
-def _compared(here: str, digest: str) -> str:
-    return SAME if here == digest else f"here, but another: {here[:12]}"
+def _compared(present: str, digest: str) -> str:
+    return SAME if present == digest else f"here, but another: {present[:12]}"
 
 
 def _shown(path: Path) -> str:

@@ -36,26 +36,26 @@ SCALE = 256.0
 """fp16's loss scale to begin with: a run's own 65536 is halved many times first."""
 
 
-def run(report: Report) -> None:
+def run(on_event: Report) -> None:
     """Checks everything and reports it.
 
     Raises:
         NumericsError: a check failed.
     """
     started = time.perf_counter()
-    with runtime.start() as here:
+    with runtime.start() as process:
         checks = [
-            *loss_checks(here.device),
-            *lars_checks(here.device),
+            *loss_checks(process.device),
+            *lars_checks(process.device),
             *schedule_checks(),
-            *step_checks(here.device),
-            masked_check(here.device),
-            *selftest_stages.checks(here.device),
+            *step_checks(process.device),
+            masked_check(process.device),
+            *selftest_stages.checks(process.device),
         ]
     checks += rank_checks()
-    name = torch.cuda.get_device_name() if here.device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if process.device.type == "cuda" else "CPU"
     seconds = time.perf_counter() - started
-    report(SelfTested(seconds, tuple(checks), name, torch.__version__))
+    on_event(SelfTested(seconds, tuple(checks), name, torch.__version__))
     require(checks)
 
 
@@ -90,8 +90,8 @@ def _loss_error(
     value.backward()
     assert z1.grad is not None
     assert z2.grad is not None
-    here = drawn.to(device, dtype)
-    terms, (gradient1, gradient2) = loss.value_and_gradient([*here], lambd, form)
+    inputs = drawn.to(device, dtype)
+    terms, (gradient1, gradient2) = loss.value_and_gradient([*inputs], lambd, form)
     return worst(
         (
             difference(terms.total(lambd), value.detach()),
@@ -204,10 +204,10 @@ def masked_check(device: torch.device) -> Check:
     core = step.build(overflowing, device)
     before = [parameter.detach().clone() for parameter in core.network.parameters()]
     views = tiny_recipe.views().to(device)
-    found = step.update(core, [*views], 0.1, 0.01).flags
+    flags = step.update(core, [*views], 0.1, 0.01).flags
     after = [parameter.detach() for parameter in core.network.parameters()]
     changed = sum(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    changed += not bool(found.found_inf)
+    changed += not bool(flags.found_inf)
     about = "parameters that an update that is not finite changed"
     return Check(f"masked update on {device.type}", float(changed), 0, about)
 
@@ -236,14 +236,18 @@ def _rank_check(ranks: int, on: Literal["auto", "cpu"], tolerance: float) -> Che
 
 def write_gradients(path: Path, batch: int, on: Literal["auto", "cpu"]) -> None:
     """Runs on every rank: the summed gradient of its rows of the batch; the first one writes it."""
-    with runtime.start(on) as here:
+    with runtime.start(on) as process:
         # Plain SGD leaves the gradients as they are.
         described = tiny_recipe.recipe(Run(precision="fp64"), batch=batch)
         described = described.model_copy(update={"optim": Optim(name="sgd")})
-        core = step.build(described, here.device)
-        mine = tiny_recipe.views(batch).chunk(here.world_size, dim=1)[here.rank].to(here.device)
-        step.update(core, [*mine], 0.0, 0.0)
-        if here.is_first:
+        core = step.build(described, process.device)
+        views = (
+            tiny_recipe.views(batch)
+            .chunk(process.world_size, dim=1)[process.rank]
+            .to(process.device)
+        )
+        step.update(core, [*views], 0.0, 0.0)
+        if process.is_first:
             named = core.network.named_parameters()
             save_file({n: p.grad.contiguous() for n, p in named if p.grad is not None}, path)
 

@@ -31,8 +31,8 @@ def tried(name: str, tolerance: float, about: str, measure: Callable[[], float])
         return Check(name, measure(), tolerance, about)
     except Exception as error:
         text = str(error).strip().splitlines()
-        said = f"{type(error).__name__}: {text[0] if text else ''}"
-        return Check(name, math.nan, tolerance, said)
+        reason = f"{type(error).__name__}: {text[0] if text else ''}"
+        return Check(name, math.nan, tolerance, reason)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,10 @@ def require(checks: Iterable[Check]) -> None:
         )
 
 
-def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """max |found - expected| / max |expected|; not a number where either holds one."""
+def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """max |result - expected| / max |expected|; not a number where either holds one."""
     expected = expected.double().cpu()
-    error = (found.double().cpu() - expected).abs().max()
+    error = (result.double().cpu() - expected).abs().max()
     return relative(float(error), float(expected.abs().max()))
 
 
@@ -95,5 +95,5 @@ def relative(error: float, largest: float) -> float:
 
 def worst(errors: Iterable[float]) -> float:
     """The largest, and not a number where one is none."""
-    found = list(errors)
-    return math.nan if any(math.isnan(error) for error in found) else max(found)
+    values = list(errors)
+    return math.nan if any(math.isnan(error) for error in values) else max(values)

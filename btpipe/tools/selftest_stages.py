@@ -69,19 +69,19 @@ def _exported_error(device: torch.device) -> float:
     with tempfile.TemporaryDirectory(prefix="btpipe-selftest-") as folder:
         model = Path(folder) / "encoder.onnx"
         onnx_model.write(encoder, prepared, model)
-        found = Session(model, device="cpu" if device.type == "cpu" else "cuda").run(images)
+        vectors = Session(model, device="cpu" if device.type == "cpu" else "cuda").run(images)
     exact = onnx_model.Normalized(encoder.double(), prepared, torch.float64).double().eval()
     with torch.inference_mode():
         expected = exact(torch.from_numpy(images))
-    return difference(torch.from_numpy(found), expected)
+    return difference(torch.from_numpy(vectors), expected)
 
 
 def _compiled_error(device: torch.device, precision: Precision) -> float:
     expected = _gradient(torch.device("cpu"), Run(precision="fp64", compile="off"))
-    found = _gradient(device, Run(precision=precision, compile="on"))
+    gradient = _gradient(device, Run(precision=precision, compile="on"))
     if precision == "fp64":
-        return difference(found, expected)
-    return relative(float((found - expected).norm()), float(expected.norm()))
+        return difference(gradient, expected)
+    return relative(float((gradient - expected).norm()), float(expected.norm()))
 
 
 def _gradient(device: torch.device, run: Run) -> torch.Tensor:
@@ -99,10 +99,10 @@ def _gradient(device: torch.device, run: Run) -> torch.Tensor:
 
 
 def _training_error(device: torch.device) -> float:
-    found, expected = (gpu_pixels.training_views(on) for on in (device, torch.device("cpu")))
-    return worst(gpu_pixels.grey_levels(a, b) for a, b in zip(found, expected, strict=True))
+    views, expected = (gpu_pixels.training_views(on) for on in (device, torch.device("cpu")))
+    return worst(gpu_pixels.grey_levels(a, b) for a, b in zip(views, expected, strict=True))
 
 
 def _evaluation_error(device: torch.device) -> float:
-    found, expected = (gpu_pixels.evaluation_views(gpu) for gpu in (device.index or 0, None))
-    return gpu_pixels.grey_levels(found, expected)
+    pixels, expected = (gpu_pixels.evaluation_views(gpu) for gpu in (device.index or 0, None))
+    return gpu_pixels.grey_levels(pixels, expected)

@@ -22,7 +22,7 @@ from btpipe.tools.artifact_kinds import Artifact, recognise
 from btpipe.tools.verify_report import ANEW, Account, ProblemsFound, Verified
 
 
-def verify(path: Path, report: Report) -> Account:
+def verify(path: Path, on_event: Report) -> Account:
     """Checks all that can be checked of what is at `path`, and reports.
 
     Raises:
@@ -31,21 +31,21 @@ def verify(path: Path, report: Report) -> Account:
         IntegrityError: something of it changed, is missing, or does not add up.
     """
     started = time.monotonic()
-    found, account = recognise(path), Account()
-    _check(found, account)
+    thing, account = recognise(path), Account()
+    _check(thing, account)
     if account.problems:
-        report(ProblemsFound(found.path, tuple(account.problems)))
+        on_event(ProblemsFound(thing.path, tuple(account.problems)))
         first, more = account.problems[0], len(account.problems) - 1
         others = f"; {more} more, listed above" if more else ""
         raise IntegrityError(first.what + others, where=first.where, fix=first.fix)
     seconds = time.monotonic() - started
-    report(Verified(seconds, found.path, found.kind, account.files, account.rows))
+    on_event(Verified(seconds, thing.path, thing.kind, account.files, account.rows))
     return account
 
 
-def _check(found: Artifact, account: Account) -> None:
-    path = found.path
-    match found.kind:
+def _check(thing: Artifact, account: Account) -> None:
+    path = thing.path
+    match thing.kind:
         case "bundle":
             with account.noting(path):
                 account.files += 1 + len(contract.open_bundle(path).manifest.files)
@@ -77,12 +77,12 @@ def _check(found: Artifact, account: Account) -> None:
 def _manifest(folder: Path, kind: str, account: Account) -> artifact.Manifest | None:
     """The manifest of a folder, all of whose files have the sha256 listed; None where not."""
     with account.noting(folder):
-        whole = artifact.verify(folder, kind)
-        told = json.loads((folder / artifact.MANIFEST).read_bytes()).get("digest")
-        if told != whole.digest:
+        manifest = artifact.verify(folder, kind)
+        digest = json.loads((folder / artifact.MANIFEST).read_bytes()).get("digest")
+        if digest != manifest.digest:
             raise IntegrityError("its digest is not that of its files", where=folder, fix=ANEW)
-        account.files += 1 + len(whole.files)
-        return whole
+        account.files += 1 + len(manifest.files)
+        return manifest
     return None
 
 
@@ -101,13 +101,13 @@ def _run(folder: Path, account: Account) -> None:
 
     A checkpoint may be of a recipe that the run had before an accepted change.
     """
-    wanted: dict[str, set[str]] = {"recipe": set(), "data": set()}
+    expected: dict[str, set[str]] = {"recipe": set(), "data": set()}
     with account.noting(folder / "recipe.toml"):
-        wanted["recipe"] = {version.recipe.digest for version in changes.versions(folder)}
+        expected["recipe"] = {version.recipe.digest for version in changes.versions(folder)}
         account.files += 1
     index = folder / "index.parquet"
     if index.is_file():
-        wanted["data"] = {_index(index, account)} - {""}
+        expected["data"] = {_index(index, account)} - {""}
     else:
         account.wrong(index, "is missing", "run the same btpipe pretrain again: it lists anew")
     if (folder / "initial").is_dir():
@@ -116,7 +116,7 @@ def _run(folder: Path, account: Account) -> None:
         if ".tmp-" in checkpoint.name:
             continue  # what a killed process left: swept at the next start
         manifest = _checkpoint(checkpoint, account)
-        for key, digests in wanted.items() if manifest else ():
+        for key, digests in expected.items() if manifest else ():
             if manifest and digests and manifest.origin.get(key) not in digests:
                 account.wrong(checkpoint, f"is of another {key} than the run's", _MOVED)
     for name in ("rejects.csv", "environment.json"):
@@ -134,12 +134,12 @@ def _index(path: Path, account: Account) -> str:
     """An index's pages, its mapped table, and that no image is a reject; its fingerprint."""
     with account.noting(path):
         content = pq.read_table(path, page_checksum_verification=True)
-        made = open_index(path)
+        index = open_index(path)
         if changed := index_checksum.broken(
-            path, content.replace_schema_metadata(), made.root, made.sources
+            path, content.replace_schema_metadata(), index.root, index.sources
         ):
             account.wrong(path, f"its {' and '.join(changed)} changed since it was written")
-        account.files, account.rows = account.files + 1, account.rows + len(made)
+        account.files, account.rows = account.files + 1, account.rows + len(index)
         named = (pq.read_schema(path).metadata or {}).get(b"content", b"").decode()
         mapped = path.with_suffix(".arrow")
         if named and mapped.is_file():
@@ -147,17 +147,17 @@ def _index(path: Path, account: Account) -> str:
             if not index_mmap.is_whole(mapped, named):
                 account.wrong(mapped, "its bytes changed", "remove it: the index is read without")
         numbers = np.array(content["source"])
-        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < max(len(made.sources), 1):
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < max(len(index.sources), 1):
             account.wrong(path, "rows name sources that it does not list")
-        beside = rejects.path_beside(path)
-        if beside.is_file():
-            bad = [reject.path for reject in rejects.read(beside)]
+        rejects_path = rejects.path_beside(path)
+        if rejects_path.is_file():
+            bad = [reject.path for reject in rejects.read(rejects_path)]
             account.files, account.rows = account.files + 1, account.rows + len(bad)
             _disjoint(content["path"], pa.array(bad, pa.string()), path, account, "scan")
         if findings.path_beside(path).is_file():
             findings.read(findings.path_beside(path))
             account.files += 1
-        return made.fingerprint
+        return index.fingerprint
     return ""
 
 
@@ -197,11 +197,11 @@ def _vectors(path: Path, account: Account) -> None:
         twice = len(paths) - pc.count_distinct(pa.chunked_array(exact, pa.binary())).as_py()
         if twice:
             account.wrong(path, f"{twice} inputs have more than one row", again)
-        beside = table.rejects_path(path)
-        if not beside.is_file():
-            account.wrong(beside, "the table of rejects is missing", again)
+        rejects_path = table.rejects_path(path)
+        if not rejects_path.is_file():
+            account.wrong(rejects_path, "the table of rejects is missing", again)
             return
-        bad = _rejects(beside, account, footer)
+        bad = _rejects(rejects_path, account, footer)
         _disjoint(paths, bad.combine_chunks(), path, account, "embed")
 
 
@@ -234,9 +234,9 @@ def _rejects(
     path: Path, account: Account, footer: Mapping[str, str] | None = None
 ) -> pa.ChunkedArray:
     """A table of rejects, of the same job as the vectors of this footer; its paths."""
-    told = table.footer_of(path)
-    if footer is not None and told != footer:
-        differ = [key for key in footer if told is None or told.get(key) != footer[key]]
+    metadata = table.footer_of(path)
+    if footer is not None and metadata != footer:
+        differ = [key for key in footer if metadata is None or metadata.get(key) != footer[key]]
         what = f"is of another job than the vectors: {', '.join(differ)} differ"
         account.wrong(path, what, "put the file that belongs to them back, or embed again")
     content = table.read(path)
@@ -254,21 +254,21 @@ def _embed_work(folder: Path, account: Account) -> None:
     lines = commits.read_text(errors="replace").splitlines() if commits.is_file() else []
     for number, line in enumerate(lines):
         try:
-            said = json.loads(line)
-            path = folder / f"part-{int(said['part']):06d}.parquet"
+            commit = json.loads(line)
+            path = folder / f"part-{int(commit['part']):06d}.parquet"
         except (ValueError, KeyError, TypeError):
             if number < len(lines) - 1:  # the last one may be torn by a kill
                 account.wrong(commits, f"line {number + 1} is no commit", again)
             continue
-        if not path.is_file() or artifact.file_digest(path) != said["sha256"]:
+        if not path.is_file() or artifact.file_digest(path) != commit["sha256"]:
             what = "its bytes changed since it was written" if path.is_file() else "is missing"
             account.wrong(path, what, again)
             continue
         with account.noting(path):
             rows = len(table.read(path))
             account.files, account.rows = account.files + 1, account.rows + rows
-            if rows != said["rows"]:
-                account.wrong(path, f"{rows} rows, {said['rows']} announced", again)
+            if rows != commit["rows"]:
+                account.wrong(path, f"{rows} rows, {commit['rows']} announced", again)
 
 
 def _shard_work(folder: Path, account: Account) -> None:
@@ -278,11 +278,11 @@ def _shard_work(folder: Path, account: Account) -> None:
     while True:
         path = folder / shard_writer.name_of(number)
         with account.noting(path):
-            found = shard_writer.read(folder, number)
-            if found is None:
+            shard = shard_writer.read(folder, number)
+            if shard is None:
                 return
-            account.files, account.rows = account.files + 2, account.rows + len(found.members)
-            changed = shard_writer.changed(folder, number, found)
+            account.files, account.rows = account.files + 2, account.rows + len(shard.members)
+            changed = shard_writer.changed(folder, number, shard)
             if changed:
                 account.wrong(path, f"{len(changed)} images changed, first {changed[0]}", again)
         number += 1

@@ -53,8 +53,8 @@ class Noting:
             self.account.wrong(Path(error.where or self.where), what, error.fix or ANEW)
             return True
         if isinstance(error, OSError | ValueError | KeyError | TypeError | pa.ArrowException):
-            said = [*str(error).splitlines(), repr(error)][0]
-            self.account.wrong(self.where, f"cannot be read: {said}")
+            reason = [*str(error).splitlines(), repr(error)][0]
+            self.account.wrong(self.where, f"cannot be read: {reason}")
             return True
         return False
 

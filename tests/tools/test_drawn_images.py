@@ -107,8 +107,8 @@ def test_geometry_tells_the_class_and_colour_and_pixels_hardly_do(tmp_path: Path
 
     def top1(features: list[NDArray[np.floating]]) -> float:
         middle, spread = features[0].mean(axis=0), features[0].std(axis=0) + 1e-6
-        known, asked = ((part - middle) / spread for part in features)
-        return knn.accuracy(known, train_labels, asked, test_labels).top1
+        train_features, test_features = ((part - middle) / spread for part in features)
+        return knn.accuracy(train_features, train_labels, test_features, test_labels).top1
 
     flat = [part.reshape(len(part), -1) for part in (train, test)]
     assert top1([*flat]) < PIXELS_AT_MOST

@@ -20,13 +20,13 @@ SAME, GONE = "here, the same", "not found near by"
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return one_of_each(tmp_path_factory)
 
 
 @pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return copy(made, tmp_path / "copied")
+def copied(home: Path, tmp_path: Path) -> Path:
+    return copy(home, tmp_path / "copied")
 
 
 def links(path: Path) -> dict[str, Link]:
@@ -48,14 +48,14 @@ def test_vectors_lead_back_to_bundle_checkpoint_recipe_and_data(copied: Path) ->
             copied / "runs/tiny/index.parquet",
         ),
     }
-    found = links(copied / "v.parquet")
-    assert list(found) == ["input", "bundle", "checkpoint", "run", "recipe", "data"]
-    for what, (digest, place) in expected.items():
-        assert found[what] == Link(what, digest, str(place), SAME)
-    assert found["run"] == Link("run", "", str(copied / "runs/tiny"), "here")
+    chain = links(copied / "v.parquet")
+    assert list(chain) == ["input", "bundle", "checkpoint", "run", "recipe", "data"]
+    for what, (digest, path) in expected.items():
+        assert chain[what] == Link(what, digest, str(path), SAME)
+    assert chain["run"] == Link("run", "", str(copied / "runs/tiny"), "here")
     assert list(links(copied / "exports/tiny")) == ["checkpoint", "run", "recipe", "data"]
     assert list(links(checkpoint)) == ["run", "recipe", "data"]
-    assert links(copied / "v.rejects.parquet") == found
+    assert links(copied / "v.rejects.parquet") == chain
 
 
 def test_what_is_gone_or_another_is_told_with_the_digest_that_it_had(copied: Path) -> None:
@@ -72,9 +72,9 @@ def test_what_is_gone_or_another_is_told_with_the_digest_that_it_had(copied: Pat
     assert {after[what].found for what in ("checkpoint", "run", "recipe", "data")} == {GONE}
     assert after["data"].digest == before["data"].digest
     shutil.rmtree(copied / "exports")
-    found = links(copied / "v.parquet")
-    assert list(found) == ["input", "bundle"]
-    assert found["bundle"] == Link("bundle", before["bundle"].digest, "", GONE)
+    chain = links(copied / "v.parquet")
+    assert list(chain) == ["input", "bundle"]
+    assert chain["bundle"] == Link("bundle", before["bundle"].digest, "", GONE)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,11 @@ def test_what_is_gone_or_another_is_told_with_the_digest_that_it_had(copied: Pat
     ],
 )
 def test_everything_that_btpipe_writes_is_known_by_itself_or_a_file_of_it(
-    made: Path, name: str, kind: str, facts: dict[str, str]
+    home: Path, name: str, kind: str, facts: dict[str, str]
 ) -> None:
-    found = inspect(made / name)
-    assert found.kind == kind
-    assert facts.items() <= found.facts.items()
+    inspected = inspect(home / name)
+    assert inspected.kind == kind
+    assert facts.items() <= inspected.facts.items()
 
 
 @pytest.mark.parametrize(
@@ -114,15 +114,15 @@ def test_everything_that_btpipe_writes_is_known_by_itself_or_a_file_of_it(
     ],
 )
 def test_what_people_read_of_a_thing_is_a_value_too(
-    made: Path, name: str, values: dict[str, object]
+    home: Path, name: str, values: dict[str, object]
 ) -> None:
-    inspected = inspect(made / name)
+    inspected = inspect(home / name)
     assert list(inspected.values) == list(inspected.facts)
     assert values.items() <= inspected.values.items()
 
 
-def test_a_gate_that_a_bundle_passed_is_shown(made: Path) -> None:
-    inspected = inspect(made / "exports/tiny")
+def test_a_gate_that_a_bundle_passed_is_shown(home: Path) -> None:
+    inspected = inspect(home / "exports/tiny")
     gates = [name for name in inspected.facts if name.startswith("gate ")]
     assert gates
     for name in gates:
@@ -150,14 +150,14 @@ def test_scores_that_stand_beside_a_bundle_are_shown_if_they_are_of_it(copied: P
     assert inspected.values["eval linear"] == score
 
 
-def test_people_read_short_digests_and_machines_whole_ones(made: Path) -> None:
-    digest = contract.open_bundle(made / "exports/tiny").digest
-    shown = CliRunner().invoke(cli.app, ["inspect", str(made / "exports/tiny")])
-    assert shown.exit_code == 0
-    assert digest[:12] in shown.stdout
-    assert digest not in shown.stdout
-    told = CliRunner().invoke(cli.app, ["inspect", str(made / "v.parquet"), "--json"])
-    (event,) = event_schema.read(told.stdout)
+def test_people_read_short_digests_and_machines_whole_ones(home: Path) -> None:
+    digest = contract.open_bundle(home / "exports/tiny").digest
+    printed = CliRunner().invoke(cli.app, ["inspect", str(home / "exports/tiny")])
+    assert printed.exit_code == 0
+    assert digest[:12] in printed.stdout
+    assert digest not in printed.stdout
+    output = CliRunner().invoke(cli.app, ["inspect", str(home / "v.parquet"), "--json"])
+    (event,) = event_schema.read(output.stdout)
     assert (event["event"], event["kind"], event["facts"]["bundle"]) == (
         "Inspected",
         "vectors",
@@ -166,9 +166,9 @@ def test_people_read_short_digests_and_machines_whole_ones(made: Path) -> None:
     assert {"what": "bundle", "digest": digest}.items() <= event["chain"][1].items()
 
 
-def test_what_btpipe_did_not_write_is_refused(made: Path, tmp_path: Path) -> None:
+def test_what_btpipe_did_not_write_is_refused(home: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
-    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "notes.txt", made / "images"):
+    for path in (tmp_path / "nowhere", tmp_path, tmp_path / "notes.txt", home / "images"):
         with pytest.raises(UsageError, match="a run, checkpoint, bundle"):
             inspect(path)
 

@@ -36,9 +36,9 @@ def planned(*arguments: str) -> event_schema.Record:
     """The plan of `btpipe plan --json`."""
     done = CliRunner().invoke(app, ["plan", *arguments, "--json"])
     assert done.exit_code == 0, done.output
-    *_, told = event_schema.read(done.stdout)
-    assert told["event"] == "Planned"
-    plan: event_schema.Record = told["plan"]
+    *_, record = event_schema.read(done.stdout)
+    assert record["event"] == "Planned"
+    plan: event_schema.Record = record["plan"]
     return plan
 
 
@@ -47,20 +47,20 @@ def test_a_plan_says_what_a_run_takes_and_writes_its_recipe(tmp_path: Path) -> N
     draw_images(images, 64)
     file.write_text(TINY)
     written = tmp_path / "planned.toml"
-    made = planned(str(file), "--data", str(images), "--devices", "1", "--write", str(written))
-    assert (made["images"], made["steps"], made["world_size"]) == (64, 12, 1)
-    assert made["seconds"] == 12 * made["step"]["seconds"]
-    assert all(made["rates"][part] > 1 for part in ("loader", "step"))
+    advised = planned(str(file), "--data", str(images), "--devices", "1", "--write", str(written))
+    assert (advised["images"], advised["steps"], advised["world_size"]) == (64, 12, 1)
+    assert advised["seconds"] == 12 * advised["step"]["seconds"]
+    assert all(advised["rates"][part] > 1 for part in ("loader", "step"))
     assert recipe.load(written) == recipe.load(file, [f"data.train={images}"])
 
 
 def test_the_memory_of_a_gpu_is_told_as_such() -> None:
     plans = {device: plan.Planned(1.0, "tiny", planned_for(device), None) for device in DEVICES}
-    made = {device: planned.tables()[1] for device, planned in plans.items()}
-    assert ("memory of a process", "3.0 GiB") in made["cpu"].rows
-    assert "CUDA" not in made["cpu"].note
-    assert ("GPU memory of a process", "3.0 GiB") in made["cuda"].rows
-    assert "torch and DALI together; the CUDA context" in made["cuda"].note
+    runs = {device: planned.tables()[1] for device, planned in plans.items()}
+    assert ("memory of a process", "3.0 GiB") in runs["cpu"].rows
+    assert "CUDA" not in runs["cpu"].note
+    assert ("GPU memory of a process", "3.0 GiB") in runs["cuda"].rows
+    assert "torch and DALI together; the CUDA context" in runs["cuda"].note
 
 
 def planned_for(device: plan_cases.Device) -> plan.Plan:
@@ -91,8 +91,8 @@ def test_a_plan_foretells_the_cpu_time_of_a_run(tmp_path: Path) -> None:
     file.write_text(TINY.replace("epochs = 3", "epochs = 40"))
     expected = planned(str(file), "--data", str(images), "--devices", "1")
     before = resource.getrusage(resource.RUSAGE_SELF)
-    wanted = recipe.load(file, [f"data.train={images}"])
-    launch.pretrain(tmp_path / "run", wanted, devices="1", mode="json")
+    described = recipe.load(file, [f"data.train={images}"])
+    launch.pretrain(tmp_path / "run", described, devices="1", mode="json")
     after = resource.getrusage(resource.RUSAGE_SELF)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert spent / NEAR < expected["cpu_seconds"] < spent * NEAR
@@ -122,10 +122,10 @@ def test_images_must_be_named(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_fit_is_shared_out_to_micro_batches(tmp_path: Path) -> None:
     file, written = tmp_path / "large.toml", tmp_path / "planned.toml"
     file.write_text(TINY.replace("16", "16384").replace("32", "512"))
-    made = planned(
+    advised = planned(
         str(file), "--data", "synthetic:40000x600", "--devices", "1", "--write", str(written)
     )
-    assert made["steps"] == 6
+    assert advised["steps"] == 6
     micro = recipe.load(written).run.micro_batch
     assert 0 < micro < 16384
     assert 16384 % micro == 0

@@ -32,13 +32,13 @@ MEANT = (b"root", b"sources", b"btpipe.bundle", b"btpipe.input", b"btpipe.precis
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return one_of_each(tmp_path_factory)
 
 
 @pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return copy(made, tmp_path / "copied")
+def copied(home: Path, tmp_path: Path) -> Path:
+    return copy(home, tmp_path / "copied")
 
 
 def flip(path: Path, at: float = 0.5) -> None:
@@ -69,10 +69,10 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"flipped": flip, "cut": cut, "gone
     ],
 )
 def test_what_is_whole_is_said_so_with_a_count(
-    made: Path, name: str, files: int, rows: int
+    home: Path, name: str, files: int, rows: int
 ) -> None:
     events: list[Event] = []
-    account = verify(made / name, events.append)
+    account = verify(home / name, events.append)
     assert account.files >= files
     assert account.rows == rows
     (finished,) = events
@@ -112,11 +112,11 @@ def test_a_file_under_a_manifest_that_changed_is_named(
 @pytest.mark.parametrize("name", ["v.parquet", "v.rejects.parquet", "i.parquet"])
 def test_a_table_that_was_cut_or_is_gone_is_an_error(copied: Path, name: str, damage: str) -> None:
     DAMAGES[damage](copied / name)
-    asked = copied / name.replace(".rejects", "")
+    vectors = copied / name.replace(".rejects", "")
     with pytest.raises(
-        UsageError if (copied / name, damage) == (asked, "gone") else IntegrityError
+        UsageError if (copied / name, damage) == (vectors, "gone") else IntegrityError
     ):
-        verify(asked, ignore)
+        verify(vectors, ignore)
 
 
 @pytest.mark.parametrize("name", FLIPS)
@@ -147,8 +147,8 @@ def rewritten(path: Path, content: pa.Table) -> None:
 
 
 def test_a_table_whose_rows_do_not_add_up_is_an_error(copied: Path) -> None:
-    path, beside = copied / "v.parquet", copied / "v.rejects.parquet"
-    content, bad = pq.read_table(path), pq.read_table(beside)
+    path, rejects_path = copied / "v.parquet", copied / "v.rejects.parquet"
+    content, bad = pq.read_table(path), pq.read_table(rejects_path)
     first = content["path"][0].as_py()
     rewritten(path, pa.concat_tables([content, content.slice(0, 1)]))
     with pytest.raises(IntegrityError, match="1 inputs have more than one row"):
@@ -163,26 +163,26 @@ def test_a_table_whose_rows_do_not_add_up_is_an_error(copied: Path) -> None:
     verify(path, ignore)
     cut = dataclasses.asdict(Rejected(first, "decode", "content", "cut"))
     row = pa.Table.from_pylist([cut], schema=bad.schema)
-    rewritten(beside, row)
+    rewritten(rejects_path, row)
     with pytest.raises(IntegrityError, match="1 inputs are rows and rejects at once, such as"):
         verify(path, ignore)
     other = {**bad.schema.metadata, table.INPUT.encode(): b"another"}
-    rewritten(beside, bad.replace_schema_metadata(other))
+    rewritten(rejects_path, bad.replace_schema_metadata(other))
     with pytest.raises(IntegrityError, match=r"is of another job .*btpipe\.input differ"):
         verify(path, ignore)
 
 
 def written(home: Path, name: str) -> Path:
     """The vectors of the table under another name, in the format that its ending says."""
-    told = table.footer_of(home / "v.parquet")
-    assert told is not None
+    metadata = table.footer_of(home / "v.parquet")
+    assert metadata is not None
     footer = table.Footer(
-        bundle=told["btpipe.bundle"],
-        input=told["btpipe.input"],
-        preprocessing=told["btpipe.preprocessing"],
-        precision=told["btpipe.precision"],
-        root=told["btpipe.root"],
-        dimension=int(told["btpipe.dimension"]),
+        bundle=metadata["btpipe.bundle"],
+        input=metadata["btpipe.input"],
+        preprocessing=metadata["btpipe.preprocessing"],
+        precision=metadata["btpipe.precision"],
+        root=metadata["btpipe.root"],
+        dimension=int(metadata["btpipe.dimension"]),
     )
     out = home / name
     outputs.write(out, home / f"beside{out.suffix}", footer, [table.read(home / "v.parquet")])
@@ -196,9 +196,9 @@ def test_vectors_of_any_format_are_known_and_checked(copied: Path, name: str, fi
     out = written(copied, name)
     account = verify(out, ignore)
     assert (account.files, account.rows) == (files, IMAGES)
-    found = inspect(out)
-    assert (found.kind, found.facts["vectors"]) == ("vectors", str(IMAGES))
-    assert [link.found for link in found.chain if link.what == "bundle"] == ["here, the same"]
+    inspected = inspect(out)
+    assert (inspected.kind, inspected.facts["vectors"]) == ("vectors", str(IMAGES))
+    assert [link.found for link in inspected.chain if link.what == "bundle"] == ["here, the same"]
     cut(out / "part-000000.parquet" if out.is_dir() else out)
     with pytest.raises(IntegrityError):
         verify(out, ignore)
@@ -227,9 +227,9 @@ def test_a_folder_of_tables_with_a_gap_or_anothers_part_is_an_error(copied: Path
 
 
 def test_an_index_with_an_image_that_is_a_reject_is_an_error(copied: Path) -> None:
-    beside = rejects.path_beside(copied / "i.parquet")
-    beside.unlink()
-    rejects.write(beside, [Rejected("a/000.jpg", "decode", "content", "cut")])
+    path = rejects.path_beside(copied / "i.parquet")
+    path.unlink()
+    rejects.write(path, [Rejected("a/000.jpg", "decode", "content", "cut")])
     with pytest.raises(IntegrityError, match=r"rows and rejects at once, such as a/000\.jpg"):
         verify(copied / "i.parquet", ignore)
 
@@ -251,9 +251,9 @@ def test_a_run_whose_recipe_or_index_is_anothers_is_an_error(copied: Path) -> No
     with pytest.raises(IntegrityError, match="is of another recipe than the run's"):
         verify(run, ignore)
     replace(run / "recipe.toml", text)
-    made, _ = index.build(copied / "images/a")
+    other, _ = index.build(copied / "images/a")
     (run / "index.parquet").unlink()
-    made.save(run / "index.parquet")
+    other.save(run / "index.parquet")
     with pytest.raises(IntegrityError, match="is of another data than the run's"):
         verify(run, ignore)
 
@@ -347,8 +347,8 @@ def test_the_finished_shards_of_a_killed_job_are_checked(copied: Path) -> None:
 def test_the_command_ends_with_0_or_4(copied: Path) -> None:
     fine = CliRunner().invoke(cli.app, ["verify", str(copied / "v.parquet"), "--json"])
     assert fine.exit_code == 0
-    (told,) = event_schema.read(fine.stdout)
-    assert (told["event"], told["kind"]) == ("Verified", "vectors")
+    (record,) = event_schema.read(fine.stdout)
+    assert (record["event"], record["kind"]) == ("Verified", "vectors")
     flip(copied / "v.parquet", 0.4)
     command = [sys.executable, "-m", "btpipe", "verify", str(copied / "v.parquet")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
