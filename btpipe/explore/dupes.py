@@ -139,11 +139,11 @@ def _same_bytes(
     digests: Sequence[str | None],
 ) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.bool_]]:
     """Pairs (first row, row) of equal digests, and which rows are the first of theirs."""
-    seen: dict[str, int] = {}
+    first_rows: dict[str, int] = {}
     left, right = [], []
     first = np.ones(len(digests), bool)
     for row, digest in enumerate(digests):
-        before = seen.setdefault(digest, row) if digest else row
+        before = first_rows.setdefault(digest, row) if digest else row
         if before != row:
             left.append(before)
             right.append(row)

@@ -94,12 +94,12 @@ def _newest(run: Path, on_event: Report) -> Path:
 
 
 def _of_step(run: Path, step: int) -> Path:
-    there = checkpoint.steps(run)
-    if step not in there:
+    steps = checkpoint.steps(run)
+    if step not in steps:
         raise UsageError(
             f"no checkpoint of step {step}",
             where=run,
-            expected=f"of {', '.join(map(str, there)) or 'those that pretrain writes: none yet'}",
+            expected=f"of {', '.join(map(str, steps)) or 'those that pretrain writes: none yet'}",
             fix="keep more of the next run's checkpoints: --set run.keep_every=N",
         )
     folder = checkpoint.folder_of(run, step)
