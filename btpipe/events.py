@@ -86,16 +86,18 @@ machine: the disk, the network or a permission kept it away."""
 
 @dataclasses.dataclass(frozen=True)
 class Note(Event):
-    """A sentence worth reading once."""
+    """A sentence worth reading once; `values` are its numbers."""
 
     text: str
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Warned(Event):
-    """Something the user should know and may have to act on."""
+    """Something the user should know and may have to act on; `values` are its numbers."""
 
     text: str
+    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

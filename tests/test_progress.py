@@ -85,11 +85,11 @@ def test_an_alarm_is_one_line_on_standard_error_without_a_terminal(
 def test_json_lines_hold_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.show("json") as report:
         report(STEP)
-        report(events.Warned("careful"))
+        report(events.Warned("3 rows", {"rows": 3}))
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert first == {"event": "StepDone", **dataclasses.asdict(STEP)}
     assert second.pop("time") == pytest.approx(time.time(), abs=60)
-    assert second == {"event": "Warned", "text": "careful"}
+    assert second == {"event": "Warned", "text": "3 rows", "values": {"rows": 3}}
 
 
 def test_a_runs_log_has_the_lines_that_a_machine_reads(

@@ -63,7 +63,8 @@ def gather(
                 else:
                     batches.append(_Batch.append_to(file, batch, footer))
             if lost:
-                on_event(Warned(f"{path}: {lost} rows are damaged; they are computed again"))
+                text = f"{path}: {lost} rows are damaged; they are computed again"
+                on_event(Warned(text, {"rows": lost}))
             damaged += lost
         file.flush()
         os.fsync(file.fileno())

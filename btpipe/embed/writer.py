@@ -52,7 +52,8 @@ class Writer:
         self.done = work_folder.committed(self.folder, self.plan, self.on_event)
         if self.done:
             kept = sum(len(self.plan.part_range(part)) for part in self.done)
-            self.on_event(Note(f"goes on: {kept} of {self.plan.rows} images are done"))
+            text = f"goes on: {kept} of {self.plan.rows} images are done"
+            self.on_event(Note(text, {"done": kept, "total": self.plan.rows}))
 
     def _replace(
         self,

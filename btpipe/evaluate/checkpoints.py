@@ -73,9 +73,8 @@ def run(
         on_event(Warned(selected.start_is_better))
     on_event(selected)
     numbers = out.with_suffix(".json")
-    on_event(
-        Note(f"{out} and {numbers} are written; btpipe export {folder} --step {selected.step}")
-    )
+    text = f"{out} and {numbers} are written; btpipe export {folder} --step {selected.step}"
+    on_event(Note(text, {"step": selected.step}))
     return selected
 
 
@@ -115,7 +114,8 @@ def measure(
         for step, encoder in _encoders(folder, [0, *steps], image_set, on_event):
             measures = _measured(encoder.to(process.device), described, image_set)
             if measures is None:
-                on_event(Warned(f"step {step}: its vectors are not finite; left out"))
+                text = f"step {step}: its vectors are not finite; left out"
+                on_event(Warned(text, {"step": step}))
                 continue
             row, shares[step] = measures
             accuracy = row.knn if labelled else accuracies.get(step)
@@ -214,7 +214,7 @@ def _encoders(
             kept = None if step == 0 else step
             source = encoder_source.of_run(folder, on_event, untrained=step == 0, step=kept)
         except IntegrityError as error:
-            on_event(Warned(f"step {step} is left out: {error}"))
+            on_event(Warned(f"step {step} is left out: {error}", {"step": step}))
             continue
         yield step, source.encoder.to(memory_format=torch.channels_last)  # as its pixels are
 

@@ -217,10 +217,11 @@ def _places(
 
 def _warn(sweep: logistic.Swept, where: Path, on_event: Report) -> None:
     if not sweep.model.converged:
-        on_event(Warned(f"{where}: the classifier has not converged in {logistic.STEPS} steps"))
+        text = f"{where}: the classifier has not converged in {logistic.STEPS} steps"
+        on_event(Warned(text, {"steps": logistic.STEPS}))
     if sweep.at_end:
         end = f"C = {sweep.c:g} is the last that was tried: a better one may lie beyond"
-        on_event(Warned(f"{where}: {end}"))
+        on_event(Warned(f"{where}: {end}", {"c": sweep.c}))
 
 
 def _held_out(keys: list[str], seed: int) -> NDArray[np.bool_]:

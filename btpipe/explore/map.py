@@ -95,7 +95,8 @@ def _points(
     if by == "umap":
         on_event(Note("UMAP takes about a minute for 10,000 vectors; --by pca is there at once"))
         places = {"umap": layout.umap(vectors.unit), **places}
-    on_event(Note(f"finding the {NEIGHBOURS} nearest of each of {len(vectors):,} vectors"))
+    text = f"finding the {NEIGHBOURS} nearest of each of {len(vectors):,} vectors"
+    on_event(Note(text, {"neighbours": NEIGHBOURS, "vectors": len(vectors)}))
     nearest, cosines = blocks.nearest_others(vectors.unit, NEIGHBOURS)
     return Points(
         paths=[path or "" for path in vectors.column("path")],

@@ -102,7 +102,8 @@ def _announce(run: TrainingRun) -> None:
             f"with {recipe.data.batch_size} images and {dimension} dimensions the loss cannot go"
             f" below {floor:.0f}, however good the encoder: do not judge it by that number"
         )
-        run.on_event(events.Warned(text))
+        sizes = {"batch_size": recipe.data.batch_size, "dimension": dimension}
+        run.on_event(events.Warned(text, {**sizes, "loss_floor": floor}))
 
 
 def _loop(run: TrainingRun, supply: Supply, signals: runtime.StopSignals) -> None:

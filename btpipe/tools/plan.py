@@ -150,7 +150,8 @@ def _listed(recipe: Recipe, scratch: Path, on_event: Report) -> tuple[int, Index
         names = [str(listed.file(int(row)).resolve()) for row in rows]
         file = scratch / "sample.txt"
         file.write_text("\n".join(names))
-        on_event(Note(f"{len(listed):,} images; {SAMPLE_IMAGES:,} of them are looked at"))
+        text = f"{len(listed):,} images; {SAMPLE_IMAGES:,} of them are looked at"
+        on_event(Note(text, {"images": len(listed), "sample": SAMPLE_IMAGES}))
         return len(listed), build(file, on_event)[0]
     index, _ = build(recipe.data.inputs, on_event)
     return len(index), index

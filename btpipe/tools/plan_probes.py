@@ -47,7 +47,8 @@ def take(
     """The loop at a small batch and at one as large as time allows, at most `share`."""
 
     def look(images: int, steps: int) -> Look | None:
-        on_event(Note(f"looking at {steps} steps of {images} images, loader and network"))
+        text = f"looking at {steps} steps of {images} images, loader and network"
+        on_event(Note(text, {"steps": steps, "images": images}))
         prepare = functools.partial(plan_cases.training, recipe, index, device, images, steps)
         measured = _measured(prepare, steps)
         return Look(images, *measured) if measured else None
@@ -64,7 +65,7 @@ def take(
         second = look(largest, min(steps, 50))
         if second is not None:
             return [first, second]
-        on_event(Note(f"too little GPU memory for {largest} images"))
+        on_event(Note(f"too little GPU memory for {largest} images", {"images": largest}))
         largest //= 2
     return [first]
 
@@ -72,7 +73,8 @@ def take(
 def rates(
     recipe: Recipe, index: Path, device: plan_cases.Device, last: Look, on_event: Report
 ) -> Rates:
-    on_event(Note(f"looking at loader and step apart, {last.images} images each"))
+    text = f"looking at loader and step apart, {last.images} images each"
+    on_event(Note(text, {"images": last.images}))
     images = last.images
     batches = max(2, round(LOOK_SECONDS / 2 / last.turn.seconds))
     load_batches = functools.partial(plan_cases.loading, recipe, index, device, images, batches)

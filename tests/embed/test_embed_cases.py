@@ -168,7 +168,8 @@ def test_a_second_ctrl_c_ends_a_job_that_cannot_stop_and_the_same_command_goes_o
         events.append,
     )
     message = f"goes on: {done * PART_ROWS} of {IMAGES} images are done"
-    assert message in [event.text for event in events if isinstance(event, Note)]
+    (note,) = [event for event in events if isinstance(event, Note) and event.text == message]
+    assert note.values == {"done": done * PART_ROWS, "total": IMAGES}
     assert pq.read_metadata(tmp_path / "v.parquet").num_rows == PART_ROWS
     assert pq.read_metadata(tmp_path / "v.rejects.parquet").num_rows == IMAGES - PART_ROWS
 

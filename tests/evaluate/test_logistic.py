@@ -202,7 +202,8 @@ def test_a_best_penalty_at_the_end_of_the_grid_is_said(tmp_path: Path) -> None:
     events: list[Event] = []
     score = linear_probe.judge(path, None, tmp_path / "s.json", events.append).score
     assert score.at_end
-    assert [True for event in events if isinstance(event, Warned) and "C = 1e-05" in event.text]
+    (warned,) = [e for e in events if isinstance(e, Warned) and "C = 1e-05" in e.text]
+    assert warned.values == {"c": 1e-5}
 
 
 def test_another_file_is_not_replaced_by_a_score(tmp_path: Path) -> None:
