@@ -99,12 +99,12 @@ def burn() -> None:
 
 
 def test_a_row_is_charged_for_the_processes_that_it_starts() -> None:
-    seat = MeasuredProcess("burns", burn_in_a_child, threads=1, has_children=True)
+    process = MeasuredProcess("burns", burn_in_a_child, threads=1, has_children=True)
     try:
-        seat.prepare()
-        turn = seat.measure()
+        process.prepare()
+        turn = process.measure()
     finally:
-        seat.close()
+        process.close()
     assert turn is not None
     assert BURNT_SECONDS <= turn.cpu_seconds < 2 * BURNT_SECONDS
 
