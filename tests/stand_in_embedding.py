@@ -32,6 +32,6 @@ def decode(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
             if len(_at_work) > seen:
                 os.kill(os.getpid(), signal.SIGSEGV)
     # Where it decodes: the supervisor knows this module too, and loads no decoder.
-    from btpipe.data.pipeline import decode as decoding  # noqa: PLC0415
+    from btpipe.data.pipeline import decode as pipeline_decode  # noqa: PLC0415
 
-    return decoding.decode(content)
+    return pipeline_decode.decode(content)

@@ -92,7 +92,7 @@ def read(run: Path) -> History:
             "has not begun: no events.jsonl", where=run, fix="start it: btpipe pretrain"
         )
     records, damaged = _records(log)
-    reader = _Reader()
+    reader = _EventReader()
     for record in records:
         reader.add(record)
     if reader.begun is None:
@@ -151,7 +151,7 @@ def _records(log: Path) -> tuple[list[dict[str, object]], int]:
     return records, damaged
 
 
-class _Reader:
+class _EventReader:
     """Collects what the events of a log say, in their order."""
 
     def __init__(self) -> None:

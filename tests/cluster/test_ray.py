@@ -74,14 +74,14 @@ def spoil(images: Path) -> None:
 
 def processes_with(text: str) -> list[int]:
     """Processes whose command line or title holds the text."""
-    found = []
+    processes = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if text.encode() in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
+                processes.append(int(folder.name))
         except OSError:
             continue
-    return found
+    return processes
 
 
 def start(out: Path, images: Path, bundle: Path) -> "subprocess.Popen[str]":
@@ -118,8 +118,8 @@ def test_a_stopped_job_keeps_its_parts_and_goes_on(
     with start(out, images, bundle) as job:
         wait_for_commits(out, 2)
         os.killpg(job.pid, number)  # as a terminal or a scheduler does
-        told = job.communicate(timeout=60)[1]
-        assert (job.returncode, "finished parts are kept" in told) == (Stopped.exit_code, True)
+        errors = job.communicate(timeout=60)[1]
+        assert (job.returncode, "finished parts are kept" in errors) == (Stopped.exit_code, True)
     assert processes_with("raylet") == []
     events: list[Event] = []
     embed(
@@ -143,8 +143,8 @@ def test_the_part_of_a_killed_actor_is_made_again(
         victims = processes_with("ray::MapWorker") or processes_with("ray::_MapWorker")
         assert victims
         os.kill(victims[0], signal.SIGKILL)
-        told = job.communicate(timeout=120)[1]
-        assert (job.returncode, told) == (0, "")
+        errors = job.communicate(timeout=120)[1]
+        assert (job.returncode, errors) == (0, "")
     run(images, tmp_path / "one.parquet", bundle, on_ray=False, part_rows=2)
     assert content(out) == content(tmp_path / "one.parquet")
 

@@ -84,7 +84,7 @@ def difference(core: step.Core, gradients: dict[str, torch.Tensor]) -> float:
 
 def compare(core: step.Core, batch: Batch, criterion: BarlowTwinsLoss) -> list[float]:
     """Relative differences of loss and gradient at the core's present weights, both precisions."""
-    found = []
+    differences = []
     whole = len(batch.images)
     for precision, dtype, count in (("fp32", torch.float32, whole), ("fp64", torch.float64, FEW)):
         view1, view2 = batch.views[0][:count], batch.views[1][:count]
@@ -98,8 +98,8 @@ def compare(core: step.Core, batch: Batch, criterion: BarlowTwinsLoss) -> list[f
         value, gradients = loss_and_gradient(plain.train(), criterion, view1, view2)
         outcome = step.update(ours, [view1, view2], 0.0, 0.0)
         total = float(outcome.terms.total(described.loss.lambd))
-        found += [abs(total - value) / value, difference(ours, gradients)]
-    return found
+        differences += [abs(total - value) / value, difference(ours, gradients)]
+    return differences
 
 
 def judge(encoder: nn.Module, images: Index, size: int) -> float:
@@ -114,10 +114,10 @@ def judge(encoder: nn.Module, images: Index, size: int) -> float:
         ):
             pixels = network.normalise(torch.from_numpy(batch.pixels), torch.float32)
             vectors.append(encoder(pixels).numpy())
-    found = np.concatenate(vectors)
+    embedded = np.concatenate(vectors)
     names = np.array(images.labels)[rows]
     classes, labels = np.unique(names, return_inverse=True)
-    near, cosines = neighbours.nearest(found[train:], found[:train], 20)
+    near, cosines = neighbours.nearest(embedded[train:], embedded[:train], 20)
     scores = neighbours.vote(near, cosines, labels[:train].astype(np.int64), len(classes))
     return float((scores.argmax(1) == labels[train:]).mean())
 
@@ -171,8 +171,8 @@ def main() -> int:
             if batch.step >= arguments.steps:
                 break
             if batch.step % 50 == 0:
-                found = compare(core, batch, criterion)
-                worst = max(worst, *found)
+                differences = compare(core, batch, criterion)
+                worst = max(worst, *differences)
             rates = schedule.rates(described, batch.step, len(images))
             started = time.process_time()
             outcome = step.update(core, batch.views, *rates)
@@ -181,7 +181,7 @@ def main() -> int:
                 total = float(outcome.terms.total(described.loss.lambd))
                 print(
                     f"{batch.step:4d}  {total:7.2f}",
-                    *(f"{value:10.1e}" for value in found),
+                    *(f"{value:10.1e}" for value in differences),
                     flush=True,
                 )
             started = time.process_time()

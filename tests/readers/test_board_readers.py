@@ -32,16 +32,16 @@ def stepped(step: int, loss: float) -> Event:
     )
 
 
-def write_run(run: Path, told: Sequence[Event]) -> Path:
+def write_run(run: Path, events: Sequence[Event]) -> Path:
     run.mkdir(parents=True)
     (run / "recipe.toml").write_text(Recipe().to_toml())
-    add(run, told)
+    add(run, events)
     return run
 
 
-def add(run: Path, told: Sequence[Event]) -> None:
+def add(run: Path, events: Sequence[Event]) -> None:
     with (run / "events.jsonl").open("a") as log:
-        log.writelines(json.dumps(event.record()) + "\n" for event in told)
+        log.writelines(json.dumps(event.record()) + "\n" for event in events)
 
 
 def whole() -> list[Event]:
@@ -56,26 +56,26 @@ def whole() -> list[Event]:
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    found = accumulators.EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    found.Reload()
-    tags = found.Tags()["scalars"]
-    return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in tags}
+    accumulator = accumulators.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    return {tag: [(point.step, point.value) for point in accumulator.Scalars(tag)] for tag in tags}
 
 
 def test_tensorboard_reads_every_number_and_alarm(tmp_path: Path) -> None:
     run, board = write_run(tmp_path / "runs" / "r", whole()), tmp_path / "board"
     plot.make([run], None, ignore, tensorboard=board)
-    found = scalars(board / "r")
-    assert [step for step, _ in found["loss/total"]] == list(range(1, 41))
-    losses = [value for _, value in found["loss/total"]]
+    logged = scalars(board / "r")
+    assert [step for step, _ in logged["loss/total"]] == list(range(1, 41))
+    losses = [value for _, value in logged["loss/total"]]
     assert losses == pytest.approx([300 / step for step in range(1, 41)], FLOAT32)
-    assert found["loss/off_diagonal"][0][1] == pytest.approx(200 * Recipe().loss.lambd, FLOAT32)
+    assert logged["loss/off_diagonal"][0][1] == pytest.approx(200 * Recipe().loss.lambd, FLOAT32)
     when = accumulators.EventAccumulator(str(board / "r")).Reload().Scalars("loss/total")
-    told = [json.loads(line)["time"] for line in (run / "events.jsonl").open()][1:41]
-    assert [point.wall_time for point in when] == told
-    assert set(found["loss/floor"]) == {(step, 12.5) for step in range(1, 41)}
-    assert found["rank/encoder"] == [(20, 33.0)]
-    assert found["knn/accuracy"] == [(20, 0.625)]
+    events = [json.loads(line)["time"] for line in (run / "events.jsonl").open()][1:41]
+    assert [point.wall_time for point in when] == events
+    assert set(logged["loss/floor"]) == {(step, 12.5) for step in range(1, 41)}
+    assert logged["rank/encoder"] == [(20, 33.0)]
+    assert logged["knn/accuracy"] == [(20, 0.625)]
     read = accumulators.EventAccumulator(str(board / "r"))
     read.Reload()
     assert read.Tags()["tensors"] == ["alarms/collapse/text_summary"]
@@ -117,10 +117,10 @@ def test_live_appends_what_is_new_and_begins_anew_after_a_restart(tmp_path: Path
     assert len(list((board / "r").iterdir())) == 1
 
 
-def wait_for(folder: Path, wanted: list[tuple[int, float]]) -> set[str]:
+def wait_for(folder: Path, expected: list[tuple[int, float]]) -> set[str]:
     """The files' names as soon as they hold these losses."""
     deadline = time.monotonic() + 60
-    while not folder.is_dir() or scalars(folder).get("loss/total") != wanted:
+    while not folder.is_dir() or scalars(folder).get("loss/total") != expected:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return {path.name for path in folder.iterdir()}

@@ -23,10 +23,10 @@ def drawn(count: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]
 
 @pytest.mark.parametrize("k", [1, 10, 20, 200])
 def test_the_same_images_are_named_rightly(tmp_path: Path, k: int) -> None:
-    (known, labels), (asked, right) = drawn(1200, 1), drawn(800, 2)
+    (train, labels), (test, right) = drawn(1200, 1), drawn(800, 2)
     first, second = (
         vector_table.write(tmp_path / name, vectors, labels=[str(n) for n in numbers])
-        for name, vectors, numbers in (("k.parquet", known, labels), ("a.parquet", asked, right))
+        for name, vectors, numbers in (("k.parquet", train, labels), ("a.parquet", test, right))
     )
     ours = knn.judge(first, second, [k])
     theirs = KNeighborsClassifier(
@@ -34,7 +34,7 @@ def test_the_same_images_are_named_rightly(tmp_path: Path, k: int) -> None:
         metric="cosine",
         algorithm="brute",
         weights=lambda distances: np.exp((1 - distances) / knn.TEMPERATURE),
-    ).fit(known.astype(np.float64), labels)
-    shares = theirs.predict_proba(asked.astype(np.float64))
+    ).fit(train.astype(np.float64), labels)
+    shares = theirs.predict_proba(test.astype(np.float64))
     assert round(ours.top1[0] * 800) == np.count_nonzero(shares.argmax(axis=1) == right)
     assert 0.2 < ours.top1[0] < 0.95  # a task on which one can be wrong

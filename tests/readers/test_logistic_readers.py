@@ -37,24 +37,24 @@ def theirs(vectors: NDArray[np.float32], labels: NDArray[np.int64], c: float) ->
 
 @pytest.mark.parametrize("c", [1e-4, 1e-2, 1.0, 100.0])
 def test_equal_penalties_give_equal_classes(c: float) -> None:
-    (vectors, labels), (asked, right) = drawn(1500, 1), drawn(3000, 2)
-    ours = logistic.fit(vectors, labels, c).probabilities(asked)
-    other = theirs(vectors, labels, c).predict_proba(asked.astype(np.float64))
+    (vectors, labels), (test, right) = drawn(1500, 1), drawn(3000, 2)
+    ours = logistic.fit(vectors, labels, c).probabilities(test)
+    other = theirs(vectors, labels, c).predict_proba(test.astype(np.float64))
     assert np.abs(ours - other).max() < PROBABILITY
-    hits = [np.mean(found.argmax(axis=1) == right) for found in (ours, other)]
+    hits = [np.mean(probabilities.argmax(axis=1) == right) for probabilities in (ours, other)]
     assert 0.3 < hits[0] < 0.95  # a task on which one can be wrong
     assert abs(hits[0] - hits[1]) < NEAR
 
 
 def test_the_swept_penalty_is_as_good_as_the_best_of_theirs() -> None:
-    (vectors, labels), (asked, right) = drawn(1500, 1), drawn(3000, 2)
+    (vectors, labels), (test, right) = drawn(1500, 1), drawn(3000, 2)
     held_out = np.random.default_rng(3).random(len(labels)) < 0.2
     swept = logistic.sweep(vectors, labels, held_out)
-    ours = np.mean(swept.model.probabilities(asked).argmax(axis=1) == right)
+    ours = np.mean(swept.model.probabilities(test).argmax(axis=1) == right)
     scores = []
     for c in logistic.GRID:
         model = theirs(vectors[~held_out], labels[~held_out], c)
         scores.append(model.score(vectors[held_out].astype(np.float64), labels[held_out]))
     best = logistic.GRID[int(np.argmax(scores))]
-    other = theirs(vectors, labels, best).score(asked.astype(np.float64), right)
+    other = theirs(vectors, labels, best).score(test.astype(np.float64), right)
     assert abs(ours - other) < NEAR

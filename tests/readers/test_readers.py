@@ -76,7 +76,7 @@ def exported(images: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def wanted(exported: Path, images: list[Path]) -> NDArray[np.float32]:
+def expected(exported: Path, images: list[Path]) -> NDArray[np.float32]:
     """btpipe's own vectors of the files."""
     return load(exported, precision="fp32").embed(images)
 
@@ -111,45 +111,45 @@ def resized(path: Path) -> tuple[int, int]:
 
 
 def require_same(
-    found: NDArray[np.floating], wanted: NDArray[np.float32], least: float = SAME_FILES
+    actual: NDArray[np.floating], expected: NDArray[np.float32], least: float = SAME_FILES
 ) -> None:
     """The vectors are the same but for decoding: the direction from their mean, each of them."""
-    mean = wanted.mean(axis=0)
-    a, b = found - mean, wanted - mean
+    mean = expected.mean(axis=0)
+    a, b = actual - mean, expected - mean
     cosine = (a * b).sum(axis=1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     print(f"least cosine about the mean {cosine.min():.6f}")
     assert cosine.min() > least
 
 
 def require_same_but_for_the_crop(
-    found: NDArray[np.floating], wanted: NDArray[np.float32], images: list[Path]
+    actual: NDArray[np.floating], expected: NDArray[np.float32], images: list[Path]
 ) -> None:
     """`require_same` where the crop's corner is no half pixel, and nearly so where it is one."""
     whole = np.array([sum(resized(path)) % 2 == 0 for path in images])
     assert 4 < whole.sum() < COUNT
-    require_same(found[whole], wanted[whole])
-    require_same(found, wanted, ONE_PIXEL)
+    require_same(actual[whole], expected[whole])
+    require_same(actual, expected, ONE_PIXEL)
 
 
 def test_torchvision_loads_the_weights_and_gives_the_vectors(
-    exported: Path, images: list[Path], wanted: NDArray[np.float32]
+    exported: Path, images: list[Path], expected: NDArray[np.float32]
 ) -> None:
     network = torchvision.models.resnet18()
     network.fc = nn.Identity()
     network.load_state_dict(safetensors.torch.load_file(exported / "model.safetensors"))
     with torch.inference_mode():
-        found = network.eval()(torch.stack([torchvision_pixels(path) for path in images]))
-    require_same(found.numpy(), wanted)
+        actual = network.eval()(torch.stack([torchvision_pixels(path) for path in images]))
+    require_same(actual.numpy(), expected)
 
 
 def test_timm_makes_network_and_preprocessing_from_the_folder(
-    exported: Path, images: list[Path], wanted: NDArray[np.float32]
+    exported: Path, images: list[Path], expected: NDArray[np.float32]
 ) -> None:
     network = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
     prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
     with torch.inference_mode():
-        found = network(torch.stack([prepare(opened(path)) for path in images]))
-    require_same(found.numpy(), wanted)
+        actual = network(torch.stack([prepare(opened(path)) for path in images]))
+    require_same(actual.numpy(), expected)
 
 
 def test_onnxruntime_alone_gives_torchvision_s_vectors_of_the_same_pixels(exported: Path) -> None:
@@ -157,7 +157,7 @@ def test_onnxruntime_alone_gives_torchvision_s_vectors_of_the_same_pixels(export
     providers = ["CPUExecutionProvider"]
     pixels = np.random.default_rng(2).integers(0, 256, (5, SIZE, SIZE, 3), dtype=np.uint8)
     session = onnxruntime.InferenceSession(exported / "encoder.onnx", providers=providers)
-    (found,) = session.run(None, {"images": pixels})
+    (actual,) = session.run(None, {"images": pixels})
     session = onnxruntime.InferenceSession(
         exported / "encoder-float-nchw.onnx", providers=providers
     )
@@ -166,9 +166,9 @@ def test_onnxruntime_alone_gives_torchvision_s_vectors_of_the_same_pixels(export
     (floats,) = session.run(None, {"images": np.ascontiguousarray(scaled)})
     network = timm.create_model(f"local-dir:{exported}", pretrained=True).eval()
     with torch.inference_mode():
-        wanted = network(torch.from_numpy(scaled.copy())).numpy()
-    for vectors in (found, floats):
-        assert np.abs(vectors - wanted).max() < SAME_PIXELS * np.abs(wanted).max()
+        expected = network(torch.from_numpy(scaled.copy())).numpy()
+    for vectors in (actual, floats):
+        assert np.abs(vectors - expected).max() < SAME_PIXELS * np.abs(expected).max()
 
 
 class Bundle(OnnxImageEmbedding):  # type: ignore[misc]
@@ -190,18 +190,18 @@ class Bundle(OnnxImageEmbedding):  # type: ignore[misc]
 
 
 def test_fastembed_embeds_with_the_float_model_from_a_path(
-    exported: Path, images: list[Path], wanted: NDArray[np.float32]
+    exported: Path, images: list[Path], expected: NDArray[np.float32]
 ) -> None:
     ImageEmbedding.EMBEDDINGS_REGISTRY.append(Bundle)
     model = ImageEmbedding("local/bundle", specific_model_path=str(exported), cuda=False)
-    found = np.stack(list(model.embed([str(path) for path in images])))
-    lengths = np.linalg.norm(wanted, axis=1, keepdims=True)
-    require_same_but_for_the_crop(found * lengths, wanted, images)  # fastembed's have length 1
+    actual = np.stack(list(model.embed([str(path) for path in images])))
+    lengths = np.linalg.norm(expected, axis=1, keepdims=True)
+    require_same_but_for_the_crop(actual * lengths, expected, images)  # fastembed's have length 1
 
 
 @pytest.mark.parametrize("reader", ["AutoImageProcessor", "CLIPImageProcessor"])
 def test_hugging_face_s_image_processors_prepare_pixels_for_the_float_model(
-    exported: Path, images: list[Path], wanted: NDArray[np.float32], reader: str
+    exported: Path, images: list[Path], expected: NDArray[np.float32], reader: str
 ) -> None:
     """Auto takes config.json, as of any timm folder; CLIP's takes preprocessor_config.json."""
     processor = getattr(transformers, reader).from_pretrained(exported)
@@ -209,8 +209,8 @@ def test_hugging_face_s_image_processors_prepare_pixels_for_the_float_model(
     session = onnxruntime.InferenceSession(
         exported / "encoder-float-nchw.onnx", providers=["CPUExecutionProvider"]
     )
-    (found,) = session.run(None, {"images": pixels.numpy()})
+    (actual,) = session.run(None, {"images": pixels.numpy()})
     if reader == "AutoImageProcessor":
-        require_same(found, wanted)
+        require_same(actual, expected)
     else:
-        require_same_but_for_the_crop(found, wanted, images)
+        require_same_but_for_the_crop(actual, expected, images)
