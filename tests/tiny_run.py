@@ -15,7 +15,7 @@ from PIL import Image
 from btpipe import artifact, recipe
 from btpipe.data.index import build, open_index
 from btpipe.events import ignore
-from btpipe.export import contract
+from btpipe.export import contract, golden
 from btpipe.export.bundle import export_run
 from btpipe.pretrain import checkpoint, step
 
@@ -77,17 +77,19 @@ def add_checkpoint(run: Path, at: int, noise: float, *, keep_every: int = 0) -> 
 
 
 def other_bundle(bundle: Path, out: Path) -> Path:
-    """The bundle of another encoder, without an export: one channel of the model is set to 0."""
-    origin = artifact.read(bundle, contract.KIND).origin
+    """The bundle of another encoder, without an export: half of its first filters are set to 0."""
+    opened = contract.open_bundle(bundle)
+    origin = opened.manifest.origin
     with artifact.publish(out, contract.KIND, {**origin, "encoder": "another"}) as folder:
-        left_out = shutil.ignore_patterns(artifact.MANIFEST)
+        left_out = shutil.ignore_patterns(artifact.MANIFEST, golden.FOLDER)
         shutil.copytree(bundle, folder, ignore=left_out, dirs_exist_ok=True)
         model = onnx.load(folder / contract.MODEL)
-        weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
         values = np.array(numpy_helper.to_array(weight))
-        values[0] = 0
+        values[::2] = 0
         weight.CopyFrom(numpy_helper.from_array(values, weight.name))
         onnx.save(model, folder / contract.MODEL)
+        golden.write(folder, opened.preprocessing, opened.precisions)
     return out
 
 

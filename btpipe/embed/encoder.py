@@ -10,7 +10,7 @@ from typing import Literal, Protocol, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from btpipe import neighbours, runtime
+from btpipe import artifact, neighbours, runtime
 from btpipe.data.pipeline.dali_graphs import Geometry
 from btpipe.embed import files, precisions
 from btpipe.embed.files import Image
@@ -45,7 +45,7 @@ class Encoder:
 
     Raises:
         UsageError: no folder there, or settings that the bundle or an engine cannot serve.
-        IntegrityError: no bundle, or one whose bytes changed.
+        IntegrityError: no bundle, or one whose bytes changed, also while it was opened.
         MachineError: the device was asked for and cannot be used.
     """
 
@@ -67,6 +67,13 @@ class Encoder:
             self.bundle, self.engine, config.precision, self.device, self._fp16_agrees
         )
         self._open()
+        if artifact.read(config.bundle, contract.KIND).digest != self.digest:
+            raise IntegrityError(
+                "another bundle took its place while it was opened",
+                where=config.bundle,
+                expected=f"digest {self.digest}",
+                fix="run the same command again",
+            )
         self.lanes = 1 if self.device == "cuda" else config.threads or runtime.cores()
         self._pool = ThreadPoolExecutor(self.lanes, "btpipe-network")
 

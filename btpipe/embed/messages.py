@@ -59,8 +59,9 @@ class Drain:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """The worker has opened the bundle, and computes so."""
+    """The worker has opened the bundle of that digest, and computes so."""
 
+    bundle: str
     engine: str
     precision: str
     dimension: int

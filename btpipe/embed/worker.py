@@ -42,7 +42,7 @@ def work_for(connection: Connection, config: WorkerConfig, in_flight: InFlight) 
         BtpipeError: whatever the job cannot go on with.
     """
     encoder = Encoder(config.encoder)
-    connection.send(Ready(encoder.engine, encoder.precision, encoder.dimension))
+    connection.send(Ready(encoder.digest, encoder.engine, encoder.precision, encoder.dimension))
     worker = _Worker(connection, config, encoder, connection.recv(), in_flight)
     while True:
         worker.make(connection.recv())

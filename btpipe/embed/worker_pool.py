@@ -9,6 +9,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
@@ -30,7 +31,7 @@ from btpipe.embed.messages import (
     WorkerConfig,
 )
 from btpipe.embed.worker_process import serve, start_with_signals_held
-from btpipe.errors import MachineError
+from btpipe.errors import MachineError, RefusedError
 from btpipe.events import Rejected, Report, Warned
 
 STALL_SECONDS = 600.0
@@ -143,7 +144,7 @@ class WorkerPool:
                 case Failed():
                     raise message.raised()
                 case Ready():
-                    self._check(message)
+                    self._check(message, worker.config)
                 case TaskRequest():
                     self._assign(worker)
                 case PartProgress():
@@ -153,11 +154,23 @@ class WorkerPool:
                     del worker.tasks[message.part]
                     yield message
 
-    def _check(self, ready: Ready) -> None:
-        """Raises MachineError where the worker computes otherwise than the plan says."""
+    def _check(self, ready: Ready, config: WorkerConfig) -> None:
+        """Compares how the worker computes with the plan.
+
+        Raises:
+            RefusedError: with another bundle, which took the place of the plan's.
+            MachineError: with another engine, or in another precision.
+        """
         assert self._job is not None
         footer = self._job.footer
-        planned = Ready(footer.engine, footer.precision, footer.dimension)
+        if ready.bundle != footer.bundle:
+            raise RefusedError(
+                f"the bundle on {socket.gethostname()} has the digest {ready.bundle}",
+                where=config.encoder.bundle.absolute(),
+                expected=f"digest {footer.bundle}, with which the job began",
+                fix="put that bundle back, or embed with the other one to another --out",
+            )
+        planned = Ready(footer.bundle, footer.engine, footer.precision, footer.dimension)
         if ready != planned:
             raise MachineError(
                 f"a worker computes {ready}",

@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from stand_in_embedding import CRASH, HANG, KILL, decode
-from tiny_run import draw_images
+from tiny_run import draw_images, other_bundle
 
+from btpipe import artifact
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
-from btpipe.errors import UsageError
+from btpipe.errors import BtpipeError, RefusedError, UsageError
 from btpipe.events import Event, Warned, ignore
+from btpipe.export import contract
 
 IMAGES = 40
 LIMIT_SECONDS = 2.0
@@ -104,6 +107,7 @@ def test_files_that_kill_or_hang_a_decoder_are_rejected_by_name_and_no_other(
 JOB = """
 import sys
 from pathlib import Path
+from btpipe import artifact
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
@@ -216,3 +220,70 @@ def test_a_killed_worker_is_replaced_and_the_table_is_the_same(
         assert job.wait(60) == 0, output
     assert "a worker was lost (SIGKILL)" in output
     assert bytes_of(tmp_path / "v.parquet") == bytes_of(whole / "v.parquet")
+
+
+def test_a_bundle_replaced_between_two_workers_gives_no_row(
+    whole: Path, bundle: Path, tmp_path: Path
+) -> None:
+    images, live, out = tmp_path / "images", tmp_path / "live", tmp_path / "v.parquet"
+    shutil.copytree(whole / "images", images)
+    with (images / "b" / "021.jpg").open("ab") as file:
+        file.write(CRASH)
+    shutil.copytree(bundle, live)
+    other = other_bundle(bundle, tmp_path / "other")
+
+    def replace_bundle(event: Event) -> None:
+        if isinstance(event, Warned) and other.exists():  # the next worker is not started yet
+            shutil.rmtree(live)
+            other.rename(live)
+
+    error = None
+    try:
+        options = JobOptions(part_rows=8, decode=decode)
+        embed(images, out, EncoderConfig(live, device="cpu"), replace_bundle, options)
+    except BtpipeError as raised:
+        error = raised
+    assert not other.exists()
+    if out.exists():
+        rows = {row["path"]: row for row in pq.read_table(whole / "v.parquet").to_pylist()}
+        differ = [row["path"] for row in pq.read_table(out).to_pylist() if row != rows[row["path"]]]
+        assert differ == []
+    assert isinstance(error, RefusedError)
+    assert str(live) in error.where
+    assert artifact.read(bundle, contract.KIND).digest in error.expected
+
+
+@pytest.mark.slow
+def test_no_table_holds_two_bundles_whenever_one_is_replaced(bundle: Path, tmp_path: Path) -> None:
+    draw_images(tmp_path / "images", 400)
+    live, aside, away = tmp_path / "live", tmp_path / "aside", tmp_path / "away"
+    shutil.copytree(bundle, live)
+    other_bundle(bundle, aside)
+    clean: dict[str, dict[str, list[float]]] = {}
+    for path in (live, aside):
+        out = tmp_path / f"{path.name}.parquet"
+        embed(tmp_path / "images", out, EncoderConfig(path, device="cpu"), ignore)
+        vectors = {row["path"]: row["embedding"] for row in pq.read_table(out).to_pylist()}
+        clean[artifact.read(path, contract.KIND).digest] = vectors
+    random, codes = np.random.default_rng(0), set()
+    for i in range(20):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        commits = folder / "v.parquet.work" / "commits.jsonl"
+        with start(folder, tmp_path / "images", live) as job:
+            while not commits.exists() and job.poll() is None:
+                time.sleep(0.02)
+            time.sleep(float(random.uniform(0, 0.3)))
+            for worker in workers_of(job):
+                os.kill(worker, signal.SIGKILL)
+            time.sleep(float(random.uniform(0, 1.5)))  # the next one may be open, or half open
+            for source, target in ((live, away), (aside, live), (away, aside)):
+                source.rename(target)
+            for worker in workers_of(job):
+                os.kill(worker, signal.SIGKILL)
+            codes.add(job.wait(60))
+        if (table := folder / "v.parquet").exists():
+            digest = (pq.read_schema(table).metadata or {})[b"btpipe.bundle"].decode()
+            for row in pq.read_table(table).to_pylist():
+                assert row["embedding"] == clean[digest][row["path"]]
+    assert 4 in codes, codes
