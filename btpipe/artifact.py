@@ -5,6 +5,7 @@ sha256, the kind of artifact, its `format_version`, and what it was made from.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -25,6 +26,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """The disk, or this user's share of it, is full."""
+_OLD = ".tmp-old-"
+"""In the name of an artifact that is being replaced, where that takes two steps."""
 GLANCE_SECONDS = 0.25
 """Patience with one who only looks whether a lock is free (`btpipe plot --live`)."""
 
@@ -86,17 +89,20 @@ def _says(error: Exception, codes: tuple[int, ...]) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str, fix: str, wait_seconds: float = 0) -> Iterator[None]:
+def locked(
+    folder: Path, what: str, fix: str, wait_seconds: float = 0, *, name: str = ""
+) -> Iterator[None]:
     """A folder for this process alone, made where there is none; a dead process's lock is free.
 
-    `what` and `fix` are said where another process holds it for longer than `wait_seconds`.
+    `what` and `fix` are said where another process holds it for longer than `wait_seconds`. With
+    `name` the lock is on that file in it, made where there is none: on NFS other machines see it.
 
     Raises:
         RefusedError: a living process holds it.
-        MachineError: it cannot be made.
+        MachineError: it cannot be made, or its file system has no locks.
     """
     deadline = time.monotonic() + max(wait_seconds, GLANCE_SECONDS)
-    while (handle := _lock(folder)) is None:
+    while (handle := _lock(folder, name)) is None:
         if time.monotonic() >= deadline:
             raise RefusedError(what, where=folder, fix=fix)
         time.sleep(0.1)
@@ -106,17 +112,26 @@ def locked(folder: Path, what: str, fix: str, wait_seconds: float = 0) -> Iterat
         os.close(handle)
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, name: str) -> int | None:
     """The open folder with its lock; None where another process has it, or removes the folder."""
+    flags = os.O_RDWR | os.O_CREAT if name else os.O_RDONLY | os.O_DIRECTORY
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            handle = os.open(folder / name, flags, 0o644)
+        except FileNotFoundError:
+            return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(folder.stat(), os.fstat(handle)):
+        if os.path.samestat((folder / name).stat(), os.fstat(handle)):
             return handle
     except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError as error:
+        os.close(handle)
+        fix = "mount it with locks (Lustre: -o flock), or write to another file system and copy"
+        what = f"its file system cannot lock it ({error.strerror})"
+        raise MachineError(what, where=folder, fix=fix) from error
     os.close(handle)
     return None
 
@@ -158,7 +173,7 @@ def write_json(path: Path, value: object) -> None:
 def publish(folder: Path, kind: str, origin: Mapping[str, object]) -> Iterator[Path]:
     """A folder to fill; on a clean exit it is hashed, fsynced and takes the name `folder`.
 
-    An artifact of that name is replaced in two renames; when the body raises, nothing is left.
+    An artifact of that name is replaced; when the body raises, nothing is left.
 
     Raises:
         MachineError: no space, or no permission.
@@ -183,26 +198,46 @@ def publish(folder: Path, kind: str, origin: Mapping[str, object]) -> Iterator[P
             for path in temporary.rglob("*"):
                 fsync_path(path)
             fsync_path(temporary)
-            _take_place(temporary, folder)
+            take_place(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _take_place(temporary: Path, folder: Path) -> None:
-    """Renames `temporary` to `folder`; what stood there moves away first and is removed last."""
-    old = folder.with_name(f"{folder.name}.tmp-old-{uuid.uuid4().hex[:8]}")
-    if folder.exists():
+def take_place(temporary: Path, folder: Path) -> None:
+    """Gives a folder its final name, in one step; what stood there is removed after that.
+
+    A file system that cannot exchange two names takes two steps: `sweep` mends a kill between them.
+    """
+    old = temporary
+    if not folder.exists():
+        os.rename(temporary, folder)
+    elif not _exchange(temporary, folder):
+        old = folder.with_name(f"{folder.name}{_OLD}{uuid.uuid4().hex[:8]}")
         os.rename(folder, old)
-    os.rename(temporary, folder)
+        os.rename(temporary, folder)
     fsync_path(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and not rename(here, bytes(one), here, bytes(other), exchange)
+
+
 def sweep(parent: Path, name: str = "") -> None:
-    """Removes what a killed process left beside the artifacts in `parent`, or the one of a name."""
+    """Removes what a killed process left beside the artifacts in `parent`, or the one of a name.
+
+    An artifact that it had moved away and not replaced gets its name back.
+    """
     for path in parent.glob(f"{glob.escape(name) or '*'}.tmp-*"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        place, was_moved, _ = path.name.rpartition(_OLD)
+        if was_moved and not os.path.lexists(parent / place):
+            os.rename(path, parent / place)
+        else:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(True)
 
 
 def read(folder: Path, kind: str) -> Manifest:

@@ -182,3 +182,46 @@ def test_a_limit_on_the_size_of_files_is_the_machines_fault_and_named(tmp_path: 
         assert line.startswith(f"5 {tmp_path / name}: a file may not grow this large")
         assert "ulimit -f" in line
     assert not (tmp_path / "plain").exists()
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from btpipe import artifact
+
+folder, moment, can_exchange = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+renamed, rename = 0, os.rename
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(*names):
+    global renamed
+    renamed += 1
+    die() if moment == f"rename {renamed}" else rename(*names)
+
+os.rename = counted
+if moment == "removal":
+    shutil.rmtree = die
+if not can_exchange:
+    artifact._exchange = lambda *_: False
+with artifact.publish(folder, "bundle", {}) as inside:
+    (inside / "other.bin").write_bytes(b"new")
+"""
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("moment", ["rename 1", "rename 2", "removal"])
+def test_a_kill_while_an_artifact_is_replaced_loses_neither(
+    tmp_path: Path, moment: str, can_exchange: bool
+) -> None:
+    """The next start sweeps; file systems that cannot exchange names are as if they could not."""
+    publish(tmp_path / "a")
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "a"), moment, str(can_exchange)]
+    done = subprocess.run(command, check=False)
+    assert done.returncode in (-9, 0)
+    if can_exchange:  # there is no moment without an artifact of that name
+        artifact.verify(tmp_path / "a", "bundle")
+    artifact.sweep(tmp_path, "a")
+    artifact.verify(tmp_path / "a", "bundle")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -27,7 +27,7 @@ FLOORS = (
     ("reference",),
     ("data",),
     ("pages", "recipe"),
-    ("progress", "results", "artifact", "runtime"),
+    ("progress", "results", "artifact", "output_path", "runtime"),
     ("events", "neighbours", "errors"),
 )
 """Rooms of the package from the top down: each may import itself and what is on a lower floor."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from btpipe.cli.options import EXPLORE, JUDGE, Json, app
+from btpipe.cli.options import EXPLORE, JUDGE, Json, app, writable
 
 
 @app.command(rich_help_panel=JUDGE)
@@ -14,7 +14,10 @@ def plot(
         list[Path] | None, typer.Argument(help="Run folders; the newest if none.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="X.html, or X.png; run.html if nothing else is asked for.")
+        Path | None,
+        typer.Option(
+            callback=writable, help="X.html, or X.png; run.html if nothing else is asked for."
+        ),
     ] = None,
     tensorboard: Annotated[
         Path | None,
@@ -56,7 +59,7 @@ def plot(
 @app.command("map", rich_help_panel=EXPLORE)
 def draw_map(
     vectors: Annotated[Path, typer.Argument(help="Vectors that btpipe embed wrote.")],
-    out: Annotated[Path, typer.Option(help="X.html.")] = Path("map.html"),
+    out: Annotated[Path, typer.Option(callback=writable, help="X.html.")] = Path("map.html"),
     by: Annotated[
         Literal["pca", "umap"],
         typer.Option(help="pca: at once. umap: minutes, needs btpipe\\[map]."),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from btpipe.cli.options import JUDGE, Json, app, eval_app
+from btpipe.cli.options import JUDGE, Json, app, eval_app, writable
 
 if TYPE_CHECKING:
     from btpipe.evaluate.labelled import Labels
@@ -67,7 +67,10 @@ def eval_select(
     ] = None,
     most: Annotated[int, typer.Option(min=2, help="Images; all checkpoints see the same.")] = 1024,
     out: Annotated[
-        Path | None, typer.Option(help="X.html or X.png, and X.json beside it; RUN/select.html.")
+        Path | None,
+        typer.Option(
+            callback=writable, help="X.html or X.png, and X.json beside it; RUN/select.html."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +95,9 @@ def eval_linear(
     test: Annotated[
         list[str] | None, typer.Option(help="Table, or bundle: labelled images, to judge on.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Score to write; WHAT.linear.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=writable, help="Score to write; WHAT.linear.json.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="Bundle: 0 is the published 100.")] = 0,
     lr: Annotated[float, typer.Option(min=0, help="Bundle: for 256 images; 0 is 0.3.")] = 0,
     devices: Annotated[str, typer.Option(help="Bundle: auto, or how many processes.")] = "auto",
@@ -183,7 +188,9 @@ def eval_semisup(
     split: Annotated[
         Path | None, typer.Option(help="Names of the images to take, one a line.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Score to write; BUNDLE.semisup.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=writable, help="Score to write; BUNDLE.semisup.json.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=0, help="0: the published 20.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice and of the crops.")] = 0,
     devices: Annotated[str, typer.Option(help="auto, or how many processes.")] = "auto",

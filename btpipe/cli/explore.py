@@ -5,13 +5,15 @@ from typing import Annotated
 
 import typer
 
-from btpipe.cli.options import EXPLORE, Json, app
+from btpipe.cli.options import EXPLORE, Json, app, writable
 
 Table = Annotated[Path, typer.Argument(help="Table of vectors.")]
 Images = Annotated[
     Path | None, typer.Option(help="Folder of the pictures; where they were embedded if none.")
 ]
-Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Page to write.")]
+Page = Annotated[
+    Path | None, typer.Option("--html", callback=writable, metavar="FILE", help="Page to write.")
+]
 
 
 @app.command(rich_help_panel=EXPLORE)
@@ -41,7 +43,9 @@ def dupes(
         float | None,
         typer.Option(min=-1, max=1, help="Least cosine; if none, much nearer than all else."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="List to write; X.dupes.csv.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=writable, help="List to write; X.dupes.csv.")
+    ] = None,
     html: Page = None,
     images: Images = None,
     as_json: Json = False,
@@ -59,7 +63,9 @@ def outliers(
     vectors: Table,
     k: Annotated[int, typer.Option("-k", "--neighbours", min=1, help="Nearest that count.")] = 10,
     top: Annotated[int, typer.Option(min=1, help="How many to show.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="List to write; X.outliers.csv.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=writable, help="List to write; X.outliers.csv.")
+    ] = None,
     html: Page = None,
     images: Images = None,
     as_json: Json = False,

@@ -66,6 +66,15 @@ Strict = Annotated[bool, typer.Option("--strict", help="The same as --max-bad 0.
 Json = Annotated[bool, typer.Option("--json", help="Events as JSON lines on standard output.")]
 
 
+def writable(out: Path | None) -> Path | None:
+    """An option that names what is to be written, if it can be."""
+    if out is not None:
+        from btpipe import output_path
+
+        output_path.require_writable(out)
+    return out
+
+
 def budget(text: str, *, strict: bool) -> float | None:
     """`--max-bad`: "" is no bound, "10" a count, "0.01" or "1%" a share of the inputs."""
     from btpipe.errors import UsageError

@@ -20,6 +20,7 @@ from btpipe.cli.options import (
     app,
     batch_images,
     budget,
+    writable,
 )
 from btpipe.data import limits
 
@@ -27,9 +28,9 @@ from btpipe.data import limits
 @app.command(rich_help_panel=TRAIN)
 def scan(
     source: Inputs,
-    out: Annotated[Path, typer.Option(help="Index to write: NAME.parquet.")] = Path(
-        "index.parquet"
-    ),
+    out: Annotated[
+        Path, typer.Option(callback=writable, help="Index to write: NAME.parquet.")
+    ] = Path("index.parquet"),
     depth: Annotated[
         Literal["list", "header", "decode"],
         typer.Option(
@@ -65,7 +66,7 @@ def scan(
 @app.command(rich_help_panel=TRAIN)
 def shard(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="Images of any kind.")],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(callback=writable, help="Folder to write.")],
     size: Annotated[
         int, typer.Option(min=1, help="Pixels of the shorter side; nothing is enlarged.")
     ] = 400,
@@ -103,7 +104,10 @@ def pretrain(
         ),
     ] = None,
     sbatch: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a SLURM job file; start nothing.")
+        Path | None,
+        typer.Option(
+            callback=writable, metavar="FILE", help="Write a SLURM job file; start nothing."
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines, with --sbatch.")] = 1,
     time: Annotated[str, typer.Option(help="Longest run time, with --sbatch: 1-12:00:00.")] = "",
@@ -145,7 +149,9 @@ def export(
     safetensors: Annotated[
         bool, typer.Option("--safetensors", help="Always written; accepted.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Bundle to write; exports/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(callback=writable, help="Bundle to write; exports/NAME.")
+    ] = None,
     images: Annotated[
         Path | None,
         typer.Option(help="Images to calibrate and check on; the run's own if none."),

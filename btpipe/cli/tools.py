@@ -14,6 +14,7 @@ from btpipe.cli.options import (
     RecipePath,
     app,
     recipe_app,
+    writable,
 )
 
 
@@ -97,7 +98,9 @@ def views(
     recipe: RecipePath,
     overrides: Overrides = None,
     data: Annotated[str, typer.Option(help="Images; the recipe's data.train if empty.")] = "",
-    out: Annotated[Path, typer.Option(help="Picture to write: NAME.png.")] = Path("views.png"),
+    out: Annotated[
+        Path, typer.Option(callback=writable, help="Picture to write: NAME.png.")
+    ] = Path("views.png"),
     count: Annotated[int, typer.Option(min=1, max=64, help="How many images.")] = 8,
     epoch: Annotated[int, typer.Option(min=0, help="Of which epoch.")] = 0,
     page: Annotated[
@@ -152,7 +155,8 @@ def plan(
         str, typer.Option(help="auto, or how many GPUs (or CPU processes) the run will have.")
     ] = "auto",
     write: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what is advised as a recipe.")
+        Path | None,
+        typer.Option(callback=writable, metavar="FILE", help="Write what is advised as a recipe."),
     ] = None,
     as_json: Json = False,
 ) -> None:

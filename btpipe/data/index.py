@@ -168,9 +168,9 @@ def open_index(path: Path) -> Index:
         IntegrityError: no such file, not an index, or written by a newer btpipe.
     """
     try:
-        metadata = pq.read_schema(path).metadata or {}
+        metadata = pq.read_schema(path.absolute()).metadata or {}
         table = index_mmap.read(path.with_suffix(".arrow"), metadata.get(b"content", b"").decode())
-        table = pq.read_table(path) if table is None else table
+        table = pq.read_table(path.absolute()) if table is None else table
         root, version = Path(os.fsdecode(metadata[b"root"])), int(metadata[b"format_version"])
         origins = source.from_json(metadata.get(b"sources", b"[]").decode())
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:

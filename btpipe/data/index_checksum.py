@@ -20,7 +20,7 @@ def of(table: pa.Table, root: Path, sources: Sequence[Source]) -> dict[str, str]
 
 def broken(path: Path, table: pa.Table, root: Path, sources: Sequence[Source]) -> list[str]:
     """What of the index file `path` is not as it was saved; older files do not say, and pass."""
-    metadata = pq.read_schema(path).metadata or {}
+    metadata = pq.read_schema(path.absolute()).metadata or {}
     digests = of(table, root, sources)
     return [
         name

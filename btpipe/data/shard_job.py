@@ -112,8 +112,7 @@ def _work(out: Path, plan: Plan) -> Iterator[Path]:
         else:
             artifact.write_json(work / PLAN, plan)
         artifact.sweep(work)
-        for left in out.parent.glob(f"{out.name}.tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        artifact.sweep(out.parent, out.name)
         yield work
 
 

@@ -82,7 +82,7 @@ def footer_of(out: Path) -> Mapping[str, str] | None:
 def rows(out: Path) -> Iterator[pa.RecordBatch]:
     """The rows with all their columns, some at a time."""
     vectors, start = open_matrix(out), 0
-    with pq.ParquetFile(ids_path(out), page_checksum_verification=True) as file:
+    with pq.ParquetFile(ids_path(out).absolute(), page_checksum_verification=True) as file:
         for batch in file.iter_batches(batch_size=table.ROW_GROUP_ROWS):
             part = np.asarray(vectors[start : start + batch.num_rows])
             flat = pa.array(part.reshape(-1))

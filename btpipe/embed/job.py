@@ -133,13 +133,13 @@ class _EmbedJob:
         options: JobOptions,
         on_event: _StoppableReport,
     ) -> None:
-        self._out, self._folder, self._on_event = out, work_folder.folder_of(out), on_event
+        self._out, self._folder, self._on_event = out, table.work_path(out), on_event
         self._options, self._share = options, Share.parse(options.shard)
         if not requested.bundle.is_dir():
             fix = "make one first: btpipe export --onnx"
             raise UsageError("no bundle there", where=requested.bundle, fix=fix)
         opened = contract.open_bundle(requested.bundle)
-        earlier = {} if options.overwrite else resolve.earlier_settings(out)
+        earlier = () if options.overwrite else resolve.earlier_settings(out, self._share)
         self.encoder = resolve.resolve(opened, requested, earlier, on_event)
         self._footer = resolve.footer(opened, self.encoder, self._share, options.dtype)
         self.before: Mapping[str, str] | None = None

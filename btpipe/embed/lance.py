@@ -35,7 +35,9 @@ def write(temporary: Path, footer: table.Footer, parts: Iterable[pa.Table]) -> N
 
     columns = table.schema(footer)
     batches = (batch for part in parts for batch in part.to_batches())
-    lance.write_dataset(pa.RecordBatchReader.from_batches(columns, batches), str(temporary))
+    lance.write_dataset(
+        pa.RecordBatchReader.from_batches(columns, batches), str(temporary.absolute())
+    )
     for path in (*temporary.rglob("*"), temporary):
         artifact.fsync_path(path)
 
@@ -64,4 +66,4 @@ def rows(out: Path) -> Iterator[pa.RecordBatch]:
 def _open(out: Path) -> "lance.LanceDataset":
     import lance  # noqa: PLC0415
 
-    return lance.dataset(str(out))
+    return lance.dataset(str(out.absolute()))

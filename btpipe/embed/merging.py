@@ -36,7 +36,7 @@ def merge(shards: Sequence[Path], out: Path, on_event: Report, *, overwrite: boo
                 return
             fix = "choose another --out, or replace the table with --overwrite"
             work_folder.refuse_other(earlier, identity, "vectors", out, fix)
-    folder = work_folder.folder_of(out)
+    folder = table.work_path(out)
     with work_folder.locked(folder), artifact.disk_errors(out):
         work_folder.sweep(folder, set())
         vectors, rejects = folder / f"vectors{out.suffix}", folder / "rejects.tmp"

@@ -11,7 +11,6 @@ All are streamed: what is in memory does not grow with the number of rows.
 
 import itertools
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from btpipe import artifact
+from btpipe import artifact, output_path
 from btpipe.embed import arrays, lance, table
 from btpipe.errors import IntegrityError, UsageError
 
@@ -59,16 +58,18 @@ def check(out: Path) -> None:
 
     Raises:
         UsageError: as `kind_of`, or a folder under a file's name, or a file under a folder's.
+        UsageError, MachineError: as `output_path.require_writable`.
     """
+    output_path.require_writable(out)
     is_folder = kind_of(out) in ("folder", "lance")
-    if out.is_file() if is_folder else out.is_dir():
-        raise UsageError(
-            "not a name for a table: a file of that name is there"
-            if is_folder
-            else "not a name for a table: a folder of that name is there",
-            where=out,
-            fix="choose another --out",
-        )
+    files = [table.rejects_path(out), *companions(out), *([] if is_folder else [out])]
+    folders = [table.work_path(out), *([out] if is_folder else [])]
+    output_path.require_writable(out, *files, *folders)
+    taken = [(path, "folder") for path in files if path.is_dir()]
+    taken += [(path, "file") for path in folders if path.exists() and not path.is_dir()]
+    for path, kind in taken:
+        what = f"not a name for a table: a {kind} of that name is there"
+        raise UsageError(what, where=path, fix="choose another --out")
 
 
 def companions(out: Path) -> tuple[Path, ...]:
@@ -108,20 +109,18 @@ def write(out: Path, temporary: Path, footer: table.Footer, parts: Iterable[pa.T
 def take_place(out: Path, temporary: Path) -> None:
     """Gives what `write` wrote its final name; what stood there is gone.
 
-    One rename where it is a file. Elsewhere the name is missing for a moment: what it holds is
-    never half of one table and half of another.
+    One rename, but for a matrix, whose name is missing for a moment: what it holds is never half of
+    one table and half of another.
     """
     if kind_of(out) == "array":
         out.unlink(missing_ok=True)
         artifact.fsync_path(out.parent)
         table.take_place(arrays.ids_path(temporary), arrays.ids_path(out))
-    if not out.is_dir():
+    if kind_of(out) in ("folder", "lance"):
+        artifact.sweep(out.parent, out.name)
+        artifact.take_place(temporary, out)
+    else:
         table.take_place(temporary, out)
-        return
-    old = temporary.with_name(f"{temporary.name}.old")
-    os.rename(out, old)
-    table.take_place(temporary, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def footer_of(out: Path) -> Mapping[str, str] | None:
@@ -172,7 +171,7 @@ def rows(out: Path) -> Iterator[pa.RecordBatch]:
 
 
 def _rows_of_file(path: Path) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with pq.ParquetFile(path.absolute(), page_checksum_verification=True) as file:
         yield from file.iter_batches(batch_size=table.ROW_GROUP_ROWS)
 
 

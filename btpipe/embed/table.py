@@ -168,7 +168,7 @@ def write(path: Path, columns: pa.Schema, tables: Iterable[pa.Table]) -> None:
     However the rows are spread over `tables`, the file is the same. Pages carry a checksum.
     """
     with pq.ParquetWriter(
-        path,
+        path.absolute(),  # pyarrow takes a relative name with a colon for a URI
         columns,
         compression="zstd",
         write_page_checksum=True,
@@ -202,7 +202,7 @@ def write_rejects(path: Path, footer: Footer, rejects: Iterable[Rejected]) -> No
 
 def read(path: Path) -> pa.Table:
     """A table of vectors or rejects, with its pages checked."""
-    return pq.read_table(path, page_checksum_verification=True)
+    return pq.read_table(path.absolute(), page_checksum_verification=True)
 
 
 def footer_of(path: Path) -> Mapping[str, str] | None:
@@ -214,7 +214,7 @@ def footer_of(path: Path) -> Mapping[str, str] | None:
     if not path.exists():
         return None
     try:
-        metadata = pq.read_schema(path).metadata
+        metadata = pq.read_schema(path.absolute()).metadata
     except (pa.ArrowException, OSError) as error:
         raise _foreign(path, error) from error
     return parse_footer(metadata, path)
@@ -251,13 +251,18 @@ def _foreign(path: Path, error: Exception) -> IntegrityError:
 
 def count(path: Path) -> int:
     """Rows of a parquet file, from its footer."""
-    return int(pq.read_metadata(path).num_rows)
+    return int(pq.read_metadata(path.absolute()).num_rows)
 
 
 def rejects_path(out: Path) -> Path:
     """`X.parquet` -> `X.rejects.parquet`."""
     stem = out.name.removesuffix(".parquet")
     return out.with_name(f"{stem}.rejects.parquet")
+
+
+def work_path(out: Path) -> Path:
+    """`X.parquet` -> `X.parquet.work`: the folder of the job that writes it."""
+    return out.with_name(f"{out.name}.work")
 
 
 def take_place(temporary: Path, path: Path) -> None:

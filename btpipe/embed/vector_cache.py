@@ -105,7 +105,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch | int]:
     if path.suffix != ".parquet" or path.is_dir():
         yield from outputs.rows(path)
         return
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with pq.ParquetFile(path.absolute(), page_checksum_verification=True) as file:
         for group in range(file.num_row_groups):
             try:
                 # Read whole before any of it is passed on.

@@ -6,13 +6,12 @@ A part counts when its line stands in commits.jsonl; the line is written after t
 name and is on the disk. A line that was torn by a kill is no line.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from btpipe import artifact
@@ -91,47 +90,15 @@ class Commit:
         return json.dumps(dataclasses.asdict(self)) + "\n"
 
 
-def folder_of(out: Path) -> Path:
-    """Where the job that writes `out` keeps its parts."""
-    return out.with_name(f"{out.name}.work")
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[None]:
     """The work folder, for this process alone; the lock of a process that died is free.
 
     Raises:
         RefusedError: another process works on the same output.
-        MachineError: the folder cannot be written.
+        MachineError: the folder cannot be written, or knows no locks.
     """
-    while True:
-        with artifact.disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise RefusedError(
-                "another process works on this output",
-                where=folder,
-                fix="wait for it, or choose another --out",
-            ) from error
-        if _is_still(folder / LOCK, descriptor):
-            break
-        os.close(descriptor)  # its owner finished and removed the folder just now
-    try:
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    """Whether the name still leads to the open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    fix = "wait for it, or choose another --out"
+    return artifact.locked(folder, "another process works on this output", fix, name=LOCK)
 
 
 def refuse_other(
@@ -216,7 +183,7 @@ def sweep(folder: Path, parts: Set[str]) -> None:
     keep = {LOCK, PLAN, COMMITS, INDEX, Path(INDEX).stem + ".arrow", *vector_cache.FILES, *parts}
     for path in folder.iterdir():
         if path.name not in keep:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _lines(path: Path) -> list[str]:

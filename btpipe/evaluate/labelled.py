@@ -201,7 +201,7 @@ def read(path: Path, source: Labels) -> Labelled:
 def _columns(path: Path) -> tuple[pa.Table, str]:
     """The whole table, in any format that vectors are written in, and its bundle's digest."""
     if path.suffix == ".parquet" and path.is_file():
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(path.absolute(), page_checksum_verification=True) as file:
             bundle = (file.schema_arrow.metadata or {}).get(BUNDLE_KEY, b"").decode()
             return file.read(), bundle
     footer = outputs.footer_of(path) or {}

@@ -92,17 +92,17 @@ class _Groups:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(path.absolute())
         counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._stops = np.cumsum(counts)
-        self._names = [n for n in pq.read_schema(path).names if n != _EMBEDDING]
+        self._names = [n for n in pq.read_schema(path.absolute()).names if n != _EMBEDDING]
         self._kept: dict[int, pa.Table] = {}
 
     def around(self, row: int) -> tuple[pa.Table, int]:
         """The group that holds a row, and the row's position in it."""
         group = int(np.searchsorted(self._stops, row, side="right"))
         if group not in self._kept:
-            with pq.ParquetFile(self._path, page_checksum_verification=True) as file:
+            with pq.ParquetFile(self._path.absolute(), page_checksum_verification=True) as file:
                 self._kept[group] = file.read_row_group(group, columns=self._names)
         return self._kept[group], row - (int(self._stops[group - 1]) if group else 0)
 
@@ -207,7 +207,7 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
     if outputs.kind_of(path) != "parquet":
         yield from outputs.rows(path)
         return
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+    with pq.ParquetFile(path.absolute(), page_checksum_verification=True) as file:
         yield from file.iter_batches(batch_size=table.ROW_GROUP_ROWS, columns=[_EMBEDDING])
 
 
@@ -215,8 +215,8 @@ def _others(path: Path) -> pa.Table:
     """Every column but the vectors."""
     match outputs.kind_of(path):
         case "parquet":
-            names = [name for name in pq.read_schema(path).names if name != _EMBEDDING]
-            return pq.read_table(path, columns=names, page_checksum_verification=True)
+            names = [name for name in pq.read_schema(path.absolute()).names if name != _EMBEDDING]
+            return pq.read_table(path.absolute(), columns=names, page_checksum_verification=True)
         case "array":
             return table.read(arrays.ids_path(path))
         case _:

@@ -4,8 +4,8 @@ recipe.toml  index.parquet  environment.json  events.jsonl  rejects.csv  checkpo
 initial/ (with `network.init_from`)
 """
 
-import fcntl
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -146,8 +146,8 @@ class RunRejects:
         """Adds what this rank rejected to what the file already names; one rank at a time."""
         if not rejected:
             return
-        with (self._folder / RECIPE).open() as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+        what = "another rank is writing it"
+        with artifact.locked(self._folder, what, "start again", math.inf, name=RECIPE):
             before = rejects.read(self._folder / REJECTS)
             paths = {bad.path for bad in before}
             fresh = [rejected[row] for row in sorted(rejected) if rejected[row].path not in paths]

@@ -96,7 +96,7 @@ def _kind_of_file(path: Path) -> Kind | None:
     if path.suffix != ".parquet":
         return None
     try:
-        schema = pq.read_schema(path)
+        schema = pq.read_schema(path.absolute())
     except (OSError, pa.ArrowException) as error:
         what = f"not a readable parquet file ({str(error).splitlines()[0]})"
         raise IntegrityError(what, where=path, fix="restore it from a copy") from error

@@ -133,14 +133,14 @@ _MOVED = "put the run's own file back from a copy: a resume refuses this one"
 def _index(path: Path, account: Account) -> str:
     """An index's pages, its mapped table, and that no image is a reject; its fingerprint."""
     with account.noting(path):
-        content = pq.read_table(path, page_checksum_verification=True)
+        content = pq.read_table(path.absolute(), page_checksum_verification=True)
         index = open_index(path)
         if changed := index_checksum.broken(
             path, content.replace_schema_metadata(), index.root, index.sources
         ):
             account.wrong(path, f"its {' and '.join(changed)} changed since it was written")
         account.files, account.rows = account.files + 1, account.rows + len(index)
-        named = (pq.read_schema(path).metadata or {}).get(b"content", b"").decode()
+        named = (pq.read_schema(path.absolute()).metadata or {}).get(b"content", b"").decode()
         mapped = path.with_suffix(".arrow")
         if named and mapped.is_file():
             account.files += 1
