@@ -218,7 +218,12 @@ def build(
         else:
             origin, name = inputs.describe(location, root), location.rpartition("/")[2]
             part = collecting.collect(
-                origin, name, meter.update, previous, list_only=depth == "list"
+                origin,
+                name,
+                meter.update,
+                previous,
+                list_only=depth == "list",
+                on_event=on_event,
             )
             parts.append(part)
         meter.close(len(parts[-1][0]) + len(parts[-1][2]))

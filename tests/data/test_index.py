@@ -9,7 +9,7 @@ from PIL import Image
 from btpipe.data import index
 from btpipe.data.rejects import BadInputError
 from btpipe.errors import IntegrityError, UsageError
-from btpipe.events import Event, Rejected
+from btpipe.events import Event, Note, Rejected
 
 
 def write(
@@ -42,6 +42,30 @@ def test_an_image_beside_the_class_folders_takes_all_labels_away(tmp_path: Path)
     write(tmp_path / "a/1.jpg")
     write(tmp_path / "2.jpg")
     assert index.build(tmp_path)[0].labels == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "is_said"),
+    [
+        (("train/cat/1.jpg", "train/dog/2/1.jpg", "val/cat/2.jpg"), ["cat", "dog", "cat"], True),
+        (("Train/cat/1.jpg", "test/1.jpg"), ["cat", None], True),
+        (("validation/cat/1.jpg",), ["cat"], True),
+        (("other/1.jpg", "test/1.jpg"), ["other", "test"], False),
+        (("test/1.jpg", "train/1.jpg"), ["test", "train"], False),
+        (("test/a/1.jpg", "test/2.jpg"), ["test", "test"], False),
+        (("other/a/1.jpg", "train/a/1.jpg"), ["other", "train"], False),
+    ],
+)
+def test_labels_are_the_class_folders_below_splits(
+    tmp_path: Path, names: tuple[str, ...], labels: list[str | None], is_said: bool
+) -> None:
+    for name in names:
+        write(tmp_path / name)
+    events = list[Event]()
+    assert index.build(tmp_path, events.append)[0].labels == labels
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert len(notes) == is_said
+    assert all("are splits" in note and str(tmp_path) in note for note in notes)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

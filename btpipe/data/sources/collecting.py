@@ -12,7 +12,7 @@ from btpipe.data.sources import folder, lists, parquet, synthetic, tar
 from btpipe.data.sources.listing_cache import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import Source
-from btpipe.events import Progressed, Rejected, Report, per_second
+from btpipe.events import Progressed, Rejected, Report, ignore, per_second
 
 _PROGRESS_SECONDS = 1.0
 Part = tuple[pa.Table, tuple[Source, ...], list[Rejected]]
@@ -26,6 +26,7 @@ def collect(
     previous: Recall = folder.NOTHING,
     *,
     list_only: bool = False,
+    on_event: Report = ignore,
 ) -> Part:
     """The images of a source; `name` is the file's own among named files.
 
@@ -35,7 +36,9 @@ def collect(
     if rows is not None:
         return rows, (source,), []
     if source.kind == "folder":
-        source_rows = folder.look(source, on_progress, previous, list_only=list_only)
+        source_rows = folder.look(
+            source, on_progress, previous, list_only=list_only, on_event=on_event
+        )
     elif source.kind == "list":
         source_rows = lists.look(source, on_progress, previous, list_only=list_only)
     elif source.kind == "files":

@@ -19,7 +19,7 @@ from btpipe.data.sources.listing_cache import Recall, Stamp
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, ImageRow, SourceRows, batch, reject
 from btpipe.data.sources.source import Source
 from btpipe.errors import UsageError
-from btpipe.events import Rejected
+from btpipe.events import Note, Rejected, Report, ignore
 
 HEADER_THREADS = 16
 _LIST_THREADS = 2
@@ -27,6 +27,8 @@ _LIST_THREADS = 2
 UNREAD = Header(format="", width=0, height=0, orientation=1, mode="")
 """The header of a file that was only listed."""
 NOTHING = Recall()
+SPLITS = frozenset({"train", "val", "test", "valid", "validation"})
+"""Folders that divide a data set, in any case; no classes where class folders lie below them."""
 OnProgress = Callable[[int, int], None]
 """Called with the files done and the files in all."""
 
@@ -88,12 +90,17 @@ def _refuse_link(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
 
 
 def look(
-    source: Source, on_progress: OnProgress, previous: Recall = NOTHING, *, list_only: bool = False
+    source: Source,
+    on_progress: OnProgress,
+    previous: Recall = NOTHING,
+    *,
+    list_only: bool = False,
+    on_event: Report = ignore,
 ) -> SourceRows:
     """The images below a folder or the prefix of a URL; each has its class folder as its label.
 
     `list_only`: by their names, no file is opened; sizes are then unknown. `previous`: files that
-    are as they were stay closed too.
+    are as they were stay closed too. `on_event` is told where the classes lie below splits.
     """
     if storage.is_url(source.place):
         try:
@@ -105,7 +112,8 @@ def look(
         names, rejected = walk(source)
     source_rows = look_at(source, names, on_progress, previous, list_only=list_only)
     return SourceRows(
-        _with_class_folders(source, source_rows.batches), rejected + source_rows.rejected
+        _with_class_folders(source, source_rows.batches, on_event),
+        rejected + source_rows.rejected,
     )
 
 
@@ -199,8 +207,13 @@ def file_location(source: Source, name: str) -> str:
     return storage.join(source.base, name)
 
 
-def _with_class_folders(source: Source, batches: list[pa.RecordBatch]) -> list[pa.RecordBatch]:
-    """The first folder of each path as its label, where every image is in one."""
+def _with_class_folders(
+    source: Source, batches: list[pa.RecordBatch], on_event: Report
+) -> list[pa.RecordBatch]:
+    """The first folder of each path as its label, where every image is in one.
+
+    Where those are splits, and classes lie below one of them, it is the second folder.
+    """
     if not batches:
         return batches
     table = pa.Table.from_batches(batches, SCHEMA)
@@ -209,6 +222,13 @@ def _with_class_folders(source: Source, batches: list[pa.RecordBatch]) -> list[p
     names = pc.utf8_slice_codeunits(table["path"], start)
     if not pc.all(pc.match_substring(names, "/")).as_py():
         return batches
-    first = pc.list_element(pc.split_pattern(names, "/", max_splits=1), 0)
+    parts = pc.split_pattern(names, "/", max_splits=2)
+    label, is_deep = pc.list_element(parts, 0), pc.greater(pc.list_value_length(parts), 2)
+    folders = sorted(pc.unique(label).to_pylist())
+    with_classes = set(folders) - set(label.filter(pc.invert(is_deep)).to_pylist())
+    if with_classes and all(name.lower() in SPLITS for name in folders):
+        label = pc.if_else(is_deep, pc.list_element(parts, 1), pa.scalar(None, pa.string()))
+        what = f"{', '.join(folders)} are splits: labels are the class folders below them"
+        on_event(Note(f"{source.place}: {what}"))
     position = SCHEMA.get_field_index("label")
-    return list(table.set_column(position, SCHEMA.field("label"), first).to_batches())
+    return list(table.set_column(position, SCHEMA.field("label"), label).to_batches())
