@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from stumbling_server import Stumbling, serving
 
 # Before numpy, torch or onnxruntime are imported, and inherited by every process a test starts:
 # one number of threads, because sums over another number of threads round differently.
@@ -53,6 +54,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(home: Path) -> Path:
     """The bundle of the tiny run."""
     return home / "exports" / "tiny"
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[str, Path, type[Stumbling]]]:
+    """The server's URL, the folder that it gives, and its handler to make it stumble."""
+    pytest.importorskip("aiohttp", reason="the extra [remote] is not installed")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    with serving(folder) as (url, handler):
+        yield url, folder, handler
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Whether the sources still hold the images of an index: names and sizes, no image is opened."""
 
-import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Sequence, Set
@@ -10,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from btpipe.data import rejects
 from btpipe.data.index import Index
+from btpipe.data.retry import Patience, reading_threads
 from btpipe.data.sources import Source, collecting, folder, storage
 from btpipe.data.sources.rows import path_of, readable
 from btpipe.errors import MachineError
@@ -59,7 +60,7 @@ def changes(index: Index, passed_over: Set[str]) -> Changes:
 
 def _container(source: Source, rows: pa.Table) -> Changes:
     try:
-        size, mtime_ns = storage.measure(source.place)
+        size, mtime_ns = _measure(source)
     except OSError as error:
         what = f"the training images are not there ({error.strerror or error})"
         raise MachineError(what, where=source.place, fix=_FIX) from error
@@ -96,8 +97,9 @@ def _files(source: Source, rows: pa.Table, passed_over: Set[str]) -> Changes:
         added = _new_in_list(source, sizes.keys())
     listing = set(names)
     kept = [name for name in names if name in sizes]
-    with concurrent.futures.ThreadPoolExecutor(folder.HEADER_THREADS) as pool:
-        stats = pool.map(lambda part: _sizes(source, part), _chunks(kept))
+    patience = Patience(source.base)
+    with reading_threads(folder.HEADER_THREADS) as pool:
+        stats = pool.map(lambda part: _sizes(source, part, patience), _chunks(kept))
         current_sizes = [size for part in stats for size in part]
     changed = [(n, size) for n, size in zip(kept, current_sizes, strict=True) if size != sizes[n]]
     gone = [name for name in sizes if name not in listing]
@@ -137,7 +139,7 @@ def _walked(source: Source, passed_over: Set[str]) -> list[bytes]:
 def _new_in_list(source: Source, previous_names: Set[bytes]) -> list[str]:
     """Images that a list names by now, where it is another list than it was."""
     try:
-        size, mtime_ns = storage.measure(source.place)
+        size, mtime_ns = _measure(source)
     except OSError:
         return []  # the files that it named are what counts
     if (size, mtime_ns) == (source.bytes, source.mtime_ns):
@@ -162,13 +164,23 @@ def _chunks(names: Sequence[bytes]) -> list[Sequence[bytes]]:
     return [names[i : i + _CHUNK_FILES] for i in range(0, len(names), _CHUNK_FILES)]
 
 
-def _sizes(source: Source, names: Sequence[bytes]) -> list[int]:
-    """Sizes in bytes; -1 for a file that cannot be looked at any more."""
-    return [_size(folder.file_location(source, os.fsdecode(name))) for name in names]
+def _sizes(source: Source, names: Sequence[bytes], patience: Patience) -> list[int]:
+    """Sizes in bytes; -1 for a file that is there no more.
+
+    Raises:
+        MachineError: one that the disk or the network does not let see.
+    """
+    return [_size(folder.file_location(source, os.fsdecode(name)), patience) for name in names]
 
 
-def _size(location: str) -> int:
+def _measure(source: Source) -> tuple[int, int]:
+    return Patience(source.place).read(lambda: storage.measure(source.place))
+
+
+def _size(location: str, patience: Patience) -> int:
     try:
-        return storage.measure(location)[0]
-    except OSError:
+        return patience.read(lambda: storage.measure(location))[0]
+    except OSError as error:
+        if rejects.is_machine(error):
+            raise rejects.unusable(error, location) from error
         return -1

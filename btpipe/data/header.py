@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from btpipe.data import retry
+from btpipe.data import rejects
 from btpipe.data.rejects import BadInputError
 
 SUPPORTED = {
@@ -157,7 +157,7 @@ def parse(file: BinaryIO, start: bytes) -> Header:
     except Image.DecompressionBombError as error:
         raise _bomb("more") from error
     except Exception as error:  # a parser of hostile files raises anything; all of it is a reason
-        if retry.is_transient(error):
+        if rejects.is_machine(error):
             raise
         if magic_format:
             raise BadInputError(f"damaged {magic_format} header: {_sentence(error)}") from error

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import os
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -20,13 +21,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.data import index_checksum, index_mmap, rejects, retry
+from btpipe.data import index_checksum, index_mmap, rejects
 from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import Patience
 from btpipe.data.sources import Source, collecting, folder, inputs, opening, parquet, source
 from btpipe.data.sources.listing_cache import Recall
 from btpipe.data.sources.rows import SCHEMA
 from btpipe.data.sources.source import SHARDS
-from btpipe.errors import IntegrityError, UsageError
+from btpipe.errors import BtpipeError, IntegrityError, MachineError, UsageError
 from btpipe.events import Rejected, Report, ignore
 
 __all__ = ["FORMAT_VERSION", "SCHEMA", "Index", "Source", "build", "open_index"]
@@ -70,16 +72,20 @@ class Index:
         return self.read(row)[0]
 
     def read(self, row: int) -> tuple[bytes, int]:
-        """The image file's content and mtime_ns; a stumbling disk or network is tried again.
+        """The image file's content and mtime_ns; what a disk or network fails to give is retried.
 
         The time is the file's own when it is read, or its container's, or what a server listed.
 
         Raises:
             BadInputError: empty, vanished, not permitted, no longer a regular file, shorter by now.
+            MachineError: its source has given nothing for minutes.
         """
-        read = self._readers[self.table["source"][row].as_py()]
+        number = self.table["source"][row].as_py()
+        read = functools.partial(self._readers[number], row)
         try:
-            content, mtime_ns = retry.read_patiently(functools.partial(read, row))
+            content, mtime_ns = self._patience[number].read(
+                read, functools.partial(self._read_another, number)
+            )
         except OSError as error:
             raise rejects.unreadable(error) from error
         if not content:
@@ -98,17 +104,32 @@ class Index:
     def reject(self, row: int, stage: str, error: BadInputError) -> Rejected:
         """The row as an input that is not used.
 
-        With size and time where it is this very content that is bad: it is not tried again.
+        With size and time where it is this very content that is bad: it is not tried again. What
+        could not be decoded because it could not be read failed at that.
         """
         path, *stamp = (self.table[n][row].as_py() for n in ("path", "bytes", "mtime_ns"))
         if isinstance(error, rejects.UnreadableError):
-            stamp = []
+            stamp, stage = [], "read" if stage == "decode" else stage
         return Rejected(path, stage, error.kind, error.reason, *stamp)
 
     @functools.cached_property
     def _readers(self) -> list[opening.Read]:
         row_groups = parquet.RowGroups()
         return [opening.reader(origin, self.table, row_groups) for origin in self.origins]
+
+    @functools.cached_property
+    def _patience(self) -> list[Patience]:
+        """One for all that lies in one folder, or is named from one: it fails together."""
+        folders = [s.place.rpartition("/")[0] if s.is_container else s.base for s in self.origins]
+        patience = {folder: Patience(folder or "/") for folder in folders}
+        return [patience[folder] for folder in folders]
+
+    def _read_another(self, number: int) -> None:
+        """Reads any image of what has its patience in common with a source."""
+        alike = [i for i, each in enumerate(self._patience) if each is self._patience[number]]
+        rows = np.flatnonzero(np.isin(np.array(self.table["source"]), alike))
+        row = random.choice(rows.tolist())  # noqa: S311
+        self._readers[self.table["source"][row].as_py()](row)
 
     @property
     def recall(self) -> Recall:
@@ -203,6 +224,7 @@ def build(
 
     Raises:
         UsageError: an input that is missing or of no known kind, or no image in any of them.
+        MachineError: an input that cannot be read, or gives nothing for minutes.
     """
     requested = [names] if isinstance(names, Path | str) else list(names)
     locations = inputs.expand(requested)
@@ -276,11 +298,15 @@ def _moved(index: Index, rejects_path: Path, root: Path) -> collecting.Part:
 
 def _no_image(
     requested: Sequence[Path | str], files: int, rejected: Sequence[Rejected]
-) -> UsageError:
+) -> BtpipeError:
     first = f", such as {rejected[0].path}: {rejected[0].reason}" if rejected else ""
+    what = f"no image in {files} files ({len(rejected)} rejected{first})"
+    where = " ".join(map(str, requested))
+    if any(bad.kind == "machine" for bad in rejected):
+        return MachineError(what, where=where, fix="see that it can be read, and start again")
     return UsageError(
-        f"no image in {files} files ({len(rejected)} rejected{first})",
-        where=" ".join(map(str, requested)),
+        what,
+        where=where,
         expected=f"JPEG, PNG, WebP, TIFF, BMP, PPM or JPEG 2000 in {inputs.KINDS}",
         fix="put the images there, or name what holds them",
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from btpipe import artifact
+from btpipe.errors import BtpipeError, MachineError, Stopped, UsageError
 from btpipe.events import Kind, Rejected
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR})
@@ -41,7 +42,27 @@ def unreadable(error: OSError) -> UnreadableError:
         kind = "gone"
     elif error.errno in _CONTENT and not isinstance(error, TimeoutError | ConnectionError):
         kind = "content"
-    return UnreadableError(f"cannot be read: {error.strerror or error}", kind)
+    return UnreadableError(f"cannot be read: {reason_of(error)}", kind)
+
+
+def reason_of(error: Exception) -> str:
+    """What a system says, without the number and the path that Python adds."""
+    return str(getattr(error, "strerror", None) or error) or type(error).__name__
+
+
+def unusable(error: OSError, where: str) -> BtpipeError:
+    """What ends a command whose input as a whole cannot be read."""
+    bad = unreadable(error)
+    if bad.kind != "machine":
+        return UsageError(bad.reason, where=where)
+    return MachineError(bad.reason, where=where, fix="see that it can be read, and start again")
+
+
+def is_machine(error: Exception) -> bool:
+    """Whether the disk or the network failed, and nothing is known of the file."""
+    if isinstance(error, OSError):
+        return unreadable(error).kind == "machine"
+    return isinstance(error, MachineError | Stopped)
 
 
 def below(rejected: Rejected, prefix: str) -> Rejected:

@@ -23,6 +23,7 @@ from btpipe.data.file_checks import Verdict
 from btpipe.data.findings import ImageFinding
 from btpipe.data.pipeline import prefetch
 from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import reading_threads
 from btpipe.errors import BudgetError, Stopped, UsageError
 from btpipe.events import Finished, Note, Progressed, Rejected, Report, TextTable, per_second
 
@@ -126,7 +127,7 @@ class _Work:
         last_event = 0.0
         with (
             runtime.StopSignals() as signals,
-            concurrent.futures.ThreadPoolExecutor(_READ_THREADS, "btpipe-read") as pool,
+            reading_threads(_READ_THREADS) as pool,
         ):
             verdicts = supervisor.supervise(
                 file_checks.examine,

@@ -4,7 +4,7 @@ The record, a JSON file beside the tar, is the commit: a shard without one is wr
 """
 
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -25,6 +25,7 @@ from btpipe.data import header
 from btpipe.data.index import Index
 from btpipe.data.pipeline import decode, sampler
 from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import reading_threads
 from btpipe.events import Rejected
 
 ORDER_SEED = 0
@@ -120,7 +121,8 @@ class Maker:
     def __init__(self, index: Index, position: int, options: ShardOptions, threads: int) -> None:
         self.index = index
         self._options, self._positions = options, iter(range(position, len(index)))
-        self._pool = concurrent.futures.ThreadPoolExecutor(threads, "btpipe-shard")
+        self._open = contextlib.ExitStack()
+        self._pool = self._open.enter_context(reading_threads(threads))
         self._ahead: collections.deque[tuple[int, int, Future[Small | Rejected]]] = (
             collections.deque()
         )
@@ -129,7 +131,7 @@ class Maker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._open.close()
 
     def __iter__(self) -> Iterator[tuple[int, int, Small | Rejected]]:
         """(position, row, image or reject); goes on where the last one stopped."""

@@ -9,8 +9,9 @@ from pathlib import Path
 import PIL.Image
 import PIL.ImageOps
 
-from btpipe.data import index, retry
+from btpipe.data import index
 from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import CONTACT_SECONDS, Patience
 from btpipe.data.sources import storage
 from btpipe.embed import table
 from btpipe.errors import BtpipeError
@@ -36,6 +37,7 @@ class Pictures:
         self._root = os.fspath(images) if images else ""
         self._room = frame.THUMBNAIL_BYTES
         self._containers: dict[str, tuple[index.Index, dict[str, int]] | None] = {}
+        self._patience = Patience("the pictures", CONTACT_SECONDS)
         self.shown, self.missing = 0, 0
         if not images:
             self._look_around()
@@ -98,7 +100,7 @@ class Pictures:
         """The bytes of a row's picture; OSError, KeyError or BadInputError where there is none."""
         location = self.location(row)
         if location is not None:
-            return retry.read_patiently(lambda: storage.read(location))
+            return self._patience.read(lambda: storage.read(location))
         path = self._vectors.text("path", row)
         container, _, _ = _split(path)
         members = self._container(container)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from btpipe import artifact, events, runtime
 from btpipe.data.index import Index, open_index
 from btpipe.data.pipeline.train_loader import LoaderSettings, TrainingLoader
-from btpipe.errors import NumericsError, Stopped
+from btpipe.errors import MachineError, NumericsError, Stopped
 from btpipe.events import Report
 from btpipe.pretrain import checkpoint, init_from, loss, nonfinite, step
 from btpipe.pretrain.batches import Supply
@@ -113,8 +113,15 @@ def _loop(run: TrainingRun, supply: Supply, signals: runtime.StopSignals) -> Non
     health = HealthMonitor(run, lambda: bool(signals.first))
     started, before = time.perf_counter(), run.state.step
     while run.state.step < run.steps:
-        with meter.waiting():
-            batch = supply.next(run.state.step)
+        try:
+            with meter.waiting():
+                batch = supply.next(run.state.step)
+        except (MachineError, Stopped):
+            if run.runtime.world_size == 1 and run.state.step > before:
+                supply.record()
+                _require_finite(run, watch.last(), images_before)
+                _save(run)  # the other ranks of several are within the step, and cannot
+            raise
         outcome = step.update(run.core, batch.views, *run.rates(batch.step))
         run.state = dataclasses.replace(run.state, step=batch.step + 1)
         stop, save, has_rejects = agreement.exchange(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import ClassVar
 
 REPEAT_SECONDS = 2.0
 
@@ -18,6 +19,9 @@ class StopSignals:
     every process, and the launcher passes it on.
     """
 
+    asked: ClassVar[str] = ""
+    """`first` of the one that is being listened to, for whoever waits in another thread."""
+
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
@@ -29,11 +33,13 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
+        StopSignals.asked = ""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: object) -> None:
         if not self.first:
             self.first, self._seconds = signal.Signals(number).name, time.monotonic()
+            StopSignals.asked = self.first
         elif number == signal.SIGINT and time.monotonic() - self._seconds > REPEAT_SECONDS:
             os._exit(130)

@@ -1,5 +1,6 @@
 import errno
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -8,22 +9,17 @@ import pytest
 import torch
 from tiny_run import draw_images
 
-from btpipe import recipe
+from btpipe import recipe, runtime
 from btpipe.data import index
 from btpipe.data.pipeline.train_loader import Batch, LoaderSettings, TrainingLoader
 from btpipe.data.rejects import BadInputError
-from btpipe.data.retry import RETRY_SECONDS, read_patiently
+from btpipe.data.retry import TRIES, Patience, reading_threads, waiting_at_most
+from btpipe.errors import MachineError, Stopped
 from btpipe.events import Event
 
 FAILING = Path("/proc/self/mem")
 """A regular file whose first bytes nobody can read: the kernel says EIO, as a dying disk does."""
 HEALS_AFTER_SECONDS = 0.3
-
-
-class Answered(Exception):
-    def __init__(self, status: int) -> None:
-        super().__init__(f"the server answered {status}")
-        self.status = status
 
 
 class Stumbling:
@@ -45,25 +41,24 @@ class Stumbling:
         *(OSError(code, os.strerror(code)) for code in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)),
         TimeoutError("no answer"),
         ConnectionResetError("gone"),
-        Answered(503),
     ],
     ids=repr,
 )
 def test_what_may_pass_is_read_again(error: Exception) -> None:
     source = Stumbling(error, error)
-    assert read_patiently(source.read) == b"content"
+    assert Patience("here").read(source.read) == b"content"
     assert source.calls == 3
 
 
 @pytest.mark.parametrize(
     "error",
-    [FileNotFoundError(errno.ENOENT, "gone"), PermissionError(errno.EACCES, "no"), Answered(404)],
+    [FileNotFoundError(errno.ENOENT, "gone"), PermissionError(errno.EACCES, "no")],
     ids=repr,
 )
 def test_what_will_not_pass_is_told_at_once(error: Exception) -> None:
     source = Stumbling(error)
     with pytest.raises(type(error)):
-        read_patiently(source.read)
+        Patience("here").read(source.read)
     assert source.calls == 1
 
 
@@ -116,13 +111,53 @@ def test_a_disk_that_stumbles_while_images_are_listed_costs_none(tmp_path: Path)
     assert (len(images), rejected) == (1, [])
 
 
-def test_a_disk_that_stays_broken_is_named_after_all_tries(tmp_path: Path) -> None:
+def test_a_file_that_fails_while_its_folder_gives_others_is_named_after_some_tries(
+    tmp_path: Path,
+) -> None:
     paths = draw_images(tmp_path, 4)
-    images, _ = index.build(tmp_path)
-    paths[0].unlink()
-    paths[0].symlink_to(FAILING)
-    row = images.table["path"].to_pylist().index(paths[0].relative_to(tmp_path).as_posix())
+    with waiting_at_most(6.0):
+        images, _ = index.build(tmp_path)
+        paths[0].unlink()
+        paths[0].symlink_to(FAILING)
+        row = images.table["path"].to_pylist().index(paths[0].relative_to(tmp_path).as_posix())
+        # Nothing else is being read: the others are, to see that the folder is there.
+        with pytest.raises(BadInputError, match="Input/output error") as caught:
+            images.read_bytes(row)
+    rejected = images.reject(row, "decode", caught.value)
+    assert (rejected.stage, rejected.kind) == ("read", "machine")
+
+
+def test_a_file_is_given_up_only_after_reads_of_others(tmp_path: Path) -> None:
+    source, others = Stumbling(*(OSError(errno.EIO, "broken") for _ in range(99))), Stumbling()
+    with waiting_at_most(6.0), pytest.raises(OSError, match="broken"):
+        Patience("here").read(source.read, others.read)
+    assert (source.calls, others.calls) == (TRIES, TRIES - 1)
+
+
+def test_a_source_that_gives_nothing_ends_the_job_and_not_a_file() -> None:
+    sources = [Stumbling(*(OSError(errno.EIO, "broken") for _ in range(999))) for _ in range(2)]
     started = time.monotonic()
-    with pytest.raises(BadInputError, match="Input/output error"):
-        images.read_bytes(row)
-    assert time.monotonic() - started >= sum(RETRY_SECONDS)
+    with waiting_at_most(0.5), pytest.raises(MachineError, match=r"given nothing for 0\.5 s"):
+        Patience("here").read(sources[0].read, sources[1].read)
+    assert 0.5 <= time.monotonic() - started < 2
+
+
+def test_whoever_waits_for_a_source_hears_a_stop_signal() -> None:
+    source = Stumbling(*(TimeoutError("no answer") for _ in range(999)))
+    waiting = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+    started = time.monotonic()
+    waiting.start()
+    with runtime.StopSignals(), pytest.raises(Stopped, match="SIGTERM"):
+        Patience("here").read(source.read)
+    assert time.monotonic() - started < 2
+    assert not runtime.StopSignals.asked
+
+
+def test_threads_that_wait_for_a_source_end_with_what_they_read_for() -> None:
+    source = Stumbling(*(TimeoutError("no answer") for _ in range(999)))
+    started = time.monotonic()
+    with reading_threads(2) as pool:
+        waiting = pool.submit(Patience("here").read, source.read)
+        time.sleep(0.3)
+    assert time.monotonic() - started < 2
+    assert isinstance(waiting.exception(), Stopped)

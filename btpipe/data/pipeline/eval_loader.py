@@ -1,6 +1,5 @@
 """The evaluation view of images, batch by batch. Nothing here needs torch."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -15,6 +14,7 @@ from btpipe.data.index import Index
 from btpipe.data.pipeline import dali_graphs, dali_runner, decode, prefetch
 from btpipe.data.pipeline.decode import BatchDecoder, Encoded, Pixels
 from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import reading_threads
 from btpipe.events import Rejected
 
 
@@ -120,7 +120,7 @@ def evaluation_stream(
             geometry, batch_size=batch_size, threads=threads, gpu=gpu
         )
 
-    with concurrent.futures.ThreadPoolExecutor(threads + 2, "btpipe-read") as pool:
+    with reading_threads(threads + 2) as pool:
         ahead = prefetch.read_ahead(enumerate(tasks), reader.read, reader.finish, pool)
         loads = packed.loads(files for _, _, files in ahead)
         for load, outputs in dali_runner.run(loads, build, decoder.stream if decoder else None):

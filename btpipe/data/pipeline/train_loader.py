@@ -3,7 +3,7 @@
 `evaluation_batches` is found here as well; torch is imported by the first training batch only.
 """
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -21,6 +21,7 @@ from btpipe.data.pipeline import augment_params, dali_graphs, dali_runner, decod
 from btpipe.data.pipeline.decode import Encoded, Pixels
 from btpipe.data.pipeline.eval_loader import EvaluationBatch, evaluation_batches
 from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import reading_threads
 from btpipe.errors import BudgetError, UsageError
 from btpipe.events import Rejected, Report
 from btpipe.recipe import Data, Recipe, View, count_steps
@@ -133,7 +134,8 @@ class TrainingLoader:
         self._decoder = (
             None if self._gpu is None else decode.batch_decoder(self._gpu, self._threads)
         )
-        self._pool = concurrent.futures.ThreadPoolExecutor(self._threads + 2, "btpipe-read")
+        self._open = contextlib.ExitStack()
+        self._pool = self._open.enter_context(reading_threads(self._threads + 2))
 
     def __enter__(self) -> "TrainingLoader":
         return self
@@ -148,7 +150,7 @@ class TrainingLoader:
 
     def close(self) -> None:
         """Stops the reading threads; what is in flight is dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._open.close()
 
     def __iter__(self) -> Iterator[Batch]:
         """Raises BudgetError: more than `data.max_bad` of the images are unusable."""

@@ -1,9 +1,9 @@
 """Images in a tree of folders, and files that are named one by one."""
 
-import concurrent.futures
 import errno
 import functools
 import os
+import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from btpipe.data import header, retry
+from btpipe.data import header, rejects, retry
 from btpipe.data.header import Header
-from btpipe.data.rejects import BadInputError, unreadable
+from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import Patience, reading_threads
 from btpipe.data.sources import storage
 from btpipe.data.sources.listing_cache import Recall, Stamp
 from btpipe.data.sources.rows import CHUNK_ROWS, SCHEMA, ImageRow, SourceRows, batch, reject
 from btpipe.data.sources.source import Source
-from btpipe.errors import UsageError
 from btpipe.events import Note, Rejected, Report, ignore
 
 HEADER_THREADS = 16
@@ -35,34 +35,45 @@ OnProgress = Callable[[int, int], None]
 
 def walk(source: Source) -> tuple[list[bytes], list[Rejected]]:
     """Relative paths of the files to look at, sorted by their bytes, and what is refused unread."""
-    top = os.fsencode(source.place)
-    inside = os.path.realpath(top) + b"/"
-    paths: list[bytes] = []
+    patience, paths = Patience(source.place), list[bytes]()
     rejected: list[Rejected] = []
     folders = [b""]
     while folders:
         folder = folders.pop()
         try:
-            with os.scandir(top + b"/" + folder) as entries:
-                for entry in entries:  # one by one: a folder may hold a million
-                    name = folder + b"/" + entry.name if folder else entry.name
-                    if entry.name.startswith(b"."):
-                        continue
-                    if entry.is_file(follow_symlinks=False):
-                        paths.append(name)
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(name)
-                    reason = _refuse(entry, inside)
-                    if reason is not None:
-                        rejected.append(reject(source, name, reason))
-                    elif entry.is_symlink():
-                        paths.append(name)
+            found = patience.read(functools.partial(_found_in, source, folder))
         except OSError as error:
-            bad = unreadable(error)
+            bad = rejects.unreadable(error)
             rejected.append(reject(source, folder, f"folder {bad.reason}", bad.kind))
+            continue
+        paths += found[0]
+        folders += found[1]
+        rejected += found[2]
     paths.sort()
     return paths, rejected
+
+
+def _found_in(source: Source, folder: bytes) -> tuple[list[bytes], list[bytes], list[Rejected]]:
+    """Files to look at in a folder, folders in it, and what is refused unread."""
+    top = os.fsencode(source.place)
+    inside = os.path.realpath(top) + b"/"
+    paths, folders, rejected = list[bytes](), list[bytes](), list[Rejected]()
+    with os.scandir(top + b"/" + folder) as entries:
+        for entry in entries:  # one by one: a folder may hold a million
+            name = folder + b"/" + entry.name if folder else entry.name
+            if entry.name.startswith(b"."):
+                continue
+            if entry.is_file(follow_symlinks=False):
+                paths.append(name)
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(name)
+            reason = _refuse(entry, inside)
+            if reason is not None:
+                rejected.append(reject(source, name, reason))
+            elif entry.is_symlink():
+                paths.append(name)
+    return paths, folders, rejected
 
 
 def _refuse(entry: "os.DirEntry[bytes]", inside: bytes) -> str | None:
@@ -106,8 +117,7 @@ def look(
         try:
             names, rejected = remote_names(source.place), list[Rejected]()
         except OSError as error:
-            what = f"cannot be listed: {error.strerror or error}"
-            raise UsageError(what, where=source.place) from error
+            raise rejects.unusable(error, source.place) from error
     else:
         names, rejected = walk(source)
     source_rows = look_at(source, names, on_progress, previous, list_only=list_only)
@@ -123,7 +133,7 @@ def remote_names(url: str) -> list[bytes]:
     Raises:
         OSError: it cannot be listed.
     """
-    names = retry.read_patiently(lambda: storage.names_below(url))
+    names = Patience(url).read(lambda: storage.names_below(url))
     hidden = [any(part.startswith(".") for part in name.split("/")) for name in names]
     return sorted(n.encode() for n, is_hidden in zip(names, hidden, strict=True) if not is_hidden)
 
@@ -141,12 +151,12 @@ def look_at(
     In a list every file that is no image is refused; in a folder, one that looks like an image.
     """
     source_rows, done = SourceRows([], []), 0
-    work = functools.partial(_look_at_all, source, previous, list_only)
+    work = functools.partial(_look_at_all, source, Patience(source.base), previous, list_only)
     rows = previous.rows(source, names)
     starts = range(0, len(names), CHUNK_ROWS)
     chunks = [(names[i : i + CHUNK_ROWS], rows[i : i + CHUNK_ROWS]) for i in starts]
     threads = _LIST_THREADS if list_only else HEADER_THREADS
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with reading_threads(threads) as pool:
         for images, rejected in pool.map(work, chunks):
             if images is not None:
                 source_rows.batches.append(images)
@@ -158,48 +168,61 @@ def look_at(
 
 def _look_at_all(
     source: Source,
+    patience: Patience,
     previous: Recall,
     list_only: bool,
     part: tuple[Sequence[bytes], NDArray[np.int64]],
 ) -> tuple[pa.RecordBatch | None, list[Rejected]]:
     names, rows = part
     headers = previous.headers(rows)
-    results = [_look_at(source, list_only, name, headers.get(i)) for i, name in enumerate(names)]
+    results = [
+        _look_at(source, patience, list_only, names, i, headers.get(i)) for i in range(len(names))
+    ]
     images = [result for result in results if isinstance(result, ImageRow)]
     rejected = [result for result in results if isinstance(result, Rejected)]
     return (batch(source, images) if images else None), rejected
 
 
 def _look_at(
-    source: Source, list_only: bool, name: bytes, previous: tuple[Stamp, Header] | None
+    source: Source,
+    patience: Patience,
+    list_only: bool,
+    names: Sequence[bytes],
+    at: int,
+    previous: tuple[Stamp, Header] | None,
 ) -> ImageRow | Rejected | None:
-    """The row of a file, why it is refused, or None where nothing says that it is an image."""
+    """The row of one of the files, why it is refused, or None where nothing says it is an image."""
+    name = names[at]
     is_asked_for = source.kind != "folder"
     if list_only and not is_asked_for and not header.has_image_name(name):
         return None
-    location = file_location(source, os.fsdecode(name))
     try:
-        size, mtime_ns = storage.measure(location)
-        if list_only:
-            return ImageRow(name, size, mtime_ns, UNREAD)
-        if previous and previous[0] == (size, mtime_ns):
-            return ImageRow(name, size, mtime_ns, previous[1])
-        return ImageRow(name, size, mtime_ns, _header(location, name))
+        return patience.read(
+            lambda: _row(source, list_only, name, previous),
+            lambda: _row(source, list_only, random.choice(names), None),  # noqa: S311
+        )
     except OSError as error:
-        bad: BadInputError = unreadable(error)
-        is_reported = is_asked_for or header.has_image_name(name)
+        bad: BadInputError = rejects.unreadable(error)
+        is_unknown = retry.is_transient(error)
+        is_reported = is_asked_for or is_unknown or header.has_image_name(name)
     except BadInputError as error:
         bad = error
         is_reported = is_asked_for or header.is_image_or_named(error, name)
     return reject(source, name, bad.reason, bad.kind) if is_reported else None
 
 
-def _header(location: str, name: bytes) -> Header:
-    def look() -> Header:
-        with storage.open_binary(location) as file:
-            return header.look(file, name)
-
-    return look() if storage.is_url(location) else retry.read_patiently(look)
+def _row(
+    source: Source, list_only: bool, name: bytes, previous: tuple[Stamp, Header] | None
+) -> ImageRow:
+    """The row of a file; raises BadInputError or OSError where it has none."""
+    location = file_location(source, os.fsdecode(name))
+    size, mtime_ns = storage.measure(location)
+    if list_only:
+        return ImageRow(name, size, mtime_ns, UNREAD)
+    if previous and previous[0] == (size, mtime_ns):
+        return ImageRow(name, size, mtime_ns, previous[1])
+    with storage.open_binary(location) as file:
+        return ImageRow(name, size, mtime_ns, header.look(file, name))
 
 
 def file_location(source: Source, name: str) -> str:

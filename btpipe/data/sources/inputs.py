@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from btpipe import artifact
-from btpipe.data import header
+from btpipe.data import header, rejects
 from btpipe.data.rejects import BadInputError
+from btpipe.data.retry import CONTACT_SECONDS, Patience
 from btpipe.data.sources import lists, parquet, storage, synthetic, tar
 from btpipe.data.sources.source import SHARDS, Kind, Source
 from btpipe.errors import UsageError
@@ -168,15 +169,19 @@ def _describe_url(url: str) -> Source:
     if url.endswith("/"):
         return Source("folder", url.rstrip("/"), prefix=url)
     try:
-        storage.measure(url)
+        _measure(url)
     except FileNotFoundError:
         return Source("folder", url.rstrip("/"), prefix=url.rstrip("/") + "/")
     except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror or error}", where=url) from error
+        raise rejects.unusable(error, url) from error
     system, path = storage.remote(url)
     if system.info(path).get("type") == "directory":
         return Source("folder", url.rstrip("/"), prefix=url.rstrip("/") + "/")
     return _files(url, url)
+
+
+def _measure(location: str) -> tuple[int, int]:
+    return Patience(location, CONTACT_SECONDS).read(lambda: storage.measure(location))
 
 
 def _describe_file(location: str, name: str) -> Source:
@@ -185,9 +190,9 @@ def _describe_file(location: str, name: str) -> Source:
         return Source("list", location, name.removesuffix("-"))
     kind = _kind_by_name(location)
     try:
-        size, mtime_ns = storage.measure(location)
+        size, mtime_ns = _measure(location)
     except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", where=location) from error
+        raise rejects.unusable(error, location) from error
     if kind == "tar":
         return Source("tar", location, f"{name}::", size, mtime_ns)
     folder = name[: name.rfind("/") + 1]
@@ -216,8 +221,10 @@ def _kind_by_name(location: str) -> Kind | None:
 def _files(location: str, name: str) -> Source:
     """A file that is named itself: an image, or a mistake."""
     try:
-        with storage.open_binary(location) as file:
+        with storage.open_binary(location, Patience(location, CONTACT_SECONDS)) as file:
             header.look(file, os.fsencode(location))
+    except OSError as error:
+        raise rejects.unusable(error, location) from error
     except BadInputError as error:
         if not header.is_image_or_named(error, os.fsencode(location)):
             what = "not an image, and no input that btpipe knows"

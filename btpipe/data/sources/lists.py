@@ -11,7 +11,7 @@ import sys
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from btpipe.data import retry
+from btpipe.data import rejects, retry
 from btpipe.data.sources import folder, storage
 from btpipe.data.sources.listing_cache import Recall
 from btpipe.data.sources.rows import SCHEMA, SourceRows
@@ -38,9 +38,10 @@ def look(
         if storage.is_standard_input(source.place):
             content = sys.stdin.buffer.read()
         else:
-            content = retry.read_patiently(lambda: storage.read(source.place))
+            patience = retry.Patience(source.place)
+            content = patience.read(lambda: storage.read(source.place))
     except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", where=source.place) from error
+        raise rejects.unusable(error, source.place) from error
     names, labels = _read(source.place, content)
     first: dict[bytes, str | None] = {}
     for name, label in zip(names, labels, strict=True):

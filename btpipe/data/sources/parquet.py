@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from btpipe.data import header
-from btpipe.data.rejects import BadInputError, unreadable
+from btpipe.data.rejects import BadInputError, is_machine, unreadable, unusable
+from btpipe.data.retry import CONTACT_SECONDS, Patience
 from btpipe.data.sources import storage
 from btpipe.data.sources.rows import CHUNK_ROWS, ImageRow, SourceRows, batch, reject, reject_whole
 from btpipe.data.sources.source import Source
@@ -74,7 +76,8 @@ def look(source: Source) -> SourceRows:
 
 
 def _rows(source: Source) -> Iterator[ImageRow | Rejected]:
-    with storage.open_binary(source.place) as opened, pq.ParquetFile(opened) as file:
+    patience = Patience(source.place)
+    with storage.open_binary(source.place, patience) as opened, pq.ParquetFile(opened) as file:
         names = _class_names(file.schema_arrow)
         number = 0
         for group in range(file.num_row_groups):
@@ -236,8 +239,10 @@ def schema(location: str) -> pa.Schema:
         UsageError: it cannot be read as one.
     """
     try:
-        with storage.open_binary(location) as file:
+        with storage.open_binary(location, Patience(location, CONTACT_SECONDS)) as file:
             return pq.read_schema(file)
     except (OSError, pa.ArrowException) as error:
+        if is_machine(error):
+            raise unusable(cast(OSError, error), location) from error
         what = f"not a readable parquet file ({str(error).splitlines()[0]})"
         raise UsageError(what, where=location) from error

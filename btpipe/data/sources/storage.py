@@ -6,6 +6,7 @@ URLs (s3, gs, http, memory, ...) go through fsspec, which is imported when the f
 import datetime as dt
 import email.utils
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -22,6 +23,8 @@ _WHOLE_BYTES = 1 << 20
 """Remote files up to this size are fetched at once: a request costs more than the bytes."""
 _PART_BYTES = 1 << 20
 """Read at a time of larger ones."""
+_BUSY_STATUS = frozenset({408, 429})
+"""HTTP below 500 that says to ask again: timed out, too many requests."""
 
 
 class Remote(Protocol):
@@ -85,7 +88,7 @@ def measure(location: str) -> tuple[int, int]:
         OSError: there is none, or it is a pipe, a device or a folder.
     """
     if is_url(location):
-        info = retry.read_patiently(lambda: _info(location))
+        info = _info(location)
         return cast(int, info.get("size") or 0), _changed_ns(info)
     status = os.stat(location)  # noqa: PTH116 - a million of them: half the time of a Path
     if not stat.S_ISREG(status.st_mode):
@@ -138,25 +141,28 @@ def names_below(url: str) -> list[str]:
     return [file.removeprefix(base) for file in files if file.startswith(base)]
 
 
-def open_binary(location: str) -> BinaryIO:
+def open_binary(location: str, patience: retry.Patience | None = None) -> BinaryIO:
     """The file, open for reading with seeks; never waits on a pipe.
+
+    `patience`: each part of a URL is asked for again where its server fails.
 
     Raises:
         OSError: it cannot be read.
     """
     if not is_url(location):
         return open(location, "rb", opener=_open_now)
-    size, _ = measure(location)
+    size, _ = patience.read(lambda: measure(location)) if patience else measure(location)
     if size <= _WHOLE_BYTES:
-        return io.BytesIO(retry.read_patiently(lambda: read_url(location)))
-    return io.BufferedReader(_Parts(location, size), _PART_BYTES)
+        content = patience.read(lambda: read_url(location)) if patience else read_url(location)
+        return io.BytesIO(content)
+    return io.BufferedReader(_Parts(location, size, patience), _PART_BYTES)
 
 
 class _Parts(io.RawIOBase):
-    """A remote file as ranges of it, each asked for again where the network stumbles."""
+    """A remote file as ranges of it."""
 
-    def __init__(self, url: str, size: int) -> None:
-        self._url, self._size, self._at = url, size, 0
+    def __init__(self, url: str, size: int, patience: retry.Patience | None) -> None:
+        self._url, self._size, self._at, self._patience = url, size, 0, patience
 
     def readable(self) -> bool:
         return True
@@ -173,7 +179,8 @@ class _Parts(io.RawIOBase):
 
     def readinto(self, buffer: "bytearray | memoryview[int]") -> int:  # type: ignore[override]
         count = max(min(len(buffer), self._size - self._at), 0)
-        buffer[:count] = retry.read_patiently(lambda: read_url_range(self._url, self._at, count))
+        read = functools.partial(read_url_range, self._url, self._at, count)
+        buffer[:count] = self._patience.read(read) if self._patience else read()
         self._at += count
         return count
 
@@ -264,8 +271,8 @@ def _as_os_error(error: Exception) -> OSError:
     if status in {404, 410}:
         return OSError(errno.ENOENT, "no such file")
     if isinstance(status, int) and 400 <= status < 500:
-        is_transient = status in retry.TRANSIENT_STATUS
-        return OSError(errno.EREMOTEIO if is_transient else errno.EACCES, f"HTTP status {status}")
+        number = errno.EREMOTEIO if status in _BUSY_STATUS else errno.EACCES
+        return OSError(number, f"HTTP status {status}")
     if isinstance(error, OSError) and error.errno is not None:
         return error
     if isinstance(error, FileNotFoundError):

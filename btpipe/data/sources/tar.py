@@ -15,7 +15,8 @@ from typing import BinaryIO, Self
 import pyarrow as pa
 
 from btpipe.data import header
-from btpipe.data.rejects import BadInputError, unreadable
+from btpipe.data.rejects import BadInputError, is_machine, unreadable
+from btpipe.data.retry import Patience
 from btpipe.data.sources import storage
 from btpipe.data.sources.rows import (
     CHUNK_ROWS,
@@ -93,9 +94,16 @@ class _Window(io.RawIOBase):
 
 def look(source: Source) -> SourceRows:
     """The images of a tar file, and what in it cannot be used."""
-    try:
-        with storage.open_binary(source.place) as file:
+    patience, place = Patience(source.place), source.place
+
+    def look_at_all() -> SourceRows:
+        with storage.open_binary(place, patience) as file:
             return _look(source, file)
+
+    try:
+        if storage.is_url(place):  # its parts are asked for patiently
+            return look_at_all()
+        return patience.read(look_at_all, lambda: storage.read_file_range(place, 0, 1))
     except OSError as error:
         bad = unreadable(error)
         return SourceRows([], [reject_whole(source, bad.reason, bad.kind)])
@@ -160,6 +168,7 @@ def _members(source: Source, file: BinaryIO) -> Iterator[tarfile.TarInfo | Rejec
     try:
         tar = tarfile.TarFile(fileobj=file, tarinfo=_Member, errors="surrogateescape")
     except Exception as error:  # a parser of hostile files raises anything; all of it is a reason
+        _raise_machines(error)
         yield reject_whole(source, f"not a tar file, or one damaged at its start: {error}")
         return
     tar.offset = 0
@@ -184,6 +193,7 @@ def _next(
     try:
         member = _Member.fromtarfile(tar)
     except Exception as error:  # a parser of hostile files raises anything; all of it is a reason
+        _raise_machines(error)
         return reject_whole(source, f"damaged at byte {at} ({error}): nothing behind it is used")
     name = member.name.encode("utf-8", "surrogateescape")
     if member.size < 0 or tar.offset <= at:
@@ -192,6 +202,12 @@ def _next(
         missing = member.offset_data + member.size - size
         return reject(source, name, f"cut: the tar file ends {missing} bytes too early")
     return member
+
+
+def _raise_machines(error: Exception) -> None:
+    """Raises what says nothing of the file: the disk or the network failed."""
+    if is_machine(error):
+        raise error
 
 
 def _look_at(

@@ -281,8 +281,8 @@ def test_a_vanished_file_is_rejected_and_replaced(folder: Path) -> None:
     assert len(batches(images, rejected=rejected)) == 6
     gone = "cannot be read: No such file or directory"
     assert rejected == {  # neither was read as listed: no size and time to go by the next time
-        5: Rejected("05.jpg", "decode", "gone", gone),
-        6: Rejected("06.jpg", "decode", "content", "empty file"),
+        5: Rejected("05.jpg", "read", "gone", gone),
+        6: Rejected("06.jpg", "read", "content", "empty file"),
     }
 
 

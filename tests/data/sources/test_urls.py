@@ -1,86 +1,26 @@
 """Images behind http:// from a real server that can stumble; and what is said without a driver."""
 
-import functools
-import http.server
 import os
 import subprocess
 import sys
 import tarfile
-import threading
-import time
-from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from stumbling_server import Stumbling
 from tiny_run import draw_images
 
-from btpipe.data import change_detection, index
+from btpipe.data import change_detection, index, retry
 from btpipe.data.rejects import BadInputError
-from btpipe.data.retry import RETRY_SECONDS
 from btpipe.data.scan import scan
-from btpipe.errors import UsageError
+from btpipe.errors import MachineError, UsageError
 from btpipe.events import ignore
 
 ROOT = Path(__file__).parents[3]
 LARGE_BYTES = 3 << 20
 """More than is fetched at once."""
-
-
-class Stumbling(http.server.SimpleHTTPRequestHandler):
-    """Gives files, and parts of them; fails as often as `failures` says for a path."""
-
-    failures: dict[str, tuple[int, int]]  # path to how often, and with which status
-    requests: list[str]
-    gives_parts = True
-
-    def do_GET(self) -> None:
-        self.answer(super().do_GET)
-
-    def do_HEAD(self) -> None:
-        self.answer(super().do_HEAD)
-
-    def answer(self, plainly: Callable[[], None]) -> None:
-        self.requests.append(f"{self.command} {self.path}")
-        times, status = self.failures.get(self.path, (0, 0))
-        if times:
-            self.failures[self.path] = times - 1, status
-            self.send_error(status)
-        elif self.gives_parts and self.headers["Range"]:
-            self.give_part()
-        else:
-            plainly()
-
-    def give_part(self) -> None:
-        content = Path(self.translate_path(self.path)).read_bytes()
-        first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-        part = content[int(first) : int(last or len(content)) + 1]
-        self.send_response(HTTPStatus.PARTIAL_CONTENT)
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.end_headers()
-        self.wfile.write(part)
-
-    def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[tuple[str, Path, type[Stumbling]]]:
-    """The server's URL, the folder that it gives, and its handler to make it stumble."""
-    pytest.importorskip("aiohttp", reason="the extra [remote] is not installed")
-    folder = tmp_path / "served"
-    folder.mkdir()
-    handler = type("Handler", (Stumbling,), {"failures": {}, "requests": []})
-    make_handler = functools.partial(handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), make_handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", folder, handler
-        server.shutdown()
-        thread.join()
 
 
 def require_same(images: index.Index, files: list[Path]) -> None:
@@ -138,9 +78,8 @@ def test_a_server_that_fails_twice_costs_no_image(
     assert [handler.failures[f"/{path}"][0] for path in ("l.txt", *names)] == [0, 0, 0]
     for path in names:
         handler.failures[f"/{path}"] = 2, 503
-    started = time.monotonic()
     require_same(images, [small, large])
-    assert time.monotonic() - started >= 2 * sum(RETRY_SECONDS[:2])
+    assert [handler.failures[f"/{path}"][0] for path in names] == [0, 0]
 
 
 def test_what_the_server_will_not_give_is_a_reject_at_once(
@@ -151,9 +90,8 @@ def test_what_the_server_will_not_give_is_a_reject_at_once(
     handler.failures[f"/{secret.relative_to(folder)}"] = 99, 403
     names = [path.relative_to(folder).as_posix() for path in (good, secret)]
     (folder / "l.txt").write_text("\n".join([*names, "gone.jpg"]))
-    started = time.monotonic()
     images, rejected = index.build(f"{url}/l.txt")
-    assert time.monotonic() - started < RETRY_SECONDS[-1]
+    assert handler.failures[f"/{secret.relative_to(folder)}"][0] == 99 - 2  # HEAD, then GET
     require_same(images, [good])
     actual = {bad.path.removeprefix(f"{url}/"): (bad.kind, bad.reason) for bad in rejected}
     assert actual == {
@@ -168,8 +106,8 @@ def test_a_server_that_keeps_failing_is_the_machines_fault_and_a_file_it_lost_is
     served: tuple[str, Path, type[Stumbling]],
 ) -> None:
     url, folder, handler = served
-    failing, lost = draw_images(folder, 2)
-    names = [path.relative_to(folder).as_posix() for path in (failing, lost)]
+    failing, lost, well = draw_images(folder, 3)
+    names = [path.relative_to(folder).as_posix() for path in (failing, lost, well)]
     (folder / "l.txt").write_text("\n".join(names))
     images, _ = index.build(f"{url}/l.txt")
     handler.failures[f"/{names[0]}"] = 99, 503
@@ -190,7 +128,7 @@ def test_a_server_without_parts_of_files_is_named(
     (path,) = draw_images(folder, 1)
     with tarfile.open(folder / "a.tar", "w") as tar:
         tar.add(pad(path), path.name)
-    with pytest.raises(UsageError, match="the server gives whole files only"):
+    with pytest.raises(MachineError, match="the server gives whole files only"):
         index.build(f"{url}/a.tar")
 
 
@@ -242,5 +180,8 @@ def test_without_a_driver_a_url_ends_with_2_and_what_to_install(
 
 def test_a_server_that_is_not_there_is_said_so() -> None:
     pytest.importorskip("aiohttp", reason="the extra [remote] is not installed")
-    with pytest.raises(UsageError, match=r"cannot be read: .*Connect"):
+    with (
+        retry.waiting_at_most(0.3),
+        pytest.raises(MachineError, match=r"given nothing for 0\.3 s \(.*Connect"),
+    ):
         index.build("http://127.0.0.1:9/a.jpg")
