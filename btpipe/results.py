@@ -83,7 +83,8 @@ class Embedded(Finished):
     """A table of `rows` vectors of a bundle, named by its digest, and of `rejects` without one.
 
     `embedded` of the rows are new, `reused` were known from an earlier table; `dropped` rows of
-    that are listed no more (-1: there was none). `images_per_second` is over what this process
+    that are listed no more (-1: there was none). `unread` of the rejects could not be read for the
+    machine's reasons: the same command makes them. `images_per_second` is over what this process
     embedded itself.
     """
 
@@ -101,6 +102,7 @@ class Embedded(Finished):
     nothing_to_do: bool
     reused: int = 0
     dropped: int = -1
+    unread: int = 0
 
     @property
     def text(self) -> str:

@@ -284,6 +284,13 @@ def embed(
     repair: Annotated[
         bool, typer.Option("--repair", help="Check all of a finished table; mend what is damaged.")
     ] = False,
+    retry_rejects: Annotated[
+        bool, typer.Option("--retry-rejects", help="Try all rejects of a finished table again.")
+    ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option("--prune", help="Drop rows not listed any more, however many."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Embed every image of the inputs into a parquet table; run again, it goes on where it was.
@@ -305,6 +312,8 @@ def embed(
         overwrite=overwrite,
         repair=repair,
         limit_seconds=limit,
+        retry_rejects=retry_rejects,
+        prune=prune,
     )
     bundle = model or contract.newest_bundle()
     encoder = EncoderConfig(bundle, device, engine, precision, layer, normalize)

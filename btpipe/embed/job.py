@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Literal
 
 from btpipe import artifact, runtime
+from btpipe.data import retry
 from btpipe.data.index import build
 from btpipe.data.limits import DECODE_SECONDS
-from btpipe.embed import outputs, resolve, table, vector_cache, work_folder
+from btpipe.data.retry import OUTAGE_SECONDS
+from btpipe.embed import endings, outputs, resolve, retried, table, vector_cache, work_folder
 from btpipe.embed.messages import FileDecoder, WorkerConfig
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.embed.ray_pool import RayPool
+from btpipe.embed.retried import Retried
 from btpipe.embed.shares import Share
 from btpipe.embed.worker_pool import WorkerPool, worker_configs
 from btpipe.embed.writer import Writer
-from btpipe.errors import BudgetError, IntegrityError, Stopped, UsageError
+from btpipe.errors import IntegrityError, Stopped, UsageError
 from btpipe.events import Event, Report, Warned
 from btpipe.export import contract
 from btpipe.results import Embedded
@@ -42,7 +45,9 @@ class JobOptions:
     shares. `overwrite`: replace the table, or drop the unfinished work, of another bundle.
     `repair`: read all of a finished table and compute again what is damaged. `part_rows`: rows in a
     part, the most that a kill can cost. `limit_seconds`: for one decode; `decode` stands in for
-    DALI's decoder.
+    DALI's decoder. `retry_rejects`: try again what a finished table rejected for good. `prune`:
+    drop rows that are not listed any more, however many. `patience_seconds`: how long a source may
+    give nothing.
     """
 
     batch_size: int | None = None
@@ -56,6 +61,9 @@ class JobOptions:
     part_rows: int = PART_ROWS
     limit_seconds: float = DECODE_SECONDS
     decode: FileDecoder | None = None
+    retry_rejects: bool = False
+    prune: bool = False
+    patience_seconds: float = OUTAGE_SECONDS
 
 
 DEFAULTS = JobOptions()
@@ -74,14 +82,16 @@ def embed(
 
     Raises:
         UsageError: no such input, no image in it, `out` is one of them, no such bundle, or no Ray.
-        RefusedError: `out` is of another bundle, or another process is at work on it.
+        RefusedError: `out` is of another bundle, or another process is at work on it, or more than
+            a tenth of its rows would be dropped.
+        MachineError: no space, no permission, or a source that gave nothing for minutes; what is
+            committed stays. Or finished, but for inputs that could not be read.
         BudgetError: finished, with more bad inputs than `max_bad`.
-        MachineError: no space, or no permission; what is committed stays.
         Stopped: a signal; what is committed stays.
     """
     started = time.monotonic()
     outputs.check(out)
-    with runtime.StopSignals() as signals:
+    with retry.waiting_at_most(options.patience_seconds), runtime.StopSignals() as signals:
         run = _EmbedJob(out, encoder, options, _StoppableReport(on_event, signals))
         with _pool(run.encoder, options, on_event, signals) as pool:
             run.look_at_table()
@@ -91,14 +101,17 @@ def embed(
             images = run.make(pool) if run.is_due() else 0
     summary = run.summary(images, time.monotonic() - started)
     on_event(summary)
-    _keep_budget(summary, options.max_bad)
+    inputs = summary.rows + summary.rejects
+    endings.require_read(out, inputs)  # before the budget: what is bad for good is not known yet
+    endings.keep_budget(out, summary.rejects, inputs, options.max_bad)
     return summary
 
 
 def _pool(
     encoder: EncoderConfig, options: JobOptions, on_event: Report, signals: runtime.StopSignals
 ) -> WorkerPool | RayPool:
-    config, limit = WorkerConfig(encoder, decode=options.decode), options.limit_seconds
+    config = WorkerConfig(encoder, decode=options.decode, patience_seconds=options.patience_seconds)
+    limit = options.limit_seconds
     if options.cluster == "ray":
         return RayPool(config, options.workers, limit, on_event, signals)
     return WorkerPool(worker_configs(config, options.workers), limit, on_event, signals)
@@ -176,9 +189,14 @@ class _EmbedJob:
         self._refused = refused if self._share.number == 0 else []
         rows = self._share.rows(len(self._index))
         settings, digest = self._footer.settings(), self._footer.input
-        part_rows = self._options.part_rows
-        self._fresh = work_folder.JobPlan(settings, digest, rows.start, len(rows), part_rows)
-        self._is_finished = self._is_of(self.before) and self._is_of(self._rejects_footer())
+        self._retried: Retried | None = None
+        if self._is_of(self.before) and self._is_of(self._rejects_footer()):
+            every = self._options.retry_rejects
+            self._retried = retried.find(self._out, self._index, rows, every=every)
+            self._is_finished = self._retried is not None and not self._retried.rows
+        self._fresh = work_folder.JobPlan(
+            settings, digest, rows.start, len(rows), self._options.part_rows
+        )
 
     def _rejects_footer(self) -> Mapping[str, str] | None:
         try:
@@ -194,7 +212,7 @@ class _EmbedJob:
         """Whether there is anything to make; a finished table's leftovers are removed."""
         if self._is_finished and self._options.repair and not vector_cache.is_whole(self._out):
             self._on_event(Warned(f"{self._out}: damaged; what is whole of it is kept"))
-            self._is_finished = False
+            self._is_finished, self._retried = False, None
         if self._is_finished and self._folder.exists():
             with work_folder.locked(self._folder):
                 work_folder.remove(self._folder)
@@ -202,6 +220,10 @@ class _EmbedJob:
 
     def make(self, pool: WorkerPool | RayPool) -> int:
         """Makes the table; returns how many images went through the workers."""
+        fresh, earlier = self._fresh, self._earlier()
+        if self._retried is not None:
+            digest = self._retried.digest(fresh.input)
+            fresh, earlier = dataclasses.replace(fresh, input=digest, dropped=0), None
         with work_folder.locked(self._folder), artifact.disk_errors(self._out):
             writer = Writer(
                 self._index,
@@ -210,13 +232,16 @@ class _EmbedJob:
                 self._folder,
                 self._on_event.plain,
                 self._on_event.check,
+                self._retried,
             )
-            writer.follow(self._fresh, self._earlier(), overwrite=self._options.overwrite)
+            options = self._options
+            writer.follow(fresh, earlier, overwrite=options.overwrite, prune=options.prune)
             pool.start()
             images = writer.embed(pool, self._options.batch_size)
             writer.finish(self._out)
             work_folder.remove(self._folder)
-        self._reused = sum(commit.reused for commit in writer.done.values())
+        made = sum(commit.rows - commit.reused for commit in writer.done.values())
+        self._reused = outputs.count(self._out) - made
         self._dropped = writer.plan.dropped
         return images
 
@@ -227,7 +252,7 @@ class _EmbedJob:
 
     def summary(self, images: int, seconds: float) -> Embedded:
         """What was made."""
-        rows = outputs.count(self._out)
+        rows, unread = outputs.count(self._out), len(endings.unread(self._out))
         return Embedded(
             out=self._out,
             rows=rows,
@@ -239,22 +264,8 @@ class _EmbedJob:
             precision=self._footer.precision,
             seconds=seconds,
             images_per_second=images / seconds,
-            nothing_to_do=self._is_finished,
+            nothing_to_do=self._is_finished and not unread,
+            unread=unread,
             reused=self._reused,
             dropped=self._dropped,
-        )
-
-
-def _keep_budget(summary: Embedded, max_bad: float | None) -> None:
-    """Raises BudgetError when more inputs were rejected than allowed."""
-    if max_bad is None:
-        return
-    total = summary.rows + summary.rejects
-    bad = summary.rejects if isinstance(max_bad, int) else summary.rejects / max(total, 1)
-    if bad > max_bad:
-        raise BudgetError(
-            f"{summary.rejects} of {total} inputs are bad",
-            where=table.rejects_path(summary.out),
-            expected=f"max_bad {max_bad}",
-            fix="read the reasons there; the table is finished and holds the others",
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from btpipe import artifact
-from btpipe.embed import outputs, table, work_folder
+from btpipe.embed import endings, outputs, table, work_folder
 from btpipe.embed.shares import Share
 from btpipe.errors import RefusedError, UsageError
 from btpipe.events import Rejected, Report
@@ -22,7 +22,8 @@ def merge(shards: Sequence[Path], out: Path, on_event: Report, *, overwrite: boo
         UsageError: a table that is not there.
         RefusedError: tables of different inputs, bundles or settings; one missing or named twice.
         IntegrityError: one that is damaged, or not btpipe's.
-        MachineError: no space, or no permission.
+        MachineError: no space, or no permission; or all is merged, and a shard lacks inputs that
+            could not be read.
     """
     started = time.monotonic()
     outputs.check(out)
@@ -31,7 +32,11 @@ def merge(shards: Sequence[Path], out: Path, on_event: Report, *, overwrite: boo
     if not overwrite:
         earlier = outputs.footer_of(out)
         if earlier is not None:
-            if identity.items() <= earlier.items() and not earlier.get(table.SHARD):
+            if (
+                identity.items() <= earlier.items()
+                and not earlier.get(table.SHARD)
+                and _holds(out, tables)
+            ):
                 on_event(_merged(out, len(tables), started, nothing_to_do=True))
                 return
             fix = "choose another --out, or replace the table with --overwrite"
@@ -46,6 +51,14 @@ def merge(shards: Sequence[Path], out: Path, on_event: Report, *, overwrite: boo
         outputs.take_place(out, vectors)
         work_folder.remove(folder)
     on_event(_merged(out, len(tables), started))
+    names = [f"{number}/{len(tables)}" for number in range(len(tables))]
+    endings.require_shards_read(dict(zip(names, tables, strict=True)), out)
+
+
+def _holds(out: Path, tables: Sequence[Path]) -> bool:
+    """Whether a merged table has all that shards have by now, and they have all that they can."""
+    is_whole = not any(map(endings.unread, [out, *tables]))
+    return is_whole and outputs.count(out) == sum(map(outputs.count, tables))
 
 
 def _merged(out: Path, shards: int, started: float, *, nothing_to_do: bool = False) -> Merged:
@@ -121,5 +134,4 @@ def _rows(shards: Sequence[Path]) -> Iterator[pa.Table]:
 
 def _rejects(shards: Sequence[Path]) -> Iterator[Rejected]:
     for path in shards:
-        for entry in table.read(table.rejects_path(path)).to_pylist():
-            yield Rejected(**entry)
+        yield from table.read_rejects(path)

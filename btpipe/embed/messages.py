@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from btpipe.data.retry import OUTAGE_SECONDS
 from btpipe.embed import table
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import BtpipeError
@@ -21,12 +22,16 @@ FileDecoder = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
 
 @dataclasses.dataclass(frozen=True)
 class WorkerConfig:
-    """What a worker opens before the plan is known; `cores` and `gpu` are its own."""
+    """What a worker opens before the plan is known; `cores` and `gpu` are its own.
+
+    `patience_seconds`: for a source that gives nothing.
+    """
 
     encoder: EncoderConfig
     cores: tuple[int, ...] = ()
     gpu: int | None = None
     decode: FileDecoder | None = None
+    patience_seconds: float = OUTAGE_SECONDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,8 @@ class JobStarted:
 class PartTask:
     """A part to make: rows `first` to `end` of the index, without those that are `excluded`.
 
-    Rows that are `apart` are decoded alone, on the CPU, while no other is.
+    Rows that are `apart` are decoded alone, on the CPU, while no other is. `chosen`: only these are
+    made, the others have their vectors.
     """
 
     part: int
@@ -50,6 +56,18 @@ class PartTask:
     end: int
     excluded: Mapping[int, Rejected]
     apart: frozenset[int] = frozenset()
+    chosen: frozenset[int] | None = None
+
+    @property
+    def inputs(self) -> int:
+        """How many it answers for."""
+        return self.end - self.first if self.chosen is None else len(self.chosen)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Those to read, in their order."""
+        rows = range(self.first, self.end) if self.chosen is None else sorted(self.chosen)
+        return np.array([row for row in rows if row not in self.excluded], np.int64)
 
 
 @dataclasses.dataclass(frozen=True)

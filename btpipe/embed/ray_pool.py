@@ -125,7 +125,7 @@ class RayPool:
         job = _Job(self._config, self._workers, self._limit_seconds, started, shared, tasks)
         with contextlib.suppress(OSError):  # it is gone: `_receive` says so
             self._connection.send(job)
-        images = {task.part: task.end - task.first for task in tasks}
+        images = {task.part: task.inputs for task in tasks}
         while images:
             answer = self._receive()
             if answer is None:
@@ -184,7 +184,7 @@ def _run(job: _Job, machines: Sequence[runtime.ClusterNode]) -> Iterator[bytes]:
     workers, cores = _share_out(machines, job.workers, gpus)
     encoder = dataclasses.replace(config.encoder, threads=config.encoder.threads or cores)
     config = dataclasses.replace(config, encoder=encoder)
-    rows = [{"part": task.part, "first": task.first, "end": task.end} for task in job.tasks]
+    rows = [{"task": pickle.dumps(task)} for task in job.tasks]
     # A block for each: what Ray hands out, and does again when an actor is lost.
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _Actor,
@@ -273,9 +273,9 @@ class _Actor:
         self._pool: WorkerPool | None = None
         self._events: list[Event] = []
 
-    def __call__(self, rows: dict[str, NDArray[np.int64]]) -> dict[str, NDArray[np.object_]]:
+    def __call__(self, rows: dict[str, NDArray[np.object_]]) -> dict[str, NDArray[np.object_]]:
         """One task -> one answer; what cannot be made again is an answer too."""
-        task = PartTask(int(rows["part"][0]), int(rows["first"][0]), int(rows["end"][0]), {})
+        task = pickle.loads(rows["task"][0])  # noqa: S301 - ours
         try:
             outcome: PartWritten | Failed = self._make(task)
         except BtpipeError as error:

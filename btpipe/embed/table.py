@@ -200,6 +200,11 @@ def write_rejects(path: Path, footer: Footer, rejects: Iterable[Rejected]) -> No
     write(path, columns, [pa.Table.from_pylist(content, schema=columns)])
 
 
+def read_rejects(out: Path) -> list[Rejected]:
+    """The inputs without a vector, as they stand beside the table `out`."""
+    return [Rejected(**entry) for entry in read(rejects_path(out)).to_pylist()]
+
+
 def read(path: Path) -> pa.Table:
     """A table of vectors or rejects, with its pages checked."""
     return pq.read_table(path.absolute(), page_checksum_verification=True)

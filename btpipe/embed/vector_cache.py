@@ -116,7 +116,28 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch | int]:
 
 def is_whole(path: Path) -> bool:
     """Whether every row of a table can be read as it was written."""
-    return not any(isinstance(batch, int) for batch in _batches(path))
+    return paths_of(path) is not None
+
+
+def paths_of(path: Path) -> pa.ChunkedArray | None:
+    """The paths of a table's rows; None where not every row can be read as it was written."""
+    batches = list(_paths(path))
+    if any(isinstance(batch, int) for batch in batches):
+        return None
+    return pa.chunked_array(batches, pa.string())
+
+
+def _paths(path: Path) -> Iterator[pa.Array | int]:
+    return (batch if isinstance(batch, int) else batch["path"] for batch in _batches(path))
+
+
+def unlisted(tables: Iterable[Path], listed: pa.ChunkedArray) -> tuple[int, list[str]]:
+    """How many rows the tables have, and the paths of those that are not listed any more."""
+    parts = [part for path in tables for part in _paths(path)]
+    paths = pa.chunked_array([part for part in parts if not isinstance(part, int)], pa.string())
+    rows = len(paths) + sum(part for part in parts if isinstance(part, int))
+    gone = pc.invert(pc.is_in(paths, value_set=listed.combine_chunks()))
+    return rows, paths.filter(gone).to_pylist()
 
 
 def forget(folder: Path) -> None:

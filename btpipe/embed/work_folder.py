@@ -172,10 +172,11 @@ def committed(folder: Path, plan: JobPlan, on_event: Report) -> dict[int, Commit
     return done
 
 
-def has_commits(folder: Path, plan: JobPlan) -> bool:
-    """Whether any part of the plan was done."""
+def committed_paths(folder: Path, plan: JobPlan) -> list[Path]:
+    """The parts of the plan that were done and are there; nothing is looked at or removed."""
     commits = map(_parse, _lines(folder / COMMITS))
-    return any(commit is not None and commit.plan == plan.digest for commit in commits)
+    paths = {part_path(folder, c.part) for c in commits if c is not None and c.plan == plan.digest}
+    return sorted(path for path in paths if path.is_file())
 
 
 def sweep(folder: Path, parts: Set[str]) -> None:

@@ -64,7 +64,7 @@ class _PartProgress:
     def is_complete(self) -> bool:
         """Whether every input of the part is a row or a reject."""
         seen = sum(map(len, self.rows)) + len(self.rejects)
-        return seen == self.task.end - self.task.first
+        return seen == self.task.inputs
 
 
 class _Worker:
@@ -100,7 +100,7 @@ class _Worker:
             self._tasks(first),
             self._encoder.geometry,
             # A part is the most that a kill can cost.
-            batch_size=min(self._batch_size, first.end - first.first),
+            batch_size=min(self._batch_size, first.inputs),
             threads=self._threads,
             gpu=self._encoder.gpu,
             decode_file=self._decode,
@@ -132,8 +132,7 @@ class _Worker:
         while isinstance(task, PartTask):
             self._parts.append(_PartProgress(task, rejects=dict(task.excluded)))
             self._apart |= task.apart
-            span = range(task.first, task.end)
-            rows = np.fromiter((row for row in span if row not in task.excluded), np.int64)
+            rows = task.rows
             for start in range(0, len(rows), self._batch_size):
                 yield rows[start : start + self._batch_size]
             self._send(TaskRequest())

@@ -35,7 +35,7 @@ from btpipe.errors import MachineError, RefusedError
 from btpipe.events import Rejected, Report, Warned
 
 STALL_SECONDS = 600.0
-"""How long a worker may have nothing to say: a file server may be away for some minutes."""
+"""How long a worker may have nothing to say, beside the time that a file server may be away."""
 FRUITLESS = 5
 """Workers lost in a row without an image between them, after which it is the machine."""
 LOSSES = 10
@@ -286,8 +286,9 @@ class _WorkerProcess:
             return f"was lost ({ending})"
         if any(seconds > limit_seconds for _, seconds in self.in_flight.rows()):
             return f"took longer than {limit_seconds:g} s to decode a file"
-        if self.tasks and time.monotonic() - self._last_message > STALL_SECONDS:
-            return f"said nothing for {STALL_SECONDS:.0f} s"
+        stall_seconds = STALL_SECONDS + self.config.patience_seconds
+        if self.tasks and time.monotonic() - self._last_message > stall_seconds:
+            return f"said nothing for {stall_seconds:.0f} s"
         return ""
 
     def end(self) -> None:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from btpipe import runtime
+from btpipe.data import retry
 from btpipe.embed.messages import Failed, InFlight, WorkerConfig
 from btpipe.errors import BtpipeError
 
@@ -45,7 +46,8 @@ def serve(
     try:
         from btpipe.embed import worker  # noqa: PLC0415 - DALI and the network are the worker's
 
-        worker.work_for(ours, config, InFlight(memory))
+        with retry.waiting_at_most(config.patience_seconds):
+            worker.work_for(ours, config, InFlight(memory))
     except (EOFError, ConnectionError):  # the supervisor is gone
         return
     except BtpipeError as error:
