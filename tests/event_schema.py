@@ -149,13 +149,13 @@ def page() -> str:
 
 def _parts(holders: Sequence[type]) -> list[type]:
     """The records that are fields of others, each once."""
-    parts: list[type] = []
-    for kind in holders:
-        for each in fields(kind).values():
-            for part in _records(each):
-                if part not in parts:
-                    parts += [part, *(p for p in _parts([part]) if p not in parts)]
-    return sorted(set(parts), key=lambda part: part.__name__)
+    parts: set[type] = set()
+    left = list(holders)
+    while left:
+        held = {part for each in fields(left.pop()).values() for part in _records(each)}
+        left += held - parts  # a record may hold another one of its kind
+        parts |= held
+    return sorted(parts, key=lambda part: part.__name__)
 
 
 def _records(kind: typing.Any) -> list[type]:

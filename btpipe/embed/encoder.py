@@ -64,7 +64,7 @@ class Encoder:
         self.device = runtime.resolve_device(config.device)
         self.precision: Precision
         self.precision, self.why = precisions.choose(
-            self.bundle, self.engine, config.precision, self.device, self._fp16_agrees
+            self.bundle, self.engine, config.precision, self.device, self._agrees
         )
         self._open()
         if artifact.read(config.bundle, contract.KIND).digest != self.digest:
@@ -77,8 +77,8 @@ class Encoder:
         self.lanes = 1 if self.device == "cuda" else config.threads or runtime.cores()
         self._pool = ThreadPoolExecutor(self.lanes, "btpipe-network")
 
-    def _fp16_agrees(self) -> bool:
-        return golden.agrees(self.bundle, "fp16", device=self.device)
+    def _agrees(self, precision: contract.Precision) -> bool:
+        return golden.agrees(self.bundle, precision, device=self.device)
 
     def _open(self) -> None:
         if self.engine == "torch":

@@ -84,14 +84,14 @@ def choose(
     engine: Literal["onnx", "torch"],
     requested: RequestedPrecision,
     device: Literal["cpu", "cuda"],
-    fp16_agrees: Callable[[], bool],
+    agrees: Callable[[contract.Precision], bool],
 ) -> tuple[Precision, str]:
     """The precision, and why.
 
-    "auto" with onnxruntime: on a GPU fp16, where the bundle holds such a model and `fp16_agrees`
-    says that this GPU gives the bundle's golden vectors in it, else tf32; on a CPU that multiplies
-    in int8 the int8 model, if there is one: who exported with `--precision int8` allowed it, and it
-    passed its gate; else fp32. With torch: bf16 where the hardware has it, else fp32.
+    "auto" with onnxruntime: on a GPU fp16, where the bundle holds such a model and it `agrees`,
+    which says that this machine gives the bundle's golden vectors in it, else tf32; on a CPU in the
+    same way int8, where that is faster, else fp32. With torch: bf16 where the hardware has it, else
+    fp32.
 
     Raises:
         UsageError: the engine or the device does not compute in it, or the bundle has no such
@@ -107,20 +107,32 @@ def choose(
         model_of(bundle, requested)
         return requested, f"{requested}: asked for"
     if device == "cuda":
-        return _of_gpu(bundle, fp16_agrees)
+        return _of_gpu(bundle, agrees)
+    return _of_cpu(bundle, agrees)
+
+
+def _of_cpu(
+    bundle: contract.Bundle, agrees: Callable[[contract.Precision], bool]
+) -> tuple[Precision, str]:
     if "int8" not in bundle.precisions:
         return "fp32", "fp32: the bundle has no int8 model (btpipe export --precision fp32,int8)"
-    if not runtime.cpu_has_int8():
-        return "fp32", "fp32: this CPU has no int8 instructions, in which int8 is faster"
-    return "int8", "int8: the bundle was exported with it, it passed its gate, and this is a CPU"
+    if not runtime.cpu_is_faster_in_int8():
+        return "fp32", "fp32: on this CPU int8 is not known to be faster"
+    if not (bundle.has_exact_gate or runtime.cpu_sums_int8()):
+        return "fp32", "fp32: this CPU may clip sums of the bundle's int8 model (export it again)"
+    if not agrees("int8"):
+        return "fp32", "fp32: in int8 this CPU does not give the bundle's golden vectors"
+    return "int8", "int8: faster on this CPU, which gives the bundle's golden vectors in it"
 
 
-def _of_gpu(bundle: contract.Bundle, fp16_agrees: Callable[[], bool]) -> tuple[Precision, str]:
+def _of_gpu(
+    bundle: contract.Bundle, agrees: Callable[[contract.Precision], bool]
+) -> tuple[Precision, str]:
     rounded = "tf32: float32 whose products the GPU rounds to ten bits"
     if "fp16" not in bundle.precisions:
         fix = "btpipe export --precision fp32,fp16"
         return "tf32", f"{rounded}; the bundle has no fp16 model ({fix})"
-    if not fp16_agrees():
+    if not agrees("fp16"):
         return "tf32", f"{rounded}; in fp16 this GPU does not give the bundle's golden vectors"
     return "fp16", "fp16: in it this GPU gives the bundle's golden vectors"
 
@@ -129,18 +141,22 @@ GOLDEN_SECONDS = 180.0
 """For the golden images: CUDA's libraries are loaded, a decoder and a model opened."""
 
 
-def fp16_agrees_apart(bundle: Path) -> bool:
-    """`golden.agrees` of the fp16 model on the GPU, in a process of its own."""
-    work = functools.partial(_fp16_agrees, bundle)
+def agrees_apart(
+    bundle: Path, device: Literal["cpu", "cuda"], precision: contract.Precision
+) -> bool:
+    """`golden.agrees` in a process of its own."""
+    work = functools.partial(_agrees, bundle, device, precision)
     answers = supervisor.supervise(work, iter([(0, 0)]), processes=1, limit_seconds=GOLDEN_SECONDS)
     return any(answer is True for _, answer in answers)
 
 
-def _fp16_agrees(bundle: Path, _: int) -> bool:
+def _agrees(
+    bundle: Path, device: Literal["cpu", "cuda"], precision: contract.Precision, _: int
+) -> bool:
     # DALI and onnxruntime are this process's business, not the job's.
     from btpipe.export import golden  # noqa: PLC0415
 
-    return golden.agrees(contract.open_bundle(bundle), "fp16", device="cuda")
+    return golden.agrees(contract.open_bundle(bundle), precision, device=device)
 
 
 def _of_torch(requested: RequestedPrecision, device: str) -> tuple[Precision, str]:

@@ -56,7 +56,7 @@ def resolve(
     """
     device = runtime.resolve_device(requested.device)
     engine = precisions.engine(requested.engine, requested.layer)
-    agrees = functools.partial(precisions.fp16_agrees_apart, requested.bundle)
+    agrees = functools.partial(precisions.agrees_apart, requested.bundle, device)
     precision, why = requested.precision, ""
     if precision == "auto":
         here = (bundle.digest, engine)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from btpipe import artifact
+from btpipe import artifact, runtime
 from btpipe.data.index import Index, build
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 from btpipe.events import Report
@@ -179,22 +179,22 @@ def publish(
         reference = weights.load(folder / contract.WEIGHTS, described)
         vectors = verify.reference(reference, prepared, chosen.pixels)
         gates = _gates(vectors, source, chosen, folder, options)
-        on_event(verify.Gates(tuple(gates.values())))
-        verify.require(list(gates.values()), out)
+        compared = verify.Gates(tuple(gates.values()), runtime.cpu())
+        on_event(compared)
+        verify.require(compared, out)
         complete["gates"] = {name: gate.record() for name, gate in gates.items()}
-        dimension = vectors.shape[1]
-        config = contract.config(
-            described.backbone, described.stem, dimension, prepared, options.precisions
-        )
+        complete["cpu"] = dataclasses.asdict(compared.cpu)
+        shape = (described.backbone, described.stem, vectors.shape[1])
+        config = contract.config(*shape, prepared, options.precisions)
         artifact.write_json(folder / contract.CONFIG, config)
         artifact.write_json(folder / contract.PREPROCESSOR, contract.preprocessor(prepared))
         golden.write(folder, prepared, options.precisions)
         card = Card(
             name=out.name,
             source=source,
-            dimension=dimension,
+            dimension=vectors.shape[1],
             origin=complete,
-            gates=verify.table(list(gates.values())),
+            gates=compared.markdown(),
             calibration=len(chosen.calibration),
         )
         artifact.write_file(folder / contract.CARD, card.text().encode())
@@ -210,8 +210,8 @@ def _write_models(
             # Its importer takes a second, and parts of onnxruntime that nothing else needs.
             from btpipe.export import quantize  # noqa: PLC0415
 
-            float_model = folder / MODELS["fp32"]
-            quantize.write(float_model, chosen.calibration, prepared, path, license_name=name)
+            whole = folder / MODELS["fp32"]
+            quantize.write(whole, chosen.calibration, prepared, path, license_name=name)
         else:
             onnx_model.write(encoder, prepared, path, precision=precision, license_name=name)
     if options.float_input:
@@ -226,21 +226,24 @@ def _gates(
     options: BundleOptions,
 ) -> dict[str, verify.Gate]:
     """Each model's gate: fp16 on a GPU where onnxruntime can use one, the others on the CPU."""
+
+    def gate_of(model: str, embed: verify.Embed, precision: Precision, on: str) -> verify.Gate:
+        limits = verify.THRESHOLDS[precision]
+        return verify.compare(vectors, embed, chosen, limits, model=model, provider=on)
+
     gates: dict[str, verify.Gate] = {}
     half: session.Device = "auto" if session.is_built_for_gpus() else "cpu"
     for precision in options.precisions:
-        device = half if precision == "fp16" else "cpu"
-        opened = session.Session(folder / MODELS[precision], device=device)
-        limits = verify.THRESHOLDS[precision]
-        gates[precision] = verify.compare(
-            vectors, opened.run, chosen, limits, model=MODELS[precision], provider=opened.device
-        )
+        name, device = MODELS[precision], half if precision == "fp16" else "cpu"
+        opened = session.Session(folder / name, device=device)
+        gates[precision] = gate_of(name, opened.run, precision, opened.device)
+        if precision == "int8":  # the others sum in float32 whatever is optimised
+            opened = session.Session(folder / name, device="cpu", exact=True)
+            exact = gate_of(name, opened.run, precision, "cpu, exact sums")
+            gates[precision] = dataclasses.replace(gates[precision], exact=exact)
     if options.float_input:
         floats = session.FloatSession(folder / FLOAT_MODEL, source.preprocessing)
-        limits = verify.THRESHOLDS["fp32"]
-        gates["float-nchw"] = verify.compare(
-            vectors, floats.run, chosen, limits, model=FLOAT_MODEL, provider="cpu"
-        )
+        gates["float-nchw"] = gate_of(FLOAT_MODEL, floats.run, "fp32", "cpu")
     return gates
 
 

@@ -34,8 +34,9 @@ network.maxpool = torch.nn.Identity()"""
 
 OTHERS = {
     MODELS["fp16"]: "the same in half precision, for GPUs: as fp32 a CPU computes it no faster",
-    MODELS["int8"]: "the same in int8, for CPUs with VNNI and for TensorRT, calibrated on"
-    " {calibration} images; a CPU without such instructions may clip sums and be slower",
+    MODELS[
+        "int8"
+    ]: "the same in int8, for CPUs, calibrated on {calibration} images; no CPU clips its sums",
     FLOAT_MODEL: "without the normalisation: takes normalised float32 (n, 3, {size}, {size})",
 }
 

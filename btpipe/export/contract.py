@@ -107,6 +107,13 @@ class Bundle:
         return self.folder / MODELS[precision]
 
     @property
+    def has_exact_gate(self) -> bool:
+        """Whether int8 passed its gate with exact sums too: not judged so in older bundles."""
+        gates = self.manifest.origin.get("gates")
+        gate = gates.get("int8") if isinstance(gates, dict) else None
+        return isinstance(gate, dict) and bool(gate.get("exact"))
+
+    @property
     def digest(self) -> str:
         return self.manifest.digest
 

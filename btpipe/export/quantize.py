@@ -1,9 +1,11 @@
-"""The fp32 model in int8, for CPUs and TensorRT: static, per channel, calibrated on images.
+"""The fp32 model in int8, for CPUs: static, per channel, calibrated on images.
 
 Weights are int8 with a scale for each channel, activations uint8 with one for each tensor (the
-pair that VNNI multiplies; int8 activations ran no faster than float32). Convolutions and what
-joins them are quantised, so that the network runs in int8 from its first convolution to its last
-mean; the cast and the normalisation before it stay in float32.
+pair that VNNI multiplies; int8 activations, or uint8 weights, ran no faster than float32 there).
+Weights use seven of the eight bits: CPUs without VNNI add two products in 16 bits and clip what
+exceeds them, and 2 * 255 * 64 does not. Convolutions and what joins them are
+quantised, so that the network runs in int8 from its first convolution to its last mean; the cast
+and the normalisation before it stay in float32.
 """
 
 import tempfile
@@ -68,6 +70,7 @@ def write(
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(QUANTISED),
             per_channel=True,
+            reduce_range=True,
             weight_type=QuantType.QInt8,
             activation_type=QuantType.QUInt8,
             calibrate_method=CalibrationMethod.MinMax,

@@ -27,7 +27,8 @@ class Session:
     """uint8 `(n, S, S, 3)` -> float32 `(n, D)`. `device` is "cpu" or "cuda", as it really runs.
 
     `threads` are onnxruntime's own, within an operator; 0: one for each core. `tf32`: a GPU may
-    round what it multiplies to ten bits of mantissa.
+    round what it multiplies to ten bits of mantissa. `exact`: without graph optimisation, in which
+    an int8 model sums in float32 what it would sum in integers, and clips nothing.
 
     Raises:
         IntegrityError: the model is not one, keeps data outside its file, or takes other input.
@@ -35,11 +36,17 @@ class Session:
     """
 
     def __init__(
-        self, model: Path, *, device: Device = "auto", threads: int = 0, tf32: bool = False
+        self,
+        model: Path,
+        *,
+        device: Device = "auto",
+        threads: int = 0,
+        tf32: bool = False,
+        exact: bool = False,
     ) -> None:
         self.device: Literal["cpu", "cuda"] = runtime.resolve_device(device)
         self._model = model
-        self._session = _opened(model, self.device, threads, tf32=tf32)
+        self._session = _opened(model, self.device, threads, tf32=tf32, exact=exact)
         self._check_provider()
         self.size, self.dimension = self._geometry(model)
 
@@ -115,13 +122,20 @@ class FloatSession:
 
 
 def _opened(
-    model: Path, device: Literal["cpu", "cuda"], threads: int, *, tf32: bool = False
+    model: Path,
+    device: Literal["cpu", "cuda"],
+    threads: int,
+    *,
+    tf32: bool = False,
+    exact: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A model in one file in onnxruntime."""
     refuse_external_data(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3  # errors; warnings about graph placement help nobody
+    if exact:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Threads that wait spin: a fifth of an int8 network's CPU time on two cores, for nothing.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if device == "cuda":

@@ -17,6 +17,7 @@ from btpipe.runtime.collectives import (
     sum_gradients,
     world_size,
 )
+from btpipe.runtime.cpu_flags import Cpu, cpu, cpu_has_bf16, cpu_is_faster_in_int8, cpu_sums_int8
 from btpipe.runtime.device import AskedDevice, resolve_device
 from btpipe.runtime.launcher import launch
 from btpipe.runtime.machine import (
@@ -25,8 +26,6 @@ from btpipe.runtime.machine import (
     Runtime,
     core_groups,
     cores,
-    cpu_has_bf16,
-    cpu_has_int8,
     devices,
     environment,
     gpu_count,
@@ -51,6 +50,7 @@ __all__ = [
     "Agreement",
     "AskedDevice",
     "ClusterNode",
+    "Cpu",
     "Precision",
     "Runtime",
     "StopSignals",
@@ -59,8 +59,10 @@ __all__ = [
     "barrier",
     "core_groups",
     "cores",
+    "cpu",
     "cpu_has_bf16",
-    "cpu_has_int8",
+    "cpu_is_faster_in_int8",
+    "cpu_sums_int8",
     "devices",
     "environment",
     "gather",

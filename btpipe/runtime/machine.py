@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from btpipe.errors import LostRankError, MachineError, UsageError
 from btpipe.runtime.collectives import define_operators, wait_patiently
+from btpipe.runtime.cpu_flags import cpu_has_bf16
 from btpipe.runtime.rank_env import RankEnvironment, find_rank_env
 
 if TYPE_CHECKING:
@@ -222,23 +223,6 @@ def precision(setting: Literal["auto"] | Precision, device: torch.device) -> Pre
     if setting != "auto":
         return setting
     return "bf16" if device.type == "cuda" or cpu_has_bf16() else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16 (AVX512-BF16 or AMX on x86-64, BF16 on aarch64)."""
-    return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def cpu_has_int8() -> bool:
-    """Whether the CPU sums int8 products exactly, four at a time (VNNI or AMX, dot product)."""
-    return bool(_cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        return set(Path("/proc/cpuinfo").read_text().split())
-    except OSError:
-        return set()
 
 
 def keep_compiled_code(folder: Path) -> None:

@@ -99,7 +99,7 @@ def examine(folder: Path) -> list[MachineFinding]:
 
 def _processor() -> MachineFinding:
     cores, quota = runtime.cores(), _cpu_quota()
-    kinds = ["bf16"] * runtime.cpu_has_bf16() + ["int8"] * runtime.cpu_has_int8()
+    kinds = ["bf16"] * runtime.cpu_has_bf16() + ["int8"] * runtime.cpu_is_faster_in_int8()
     text = f"{cores} cores, {platform.machine()}{', fast in ' if kinds else ''}{', '.join(kinds)}"
     allowed = cores if quota is None else quota
     values = {"cores": cores, "allowed_cores": allowed, "fast_in": tuple(kinds)}

@@ -1,6 +1,7 @@
 """A bundle in Python: images in, vectors out; a file that is none raises and is named."""
 
 import dataclasses
+import functools
 import pickle
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from btpipe.embed.job import embed
 from btpipe.embed.precisions import EncoderConfig
 from btpipe.errors import MachineError, UsageError
 from btpipe.events import ignore
-from btpipe.export import onnx_model, weights
+from btpipe.export import contract, onnx_model, weights
+from btpipe.runtime import cpu_flags
 
 SAME_FLOATS = 1e-4
 """onnxruntime sums in another order than torch: relative to the longest vector's largest value."""
@@ -230,20 +232,45 @@ def test_auto_takes_int8_only_from_a_bundle_that_holds_it_and_says_why(bundle: P
     opened = load(bundle, device="cpu")
     assert (opened.engine, opened.precision) == ("onnx", "fp32")
     assert "no int8 model" in opened.why
-    both = dataclasses.replace(opened.bundle, precisions=("fp32", "int8"))
-    chosen, why = precisions.choose(both, "onnx", "auto", "cpu", yes)
-    assert chosen == ("int8" if runtime.cpu_has_int8() else "fp32")
-    assert "exported with it" in why or "no int8 instructions" in why
+    both = with_int8(opened.bundle)
     assert precisions.choose(both, "onnx", "fp32", "cpu", yes) == ("fp32", "fp32: asked for")
     chosen, _ = precisions.choose(both, "torch", "auto", "cpu", yes)
     assert chosen == ("bf16" if runtime.cpu_has_bf16() else "fp32")
 
 
-def yes() -> bool:
+def test_auto_takes_int8_on_every_cpu_where_it_is_faster_and_the_golden_images_agree(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = load(bundle, device="cpu").bundle
+    both = with_int8(opened)
+    clipped = dataclasses.replace(both, manifest=opened.manifest)  # of an older bundle
+    for flags, held, agrees, why in (
+        ("avx2", both, yes, "int8: faster on this CPU"),
+        ("avx2 avx512_vnni", both, yes, "int8: faster on this CPU"),
+        ("avx2 avx512_vnni", both, no, "fp32: in int8 this CPU does not give"),
+        ("avx2", clipped, yes, "fp32: this CPU may clip sums"),
+        ("avx2 avx512_vnni", clipped, yes, "int8: faster on this CPU"),
+        ("sse4_1", both, yes, "fp32: on this CPU int8 is not known to be faster"),
+        ("asimd", both, yes, "fp32: on this CPU int8 is not known to be faster"),
+        ("asimd asimddp", both, yes, "int8: faster on this CPU"),
+    ):
+        monkeypatch.setattr(cpu_flags, "_cpuinfo", functools.partial(str, f"flags : {flags}"))
+        chosen, said = precisions.choose(held, "onnx", "auto", "cpu", agrees)
+        assert (chosen, said[: len(why)]) == (why.split(":")[0], why), flags
+
+
+def with_int8(opened: contract.Bundle) -> contract.Bundle:
+    """As if it held an int8 model whose gate was passed with exact sums too."""
+    gates = {"int8": {"exact": {"centred_cosine": 0.999}}}
+    manifest = dataclasses.replace(opened.manifest, origin={"gates": gates})
+    return dataclasses.replace(opened, precisions=("fp32", "int8"), manifest=manifest)
+
+
+def yes(_: contract.Precision) -> bool:
     return True
 
 
-def no() -> bool:
+def no(_: contract.Precision) -> bool:
     return False
 
 

@@ -18,7 +18,7 @@ from tiny_run import SIZE, add_checkpoint, draw_images, make_run, other_bundle
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from btpipe import artifact, recipe
+from btpipe import artifact, recipe, runtime
 from btpipe.cli import app
 from btpipe.errors import (
     IntegrityError,
@@ -221,17 +221,18 @@ def test_one_changed_weight_between_model_and_network_does_not_pass_the_gate(
     onnx_model.write(encoder, prepared, tmp_path / "encoder.onnx")
     session = Session(tmp_path / "encoder.onnx", device="cpu")
 
-    def gate() -> verify.Gate:
+    def gates() -> verify.Gates:
         vectors = verify.reference(encoder, prepared, pixels(24))
         limits = verify.THRESHOLDS["fp32"]
         chosen = samples_of(pixels(24))
-        return verify.compare(vectors, session.run, chosen, limits, model="x", provider="cpu")
+        gate = verify.compare(vectors, session.run, chosen, limits, model="x", provider="cpu")
+        return verify.Gates((gate,), runtime.cpu())
 
-    verify.require([gate()], tmp_path)
+    verify.require(gates(), tmp_path)
     with torch.no_grad():
         encoder.get_parameter("bn1.weight")[0] += 30
     with pytest.raises(NumericsError, match="network's vectors"):
-        verify.require([gate()], tmp_path)
+        verify.require(gates(), tmp_path)
 
 
 def test_images_that_are_gone_are_named_and_others_can_be_given(tmp_path: Path) -> None:
