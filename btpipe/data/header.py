@@ -162,6 +162,8 @@ def parse(file: BinaryIO, start: bytes) -> Header:
         if magic_format:
             raise BadInputError(f"damaged {magic_format} header: {_sentence(error)}") from error
         raise NotAnImageError("not an image") from error
+    if file_format == "TIFF" and mode in ("LA", "LAB"):
+        raise BadInputError(f"TIFF of mode {mode} is not supported: DALI mixes its channels up")
     if width * height > MAX_PIXELS:
         raise _bomb(f"{width} x {height}")
     if width < 1 or height < 1:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, get_args
@@ -116,11 +116,12 @@ class Encoder:
         """The GPU that decodes, resizes and computes; None on a CPU."""
         return 0 if self.device == "cuda" else None
 
-    def embed(self, images: NDArray[np.uint8] | Sequence[Image]) -> NDArray[np.float32]:
+    def embed(self, images: NDArray[np.uint8] | Iterable[Image]) -> NDArray[np.float32]:
         """Images -> float32 `(n, D)`, row for row.
 
-        Pixels uint8 `(n, S, S, 3)` that are the evaluation view already, or a sequence of files,
-        Pillow images and upright RGB arrays uint8 `(H, W, 3)` of any size, which are brought to it.
+        Pixels uint8 `(n, S, S, 3)` that are the evaluation view already, or files, their bytes,
+        Pillow images and upright RGB arrays uint8 `(H, W, 3)` of any size, which are brought to it:
+        a list of them, or an iterator. An image has one vector, however it comes.
 
         Raises:
             UsageError: pixels of another shape or type, or a file that is not a whole image.
@@ -141,6 +142,7 @@ class Encoder:
             raise UsageError(
                 f"pixels are {images.dtype} {images.shape}",
                 expected=f"uint8 (n, {size}, {size}, 3), or a list of images of any size",
+                fix="name one image so: embed([image])",
             )
 
     def stream(

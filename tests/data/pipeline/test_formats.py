@@ -90,6 +90,8 @@ KINDS: dict[str, Make] = {
     "TIFF, CMYK": lambda: encoded("TIFF", plain("CMYK")),
     "TIFF, 16-bit grey": lambda: encoded("TIFF", deep()),
     "TIFF, 32-bit float": lambda: encoded("TIFF", Image.new("F", (40, 30), DEEP / 65_535)),
+    "TIFF, grey and alpha": lambda: encoded("TIFF", see_through("LA")),
+    "TIFF, LAB": lambda: encoded("TIFF", Image.new("LAB", (40, 30), COLOUR)),
     "TIFF, several pages": lambda: several("TIFF"),
     "TIFF, 1-bit": lambda: encoded("TIFF", Image.new("1", (40, 30), 1)),
     "BMP": lambda: encoded("BMP"),
