@@ -12,13 +12,14 @@ from pathlib import Path
 class Stumbling(http.server.SimpleHTTPRequestHandler):
     """Gives files, and parts of them; fails as often as `failures` says for a path.
 
-    While `down` is a status it answers everything so.
+    While `down` is a status it answers everything so, after the first `gives` requests.
     """
 
     failures: dict[str, tuple[int, int]]  # path to how often, and with which status
     requests: list[str]
     gives_parts = True
     down = 0
+    gives = 0
 
     def do_GET(self) -> None:
         self.answer(super().do_GET)
@@ -29,7 +30,7 @@ class Stumbling(http.server.SimpleHTTPRequestHandler):
     def answer(self, plainly: Callable[[], None]) -> None:
         self.requests.append(f"{self.command} {self.path}")
         times, status = self.failures.get(self.path, (0, 0))
-        if self.down:
+        if self.down and len(self.requests) > self.gives:
             self.send_error(self.down)
         elif times:
             self.failures[self.path] = times - 1, status

@@ -81,11 +81,9 @@ class Index:
             MachineError: its source has given nothing for minutes.
         """
         number = self.table["source"][row].as_py()
-        read = functools.partial(self._readers[number], row)
+        read, other = self._readers[number], functools.partial(self._read_another, number)
         try:
-            content, mtime_ns = self._patience[number].read(
-                read, functools.partial(self._read_another, number)
-            )
+            content, mtime_ns = self._patience[number].read(functools.partial(read, row), other)
         except OSError as error:
             raise rejects.unreadable(error) from error
         if not content:
@@ -104,8 +102,7 @@ class Index:
     def reject(self, row: int, stage: str, error: BadInputError) -> Rejected:
         """The row as an input that is not used.
 
-        With size and time where it is this very content that is bad: it is not tried again. What
-        could not be decoded because it could not be read failed at that.
+        With size and time where it is this very content that is bad: it is not tried again.
         """
         path, *stamp = (self.table[n][row].as_py() for n in ("path", "bytes", "mtime_ns"))
         if isinstance(error, rejects.UnreadableError):
@@ -119,13 +116,10 @@ class Index:
 
     @functools.cached_property
     def _patience(self) -> list[Patience]:
-        """One for all that lies in one folder, or is named from one: it fails together."""
-        folders = [s.place.rpartition("/")[0] if s.is_container else s.base for s in self.origins]
-        patience = {folder: Patience(folder or "/") for folder in folders}
-        return [patience[folder] for folder in folders]
+        return opening.patience(self.origins)
 
     def _read_another(self, number: int) -> None:
-        """Reads any image of what has its patience in common with a source."""
+        """Reads an image of what shares its patience with a source."""
         alike = [i for i, each in enumerate(self._patience) if each is self._patience[number]]
         rows = np.flatnonzero(np.isin(np.array(self.table["source"]), alike))
         row = random.choice(rows.tolist())  # noqa: S311
@@ -165,12 +159,9 @@ class Index:
         Raises:
             MachineError: no space, or no permission.
         """
-        metadata = {
-            "root": os.fsencode(self.root),
-            "format_version": str(FORMAT_VERSION),
-            "sources": source.to_json(self.sources),
-            **index_checksum.of(self.table, self.root, self.sources),
-        }
+        metadata = {"root": os.fsencode(self.root), "format_version": str(FORMAT_VERSION)}
+        metadata |= {"sources": source.to_json(self.sources)}
+        metadata |= index_checksum.of(self.table, self.root, self.sources)
         mapped = path.with_suffix(".arrow")
         if len(self) >= MAPPED_ROWS:
             index_mmap.write(mapped, self.table)
@@ -304,9 +295,6 @@ def _no_image(
     where = " ".join(map(str, requested))
     if any(bad.kind == "machine" for bad in rejected):
         return MachineError(what, where=where, fix="see that it can be read, and start again")
-    return UsageError(
-        what,
-        where=where,
-        expected=f"JPEG, PNG, WebP, TIFF, BMP, PPM or JPEG 2000 in {inputs.KINDS}",
-        fix="put the images there, or name what holds them",
-    )
+    expected = f"JPEG, PNG, WebP, TIFF, BMP, PPM or JPEG 2000 in {inputs.KINDS}"
+    fix = "put the images there, or name what holds them"
+    return UsageError(what, where=where, expected=expected, fix=fix)

@@ -161,3 +161,18 @@ def test_threads_that_wait_for_a_source_end_with_what_they_read_for() -> None:
         time.sleep(0.3)
     assert time.monotonic() - started < 2
     assert isinstance(waiting.exception(), Stopped)
+
+
+def test_a_training_whose_folder_gives_nothing_ends_and_no_image_is_replaced(
+    tmp_path: Path,
+) -> None:
+    paths = draw_images(tmp_path / "images", 16)
+    with waiting_at_most(0.5):
+        images, _ = index.build(tmp_path / "images")
+        for path in paths:
+            path.unlink()
+            path.symlink_to(FAILING)
+        events: list[Event] = []
+        with pytest.raises(MachineError, match="given nothing"):
+            first_batches(images, events)
+    assert events == []

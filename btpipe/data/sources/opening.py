@@ -1,16 +1,24 @@
 """The bytes of a source's images: how each is read is decided once, when the source is opened."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import pyarrow as pa
 
+from btpipe.data.retry import Patience
 from btpipe.data.sources import parquet, storage, synthetic
 from btpipe.data.sources.source import Source
 
 Read: TypeAlias = Callable[[int], tuple[bytes, int]]
 """Row of an index -> the image file's content and mtime_ns. Raises OSError."""
+
+
+def patience(sources: Sequence[Source]) -> list[Patience]:
+    """One for all that lies in one folder, or is named from one: it fails together."""
+    folders = [s.place.rpartition("/")[0] if s.is_container else s.base for s in sources]
+    shared = {folder: Patience(folder or "/") for folder in folders}
+    return [shared[folder] for folder in folders]
 
 
 def reader(source: Source, table: pa.Table, row_groups: parquet.RowGroups) -> Read:
