@@ -179,8 +179,7 @@ def publish(
         reference = weights.load(folder / contract.WEIGHTS, described)
         vectors = verify.reference(reference, prepared, chosen.pixels)
         gates = _gates(vectors, source, chosen, folder, options)
-        compared = verify.Gates(tuple(gates.values()), runtime.cpu())
-        on_event(compared)
+        on_event(compared := verify.Gates(tuple(gates.values()), runtime.cpu()))
         verify.require(compared, out)
         complete["gates"] = {name: gate.record() for name, gate in gates.items()}
         complete["cpu"] = dataclasses.asdict(compared.cpu)

@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.models import resnet
 from typer.testing import CliRunner
 
+from btpipe import runtime
 from btpipe.cli import app
 from btpipe.data.index import build
 from btpipe.errors import NumericsError, RefusedError, UsageError
@@ -190,6 +191,27 @@ def test_vectors_that_are_right_only_in_what_all_images_share_do_not_pass() -> N
 
     assert passed(0.01)
     assert not passed(0.13)
+
+
+def test_what_to_do_depends_on_which_models_failed(tmp_path: Path) -> None:
+    limits = verify.THRESHOLDS["int8"]
+    right = verify.Gate("x", 9, "cpu", 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 8, None, limits)
+    wrong = dataclasses.replace(right, centred_cosine=0.95)
+    half, whole = (dataclasses.replace(wrong, model=contract.MODELS[n]) for n in ("fp16", "fp32"))
+    clipped, coarse = (
+        dataclasses.replace(wrong, model=contract.MODELS["int8"], exact=exact)
+        for exact in (right, wrong)
+    )
+    for failed, what, fix in (
+        ([half, coarse], "encoder-fp16.onnx and encoder-int8.onnx do not give", "leave fp16 out"),
+        ([half, coarse], "", "calibrate it on more images"),
+        ([clipped], "encoder-int8.onnx does not give", "another kind of CPU"),
+        ([whole, clipped], "encoder.onnx and encoder-int8.onnx do not give", "report the table"),
+    ):
+        with pytest.raises(NumericsError) as refusal:
+            verify.require(verify.Gates((*failed, right), runtime.cpu()), tmp_path)
+        assert refusal.value.what.startswith(what)
+        assert fix in refusal.value.fix
 
 
 def test_images_to_calibrate_on_and_to_judge_with_share_no_content(tmp_path: Path) -> None:
