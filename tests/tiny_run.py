@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from PIL import Image
+from safetensors.numpy import load_file, save
 
 from btpipe import artifact, recipe
 from btpipe.data.index import build, open_index
@@ -90,6 +91,19 @@ def other_bundle(bundle: Path, out: Path) -> Path:
         weight.CopyFrom(numpy_helper.from_array(values, weight.name))
         onnx.save(model, folder / contract.MODEL)
         golden.write(folder, opened.preprocessing, opened.precisions)
+    return out
+
+
+def drifted_bundle(bundle: Path, out: Path) -> Path:
+    """The bundle with golden vectors of other images: as if decoded or resized otherwise here."""
+    with artifact.publish(
+        out, contract.KIND, artifact.read(bundle, contract.KIND).origin
+    ) as folder:
+        left_out = shutil.ignore_patterns(artifact.MANIFEST)
+        shutil.copytree(bundle, folder, ignore=left_out, dirs_exist_ok=True)
+        path = folder / golden.FOLDER / golden.VECTORS
+        vectors = {name: rows[::-1].copy() for name, rows in load_file(path).items()}
+        path.write_bytes(save(vectors))
     return out
 
 

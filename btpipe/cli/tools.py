@@ -137,13 +137,19 @@ def recipe_list() -> None:
 
 
 @app.command(rich_help_panel=LOOK_AFTER)
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="Embed this bundle's golden images here, too."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Look at this machine: what btpipe needs is there, or what to type."""
     from btpipe import progress
     from btpipe.tools import doctor
 
     with progress.show("json" if as_json else "auto") as on_event:
-        doctor.run(on_event, Path())
+        doctor.run(on_event, Path(), model)
 
 
 @app.command(rich_help_panel=TRAIN)

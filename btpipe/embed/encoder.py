@@ -116,6 +116,23 @@ class Encoder:
         """The GPU that decodes, resizes and computes; None on a CPU."""
         return 0 if self.device == "cuda" else None
 
+    def golden_cosine(self) -> dict[str, float]:
+        """The least cosine of the golden images' vectors here with the shipped ones, by precision.
+
+        Through this encoder's own decoder, resize and network; a precision in which none were
+        shipped (tf32, bf16) is compared with fp32. Empty for a bundle without golden images.
+        """
+        shipped = golden.vectors(self.bundle)
+        if not shipped:
+            return {}
+        images = golden.pixels(self.bundle, self.gpu)
+        calls = _calls(images, self.batch_size if self.device == "cuda" else len(images))
+        network = self._network
+        run = network.run if isinstance(network, Session) else network.run_pooled
+        vectors = np.concatenate([run(call) for call in calls])[: len(images)]
+        expected = shipped.get(self.precision, shipped["fp32"])
+        return {self.precision: golden.least_cosine(vectors, expected)}
+
     def embed(self, images: NDArray[np.uint8] | Iterable[Image]) -> NDArray[np.float32]:
         """Images -> float32 `(n, D)`, row for row.
 

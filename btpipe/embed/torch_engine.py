@@ -52,12 +52,14 @@ class TorchEngine:
         # Every stage of a ResNet has twice the channels of the one before.
         self.dimension = bundle.dimension >> (len(stages) - depth)
         stem = nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
-        whole: nn.Module = nn.Sequential(stem, *stages[:depth])
+        whole: nn.Module = nn.Sequential(
+            nn.Sequential(stem, *stages[:depth]), nn.Sequential(*stages[depth:])
+        )
         if self._dtype != torch.float32:
             whole = weights.folded(whole).to(self._dtype).to(memory_format=torch.channels_last)
         elif self.device == "cuda":
             torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        self._network = whole.to(self.device)
+        self._to_layer, self._behind = whole.to(self.device).children()
         prepared = bundle.preprocessing
         # As in the ONNX model: onnx.Normalized.
         self._mean, self._std = (
@@ -66,6 +68,13 @@ class TorchEngine:
 
     def run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The embeddings of the images, row for row."""
+        return self._run(pixels, self._to_layer)
+
+    def run_pooled(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """`run` with the last stage, whichever `layer` is."""
+        return self._run(pixels, nn.Sequential(self._to_layer, self._behind))
+
+    def _run(self, pixels: NDArray[np.uint8], network: nn.Module) -> NDArray[np.float32]:
         if len(pixels) == 0:
             return np.zeros((0, self.dimension), np.float32)
         if self.device == "cpu" and torch.get_num_threads() != 1:
@@ -73,7 +82,7 @@ class TorchEngine:
         with torch.inference_mode():
             images = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
             scaled = (images.to(torch.float32) - self._mean) / self._std
-            maps: Tensor = self._network(scaled.to(self._dtype).permute(0, 3, 1, 2))
+            maps: Tensor = network(scaled.to(self._dtype).permute(0, 3, 1, 2))
             vectors = nn.functional.adaptive_avg_pool2d(maps.float(), 1).flatten(1)
             array: NDArray[np.float32] = vectors.cpu().numpy()
             return array

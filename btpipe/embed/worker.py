@@ -32,16 +32,19 @@ from btpipe.embed.messages import (
 )
 from btpipe.embed.vector_cache import VectorCache
 from btpipe.events import Rejected
+from btpipe.export import golden
 
 
 def work_for(connection: Connection, config: WorkerConfig, in_flight: InFlight) -> None:
     """Opens the bundle, says so, and makes parts until nobody asks for any.
 
     Raises:
+        NumericsError: of the bundle's golden images it makes other vectors than were shipped.
         EOFError: the supervisor is gone.
         BtpipeError: whatever the job cannot go on with.
     """
     encoder = Encoder(config.encoder)
+    golden.require(encoder.golden_cosine(), encoder.bundle)
     connection.send(Ready(encoder.digest, encoder.engine, encoder.precision, encoder.dimension))
     worker = _Worker(connection, config, encoder, connection.recv(), in_flight)
     while True:

@@ -54,14 +54,16 @@ class MachineExamined(Finished):
         return [TextTable("What btpipe finds here", ("", "found", "", "what to do"), rows)]
 
 
-def run(on_event: Report, folder: Path) -> None:
-    """Looks at everything and reports it. `folder` is where runs and tables go.
+def run(on_event: Report, folder: Path, model: Path | None = None) -> None:
+    """Looks at everything and reports it. `folder` is where runs and tables go, `model` a bundle.
 
     Raises:
         MachineError: something is broken.
     """
     started = time.monotonic()
     findings = examine(folder)
+    if model is not None:
+        findings.append(tried("golden images", lambda: _golden(model), "btpipe verify BUNDLE"))
     looks = sum(finding.verdict != "ok" for finding in findings)
     on_event(MachineExamined(time.monotonic() - started, tuple(findings), looks))
     broken = [finding for finding in findings if finding.verdict == "broken"]
@@ -95,6 +97,20 @@ def examine(folder: Path) -> list[MachineFinding]:
         *doctor_gpu.computed(),
         *(tried(name, look, REINSTALL) for name, look in system),
     ]
+
+
+def _golden(folder: Path) -> MachineFinding:
+    """Embeds a bundle's golden images as a job with default settings would."""
+    # Here: a library that is broken is a finding.
+    from btpipe.embed.encoder import load  # noqa: PLC0415
+    from btpipe.export import golden  # noqa: PLC0415
+
+    encoder = load(folder)
+    least = encoder.golden_cosine()
+    with_numbers = ", ".join(f"{name} {cosine:.6f}" for name, cosine in least.items())
+    golden.require(least, encoder.bundle)
+    found = f"{folder} on {encoder.device}: least cosine {with_numbers or 'unknown, none shipped'}"
+    return MachineFinding("golden images", found, values=least)
 
 
 def _processor() -> MachineFinding:

@@ -117,7 +117,18 @@ def _of_bundle(folder: Path) -> Facts:
     architecture, stem, dimension = network.values()
     text = f"{architecture}, {stem} stem, {dimension} numbers out"
     network_fact = Fact(network, text)
-    return {"network": network_fact, "precisions": _fact(precisions), **facts, **_scores(folder)}
+    # What embeds is loaded for this alone.
+    from btpipe.export import golden  # noqa: PLC0415
+
+    least = golden.compare(contract.open_bundle(folder))
+    golden_fact = {"golden images": Fact(least, f"least cosine here: {_text(least)}")}
+    return {
+        "network": network_fact,
+        "precisions": _fact(precisions),
+        **(golden_fact if least else {}),
+        **facts,
+        **_scores(folder),
+    }
 
 
 def _scores(folder: Path) -> Facts:

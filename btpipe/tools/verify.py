@@ -39,7 +39,7 @@ def verify(path: Path, on_event: Report) -> Account:
         others = f"; {more} more, listed above" if more else ""
         raise IntegrityError(first.what + others, where=first.where, fix=first.fix)
     seconds = time.monotonic() - started
-    on_event(Verified(seconds, thing.path, thing.kind, account.files, account.rows))
+    on_event(Verified(seconds, thing.path, thing.kind, account.files, account.rows, account.golden))
     return account
 
 
@@ -48,7 +48,13 @@ def _check(thing: Artifact, account: Account) -> None:
     match thing.kind:
         case "bundle":
             with account.noting(path):
-                account.files += 1 + len(contract.open_bundle(path).manifest.files)
+                # What embeds is loaded for this alone.
+                from btpipe.export import golden  # noqa: PLC0415
+
+                bundle = contract.open_bundle(path)
+                account.files += 1 + len(bundle.manifest.files)
+                account.golden = golden.compare(bundle)
+                golden.require(account.golden, bundle)
         case "checkpoint":
             _checkpoint(path, account)
         case "initial":

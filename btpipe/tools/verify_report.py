@@ -1,11 +1,12 @@
 """What a check looked at, and what it found wrong."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import pyarrow as pa
 
-from btpipe.errors import BtpipeError, NewerError
+from btpipe.errors import BtpipeError, NewerError, NumericsError
 from btpipe.events import Event, Finished, TextTable
 from btpipe.tools.artifact_kinds import Kind
 
@@ -27,6 +28,7 @@ class Account:
 
     files: int = 0
     rows: int = 0
+    golden: Mapping[str, float] = dataclasses.field(default_factory=dict)
     problems: list[Problem] = dataclasses.field(default_factory=list)
 
     def wrong(self, where: Path, what: str, fix: str = ANEW) -> None:
@@ -39,7 +41,10 @@ class Account:
 
 @dataclasses.dataclass(frozen=True)
 class Noting:
-    """Takes down what cannot be read as a problem; a newer format is an error all the same."""
+    """Takes down what cannot be read as a problem.
+
+    A newer format, and golden images with other vectors, are errors all the same.
+    """
 
     account: Account
     where: Path
@@ -48,7 +53,7 @@ class Noting:
         pass
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
-        if isinstance(error, BtpipeError) and not isinstance(error, NewerError):
+        if isinstance(error, BtpipeError) and not isinstance(error, NewerError | NumericsError):
             what = f"{error.what} (expected: {error.expected})" if error.expected else error.what
             self.account.wrong(Path(error.where or self.where), what, error.fix or ANEW)
             return True
@@ -74,7 +79,11 @@ class ProblemsFound(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Verified(Finished):
-    """An artifact is as it was written: so many of its files and rows were looked at."""
+    """An artifact is as it was written: so many of its files and rows were looked at.
+
+    `golden`: for each precision of a bundle the least cosine of the vectors that its models make
+    here of its golden images, with those that they made where it was exported.
+    """
 
     job = "verify"
 
@@ -82,8 +91,11 @@ class Verified(Finished):
     kind: Kind
     files: int
     rows: int
+    golden: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def text(self) -> str:
         rows = f", {self.rows:,} rows" if self.rows else ""
-        return f"{self.path}: {self.kind}, {self.files:,} files{rows}: as they were written"
+        golden = "".join(f", {name} {cosine:.6f}" for name, cosine in self.golden.items())
+        golden = golden and f"; golden images, least cosine{golden[1:]}"
+        return f"{self.path}: {self.kind}, {self.files:,} files{rows}: as they were written{golden}"

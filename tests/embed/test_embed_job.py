@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import duckdb
 import numpy as np
@@ -23,7 +24,14 @@ from tiny_run import draw_images
 from btpipe.data.index import build
 from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.precisions import EncoderConfig
-from btpipe.errors import BudgetError, IntegrityError, RefusedError, Stopped, UsageError
+from btpipe.errors import (
+    BudgetError,
+    IntegrityError,
+    NumericsError,
+    RefusedError,
+    Stopped,
+    UsageError,
+)
 from btpipe.events import Event, Note, Progressed, Rejected, Warned, ignore
 from btpipe.results import Embedded
 
@@ -370,6 +378,17 @@ def test_work_of_another_bundle_is_refused_and_work_for_other_images_dropped(
     run(images, unfinished, bundle, events)
     assert any(isinstance(event, Warned) and "afresh" in event.text for event in events)
     assert pq.read_metadata(unfinished).num_rows == IMAGES - 2
+
+
+@pytest.mark.parametrize("engine", ["onnx", "torch"])
+def test_a_machine_that_makes_other_golden_vectors_makes_no_table(
+    images: Path, bundle: Path, tmp_path: Path, engine: Literal["onnx", "torch"]
+) -> None:
+    drifted = tiny_run.drifted_bundle(bundle, tmp_path / "drifted")
+    encoder = EncoderConfig(drifted, device="cpu", engine=engine)
+    with pytest.raises(NumericsError, match=r"least cosine \w+ 0\."):
+        embed(images, tmp_path / "v.parquet", encoder, ignore)
+    assert not (tmp_path / "v.parquet").exists()
 
 
 def test_a_second_process_on_one_output_is_refused_and_a_dead_ones_lock_taken_over(

@@ -81,7 +81,7 @@ def test_it_embeds_images_and_fits_its_golden_ones(adopted: tuple[Path, list[Eve
     vectors = load(path).embed(images)
     assert vectors.shape == (3, 512)
     assert np.isfinite(vectors).all()
-    golden.require(contract.open_bundle(path))
+    golden.require(golden.compare(opened := contract.open_bundle(path)), opened)
 
 
 def test_the_command_wants_images_and_one_source(weights: Path, tmp_path: Path) -> None:

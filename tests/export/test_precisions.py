@@ -327,7 +327,7 @@ def test_a_process_of_its_own_reproduces_the_golden_vectors_from_the_bundle_alon
         "from btpipe.export import contract, golden\n"
         "opened = contract.open_bundle(pathlib.Path(sys.argv[1]))\n"
         "print(json.dumps(golden.compare(opened)))\n"
-        "golden.require(opened)\n"
+        "golden.require(golden.compare(opened), opened)\n"
         "assert 'torch' not in sys.modules\n"
     )
     run = [sys.executable, "-c", code, str(everything)]
@@ -350,7 +350,7 @@ def test_another_preprocessing_than_where_it_was_exported_is_found_by_the_golden
     try:
         turned.write_bytes((everything / "golden" / "0.jpg").read_bytes())
         with pytest.raises(NumericsError, match="other vectors than where it was exported"):
-            golden.require(opened)
+            golden.require(golden.compare(opened), opened)
     finally:
         turned.write_bytes(content)
 

@@ -7,14 +7,17 @@ from pathlib import Path
 import event_schema
 import pytest
 from one_of_each import copy, one_of_each, replace
+from tiny_run import drifted_bundle
 from typer.testing import CliRunner
 
 from btpipe import artifact, cli, recipe
 from btpipe.data.index import open_index
-from btpipe.errors import NewerError, UsageError
-from btpipe.events import Link
+from btpipe.errors import NewerError, NumericsError, UsageError
+from btpipe.events import Event, Link, ignore
 from btpipe.export import contract
 from btpipe.tools.inspect import inspect
+from btpipe.tools.verify import verify
+from btpipe.tools.verify_report import Verified
 
 SAME, GONE = "here, the same", "not found near by"
 
@@ -129,6 +132,32 @@ def test_a_gate_that_a_bundle_passed_is_shown(home: Path) -> None:
         gate = inspected.values[name]
         assert isinstance(gate, dict)
         assert f"mean_cosine {gate['mean_cosine']:.6g}" in inspected.facts[name]
+
+
+def test_golden_images_are_embedded_and_compared(home: Path) -> None:
+    cosines = inspect(home / "exports/tiny").values["golden images"]
+    assert isinstance(cosines, dict)
+    assert cosines["fp32"] > 0.999999
+    events: list[Event] = []
+    verify(home / "exports/tiny", events.append)
+    assert [event.golden for event in events if isinstance(event, Verified)] == [cosines]
+
+
+def test_other_golden_vectors_are_told_by_whatever_looks_at_a_bundle(
+    home: Path, tmp_path: Path
+) -> None:
+    drifted = drifted_bundle(home / "exports/tiny", tmp_path / "drifted")
+    cosines = inspect(drifted).values["golden images"]
+    assert isinstance(cosines, dict)
+    with pytest.raises(NumericsError, match=f"least cosine fp32 {cosines['fp32']:.6f}"):
+        verify(drifted, ignore)
+    printed = CliRunner().invoke(cli.app, ["doctor", "--model", str(drifted), "--json"])
+    assert printed.exit_code != 0
+    events = [json.loads(line) for line in printed.output.splitlines()]
+    (findings,) = [event["findings"] for event in events if "findings" in event]
+    (finding,) = [finding for finding in findings if finding["name"] == "golden images"]
+    assert finding["verdict"] == "broken"
+    assert f"{cosines['fp32']:.6f}" in finding["found"]
 
 
 def test_scores_that_stand_beside_a_bundle_are_shown_if_they_are_of_it(copied: Path) -> None:
