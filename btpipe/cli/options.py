@@ -59,6 +59,9 @@ Precisions = Annotated[
         help="fp32 (always), fp16, int8: several as fp32,int8. int8 is calibrated on the images.",
     ),
 ]
+ImageColumn = Annotated[
+    str, typer.Option(metavar="NAME", help="Of parquet files with images in several columns.")
+]
 MaxBad = Annotated[
     str, typer.Option(help="Unusable inputs allowed: a count (10) or a share (0.01).")
 ]

@@ -10,6 +10,7 @@ from btpipe.cli.options import (
     EMBED,
     PUBLISH,
     TRAIN,
+    ImageColumn,
     Inputs,
     Json,
     MaxBad,
@@ -43,6 +44,7 @@ def scan(
     limit: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Longest time to decode one file.")
     ] = limits.DECODE_SECONDS,
+    image_column: ImageColumn = "",
     max_bad: MaxBad = "",
     strict: Strict = False,
     as_json: Json = False,
@@ -60,6 +62,7 @@ def scan(
             depth=depth,
             max_bad=allowed,
             limit_seconds=limit,
+            image_column=image_column,
         )
 
 
@@ -72,6 +75,7 @@ def shard(
     ] = 400,
     quality: Annotated[int, typer.Option(min=1, max=95, help="Of the JPEGs.")] = 90,
     shard_bytes: Annotated[str, typer.Option(help="Most bytes in a shard.")] = "256MiB",
+    image_column: ImageColumn = "",
     as_json: Json = False,
 ) -> None:
     """Rewrite images as tar shards of smaller JPEGs; run again, it goes on where it was."""
@@ -80,7 +84,7 @@ def shard(
 
     options = shard_job.ShardOptions(size, quality, shard_job.parse_bytes(shard_bytes))
     with progress.show("json" if as_json else "auto") as on_event:
-        listed, rejected = index.build(inputs, on_event)
+        listed, rejected = index.build(inputs, on_event, image_column=image_column)
         shard_job.write(listed, rejected, out, options, on_event)
 
 
@@ -276,6 +280,7 @@ def embed(
     limit: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Longest time to decode one file.")
     ] = limits.DECODE_SECONDS,
+    image_column: ImageColumn = "",
     max_bad: MaxBad = "",
     strict: Strict = False,
     overwrite: Annotated[
@@ -312,6 +317,7 @@ def embed(
         overwrite=overwrite,
         repair=repair,
         limit_seconds=limit,
+        image_column=image_column,
         retry_rejects=retry_rejects,
         prune=prune,
     )

@@ -205,13 +205,14 @@ def build(
     on_event: Report = ignore,
     depth: Literal["list", "header"] = "header",
     previous: Recall = folder.NOTHING,
+    image_column: str = "",
 ) -> tuple[Index, list[Rejected]]:
     """The images of all inputs, in their order, and what of them cannot be used.
 
     An input is whatever `sources.inputs.KINDS` says. Of a folder the paths are relative to it, of
     several inputs to the folder that holds them all. `depth` "list" opens no file of a folder or a
     list: the names count, and sizes are 0 for unknown. `previous`: what an earlier index says;
-    files of the same path, bytes and mtime stay closed.
+    files of the same path, bytes and mtime stay closed. `image_column`: of parquet files.
 
     Raises:
         UsageError: an input that is missing or of no known kind, or no image in any of them.
@@ -223,22 +224,16 @@ def build(
         location: _opened(Path(location)) for location in locations if inputs.is_index(location)
     }
     root = inputs.root_of(locations, {location: index.root for location, index in indexes.items()})
-    meter = collecting.ListingMeter(on_event)
-    parts = []
+    meter, parts = collecting.ListingMeter(on_event), []
+    collect = functools.partial(
+        collecting.collect, previous=previous, list_only=depth == "list", on_event=on_event
+    )
     for location in locations:
         if location in indexes:
             parts.append(_moved(indexes[location], rejects.path_beside(Path(location)), root))
         else:
-            origin, name = inputs.describe(location, root), location.rpartition("/")[2]
-            part = collecting.collect(
-                origin,
-                name,
-                meter.update,
-                previous,
-                list_only=depth == "list",
-                on_event=on_event,
-            )
-            parts.append(part)
+            origin = inputs.describe(location, root, image_column)
+            parts.append(collect(origin, location.rpartition("/")[2], meter.update))
         meter.close(len(parts[-1][0]) + len(parts[-1][2]))
     table, sources, refused = collecting.merge(parts)
     rejected = sorted(set(refused), key=lambda event: (event.path, event.reason))

@@ -65,11 +65,13 @@ def scan(
     max_bad: float | None = None,
     limit_seconds: float = limits.DECODE_SECONDS,
     save_seconds: float = SAVE_SECONDS,
+    image_column: str = "",
 ) -> Scan:
     """Scans the images of `source` into `out` and the two files beside it, and reports.
 
     `max_bad`: how many inputs may be bad, an int for a count and a float for a share of them; None:
     any number. `limit_seconds`: for one decode. `save_seconds`: what a kill can cost.
+    `image_column`: the one of parquet files that hold several.
 
     Raises:
         UsageError: an input that is missing or of no known kind, or no image in any of them.
@@ -83,7 +85,7 @@ def scan(
         raise UsageError("not a name for an index", where=out, expected="a file X.parquet")
     previous = previous_scan.read(out)
     listing: Literal["list", "header"] = "list" if depth == "list" else "header"
-    images, listing_rejects = index.build(source, on_event, listing, previous.recall)
+    images, listing_rejects = index.build(source, on_event, listing, previous.recall, image_column)
     with artifact.disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     work = _Work(images, listing_rejects, previous, on_event)

@@ -47,7 +47,7 @@ class JobOptions:
     part, the most that a kill can cost. `limit_seconds`: for one decode; `decode` stands in for
     DALI's decoder. `retry_rejects`: try again what a finished table rejected for good. `prune`:
     drop rows that are not listed any more, however many. `patience_seconds`: how long a source may
-    give nothing.
+    give nothing. `image_column`: the one of parquet files that hold several.
     """
 
     batch_size: int | None = None
@@ -64,6 +64,7 @@ class JobOptions:
     retry_rejects: bool = False
     prune: bool = False
     patience_seconds: float = OUTAGE_SECONDS
+    image_column: str = ""
 
 
 DEFAULTS = JobOptions()
@@ -178,7 +179,9 @@ class _EmbedJob:
 
     def plan(self, source: Path | str | Sequence[Path | str]) -> None:
         """Lists the inputs, and sees whether the table is of them."""
-        self._index, refused = build(source, self._on_event)
+        self._index, refused = build(
+            source, self._on_event, image_column=self._options.image_column
+        )
         outputs.refuse_input(self._out, [origin.place for origin in self._index.sources])
         self._footer = dataclasses.replace(
             self._footer,

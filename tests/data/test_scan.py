@@ -65,7 +65,7 @@ def reasons(done: Scan) -> dict[str, str]:
 
 
 def decode(images: Path | str, out: Path, **options: float) -> Scan:
-    return scan(images, out, ignore, depth="decode", **options)
+    return scan(images, out, ignore, depth="decode", **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -146,26 +146,28 @@ def relative(location: str, root: Path) -> str:
     return "" if path == "." else path
 
 
-def describe(location: str, root: Path) -> Source:
+def describe(location: str, root: Path, image_column: str = "") -> Source:
     """The source that a location is, unless it is an index.
 
+    `image_column`: the one of a parquet file that holds several.
+
     Raises:
-        UsageError: none of `KINDS`.
+        UsageError: none of `KINDS`, or an image column that is not there or not chosen.
     """
     if storage.is_synthetic(location):
         return synthetic.describe(location)
     if storage.is_url(location):
-        return _describe_url(location)
+        return _describe_url(location, image_column)
     if _is_folder(location):
         name = relative(location, root)
         return Source("folder", location, prefix=f"{name}/" if name else "")
-    return _describe_file(location, relative(location, root))
+    return _describe_file(location, relative(location, root), image_column)
 
 
-def _describe_url(url: str) -> Source:
+def _describe_url(url: str, image_column: str) -> Source:
     kind = _kind_by_name(url)
     if kind is not None:
-        return _describe_file(url, url)
+        return _describe_file(url, url, image_column)
     if url.endswith("/"):
         return Source("folder", url.rstrip("/"), prefix=url)
     try:
@@ -184,7 +186,7 @@ def _measure(location: str) -> tuple[int, int]:
     return Patience(location, CONTACT_SECONDS).read(lambda: storage.measure(location))
 
 
-def _describe_file(location: str, name: str) -> Source:
+def _describe_file(location: str, name: str, image_column: str) -> Source:
     """A file's source; its size and time are kept where it is a container or a list."""
     if storage.is_standard_input(location):
         return Source("list", location, name.removesuffix("-"))
@@ -200,7 +202,7 @@ def _describe_file(location: str, name: str) -> Source:
         return Source("list", location, folder, size, mtime_ns)
     if kind == "parquet":
         schema = parquet.schema(location)
-        if column := parquet.image_column(schema):
+        if column := parquet.image_column(schema, image_column, location):
             return Source("parquet", location, f"{name}#", size, mtime_ns, column)
         if lists.has_paths(schema):
             return Source("list", location, folder, size, mtime_ns)

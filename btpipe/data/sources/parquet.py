@@ -32,17 +32,31 @@ CACHE_BYTES = 256 << 20
 MOST_GROUP_BYTES = 1 << 30
 """A larger row group is refused: one image would cost as much memory and time."""
 _NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
-"""Binary columns that hold images, the first one counts; of structs any name does."""
+"""Binary columns that hold images; of structs any name does."""
 
 
-def image_column(schema: pa.Schema) -> str:
-    """The column whose values are image files; "" where there is none."""
+def image_column(schema: pa.Schema, chosen: str, location: str) -> str:
+    """The column whose values are image files, `chosen` or the only one; "" where there is none.
+
+    Raises:
+        UsageError: there are several, and none is chosen; or `chosen` is no such column.
+    """
     structs = [f.name for f in schema if pa.types.is_struct(f.type) and _holds_bytes(f.type)]
     binary = [field.name for field in schema if _is_binary(field.type)]
-    preferred = [name for name in _NAMES if name in structs] or structs
-    preferred = preferred or [name for name in _NAMES if name in binary]
+    if chosen and chosen not in structs + binary:
+        what = f"no image column {chosen!r}"
+        raise UsageError(what, where=location, expected=", ".join(structs + binary) or "images")
+    found = [chosen] if chosen else structs + [name for name in _NAMES if name in binary]
+    if len(found) > 1:
+        raise UsageError(
+            f"images in {len(found)} columns: {', '.join(found)}",
+            where=location,
+            expected="one",
+            fix=f"choose it: --image-column {found[0]} (scan, shard and embed take it); elsewhere"
+            " name the index.parquet of such a scan",
+        )
     has_paths = "path" in schema.names
-    return (preferred or ([] if has_paths or len(binary) != 1 else binary) or [""])[0]
+    return (found or ([] if has_paths or len(binary) != 1 else binary) or [""])[0]
 
 
 def _holds_bytes(struct: pa.StructType) -> bool:

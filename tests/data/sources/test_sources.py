@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from btpipe.cli import app
 from btpipe.data import change_detection, index
 from btpipe.data.rejects import BadInputError
 from btpipe.data.sources.parquet import RowGroups
@@ -307,6 +309,21 @@ def test_a_binary_column_holds_images_too(tmp_path: Path) -> None:
     images, _ = index.build(tmp_path / "a.parquet")
     assert images.labels == ["a", "b"]
     require_readable(images)
+
+
+def test_a_second_image_column_is_refused_by_name_until_one_is_chosen(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    mask = pa.array([{"bytes": image(50), "path": ""}], kind)
+    path = table(tmp_path / "a.parquet", [image(40)], mask=mask)
+    with pytest.raises(UsageError, match=r"2 columns: image, mask(.|\n)*--image-column image"):
+        index.build(path)
+    out, chosen = str(tmp_path / "i.parquet"), ["--image-column", "mask"]
+    assert CliRunner().invoke(app, ["scan", str(path), "--out", out, *chosen]).exit_code == 0
+    images, _ = index.build(out)
+    assert images.widths.tolist() == [50]
+    require_readable(images)
+    with pytest.raises(UsageError, match=r"no image column 'label'\nexpected: image, mask"):
+        index.build(path, image_column="label")
 
 
 def test_a_parquet_row_without_an_image_is_a_reject(tmp_path: Path) -> None:
