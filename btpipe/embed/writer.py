@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from btpipe.data.file_checks import examples
 from btpipe.data.index import Index
 from btpipe.embed import outputs, table, vector_cache, work_folder
 from btpipe.embed.messages import JobStarted, PartProgress, PartTask, PartWritten
@@ -91,7 +90,7 @@ class Writer:
             if len(gone) > MOST_DROPPED * rows:
                 raise RefusedError(
                     f"{len(gone)} of {rows} rows there would be dropped, because the inputs list"
-                    f" them no more: {examples(gone)}",
+                    f" them no more, such as {', '.join(gone[:3])}",
                     where=where,
                     expected=f"at most {MOST_DROPPED:.0%} of the rows",
                     fix="see that the inputs are whole and mounted, or drop the rows with --prune",
