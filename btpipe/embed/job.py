@@ -176,6 +176,9 @@ class _EmbedJob:
             fix = "choose another --out, or replace the table with --overwrite"
             ours = self._footer.metadata()
             work_folder.refuse_other(self.before, ours, "vectors", self._out, fix)
+            if (pixels := self.before.get(table.PIXELS)) != ours[table.PIXELS]:
+                what = f"its vectors are of version {pixels} of the pixels; all are made anew"
+                self._on_event(Warned(f"{self._out}: {what}"))
 
     def plan(self, source: Path | str | Sequence[Path | str]) -> None:
         """Lists the inputs, and sees whether the table is of them."""

@@ -11,7 +11,9 @@ from btpipe.embed.job import JobOptions, embed
 from btpipe.embed.merging import merge
 from btpipe.embed.precisions import EncoderConfig, RequestedPrecision
 from btpipe.embed.shares import Share
-from btpipe.events import ignore
+from btpipe.errors import RefusedError
+from btpipe.events import Event, Warned, ignore
+from btpipe.results import Embedded
 
 
 def share(
@@ -41,3 +43,42 @@ def test_a_share_is_in_the_precision_of_the_shares_beside_it(
     work_folder.write_plan(work, work_folder.JobPlan(first, first[table.INPUT], 0, 2, 2))
     (beside,) = [each for each in resolve.earlier_settings(halves[1], Share(1, 2)) if each]
     assert beside["btpipe.precision"] == "fp32"
+
+
+def halves(folder: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> list[Path]:
+    """Tables of two shares, of which one was made where `what` of btpipe has another value."""
+    draw_images(folder / "images", 4)
+    out = [folder / f"half-{i}.parquet" for i in range(2)]
+    run(folder / "images", out[0], bundle, shard="0/2")
+    with monkeypatch.context() as other:
+        other.setattr(table, what, type(getattr(table, what))(99))
+        run(folder / "images", out[1], bundle, shard="1/2")
+    return out
+
+
+def run(images: Path, out: Path, bundle: Path, shard: str = "") -> tuple[Embedded, list[Event]]:
+    events = list[Event]()
+    encoder, options = EncoderConfig(bundle, device="cpu"), JobOptions(shard=shard)
+    return embed(images, out, encoder, events.append, options), events
+
+
+def test_another_version_of_btpipe_changes_nothing(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares, whole = halves(tmp_path, bundle, monkeypatch, "__version__"), tmp_path / "whole.parquet"
+    merge(shares, whole, ignore)
+    monkeypatch.setattr(table, "__version__", "77")
+    assert run(tmp_path / "images", whole, bundle)[0].nothing_to_do
+
+
+def test_vectors_of_another_version_of_the_pixels_are_made_anew_with_a_sentence(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = halves(tmp_path, bundle, monkeypatch, "PIXELS_VERSION")
+    with pytest.raises(RefusedError, match=r"btpipe\.pixels is 99"):
+        merge(shares, tmp_path / "whole.parquet", ignore)
+    done, events = run(tmp_path / "images", shares[1], bundle, shard="1/2")
+    assert (done.embedded, done.reused) == (2, 0)
+    (warned,) = [event.text for event in events if isinstance(event, Warned)]
+    assert "version 99 of the pixels" in warned
+    merge(shares, tmp_path / "whole.parquet", ignore)

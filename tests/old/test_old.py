@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from btpipe import recipe
 from btpipe.cli import app
 from btpipe.data import rejects
+from btpipe.embed import table
 
 PLACE = Path("/tmp/btpipe-old")
 ARCHIVE = Path(__file__).parent / "0.2.0.tar.xz"
@@ -64,9 +65,9 @@ def reused(events: list[dict[str, object]]) -> int:
 
 
 def vectors(path: Path) -> dict[str, NDArray[np.float32]]:
-    table = pq.read_table(path)
-    rows = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
-    return dict(zip(table["path"].to_pylist(), rows, strict=True))
+    content = pq.read_table(path)
+    rows = np.stack(content["embedding"].to_numpy(zero_copy_only=False))
+    return dict(zip(content["path"].to_pylist(), rows, strict=True))
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -148,3 +149,17 @@ def test_a_stopped_run_goes_on_where_it_was(old: Path) -> None:
     (started,) = (event for event in events if event["event"] == "RunStarted")
     assert (started["step"], started["steps"]) == (saved, 8)
     assert (old / "runs/old/checkpoints/step-00000008").is_dir()
+
+
+def test_another_version_of_btpipe_embeds_none_of_it_again(
+    old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "__version__", "9.9.9")
+    words = ("embed", "images", "--model", "exports/old", "--out")
+    (done,) = (e for e in btpipe(*words, "vectors.parquet") if e["event"] == "Embedded")
+    assert done["nothing_to_do"] is True
+    events = btpipe(*words, "half.parquet")
+    assert any(str(event.get("text")).startswith("goes on: ") for event in events)
+    assert not [event for event in events if event["event"] == "Warned"]
+    btpipe("merge", "share-0.parquet", "share-1.parquet", "--out", "whole.parquet")
+    assert_same(old / "half.parquet", old / "whole.parquet")
