@@ -77,8 +77,8 @@ def add_checkpoint(run: Path, at: int, noise: float, *, keep_every: int = 0) -> 
     checkpoint.save(run, state, core, settings)
 
 
-def other_bundle(bundle: Path, out: Path) -> Path:
-    """The bundle of another encoder, without an export: half of its first filters are set to 0."""
+def other_bundle(bundle: Path, out: Path, factor: float = 0.0) -> Path:
+    """The bundle of another encoder, without an export: half of its first filters multiplied."""
     opened = contract.open_bundle(bundle)
     origin = opened.manifest.origin
     with artifact.publish(out, contract.KIND, {**origin, "encoder": "another"}) as folder:
@@ -87,7 +87,7 @@ def other_bundle(bundle: Path, out: Path) -> Path:
         model = onnx.load(folder / contract.MODEL)
         weight = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
         values = np.array(numpy_helper.to_array(weight))
-        values[::2] = 0
+        values[::2] *= factor
         weight.CopyFrom(numpy_helper.from_array(values, weight.name))
         onnx.save(model, folder / contract.MODEL)
         golden.write(folder, opened.preprocessing, opened.precisions)

@@ -61,6 +61,18 @@ def matrix(column: pa.ChunkedArray, dimension: int) -> NDArray[np.floating]:
     return flat.reshape(-1, dimension)
 
 
+def require_finite(vectors: NDArray[np.floating], path: Path, start: int = 0) -> None:
+    """Raises IntegrityError where one of a table's vectors (n, D), rows from `start` on, is not."""
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise IntegrityError(
+            f"holds vectors that are not finite: the first is row {start + int(finite.argmin())}",
+            where=path,
+            expected="numbers",
+            fix="embed the images again, in --precision fp32 and --dtype float32",
+        )
+
+
 def footer_of(out: Path) -> Mapping[str, str] | None:
     """The footer that stands beside the matrix; None where there is no matrix.
 

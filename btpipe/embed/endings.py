@@ -1,11 +1,38 @@
 """How a job ends whose table is there, by the rejects that it has."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from btpipe.data.rejects import BadInputError
 from btpipe.embed import table
-from btpipe.errors import BudgetError, MachineError
+from btpipe.errors import BudgetError, MachineError, NumericsError
 from btpipe.events import Rejected
+
+ENCODE = "encode"
+"""The stage of a reject whose vector is not finite."""
+
+
+def not_finite(footer: table.Footer, vector: NDArray[np.float32]) -> BadInputError:
+    """Why a vector is not written: it is the same another time."""
+    what = footer.dtype if np.isfinite(vector).all() else f"precision {footer.precision}"
+    return BadInputError(f"its vector is not finite in {what}")
+
+
+def require_finite(rejects: Iterable[Rejected], inputs: int, where: Path) -> None:
+    """Raises NumericsError where vectors of the inputs were not finite."""
+    bad = [reject for reject in rejects if reject.stage == ENCODE]
+    if bad:
+        raise NumericsError(
+            f"{len(bad)} of {inputs} vectors are not finite; the first: {bad[0].path}:"
+            f" {bad[0].reason}",
+            where=where,
+            expected="finite numbers; no other vector is written",
+            fix="embed with --precision fp32 and --dtype float32 to another --out; where that does"
+            " not help, the weights are at fault",
+        )
 
 
 def unread(out: Path) -> list[Rejected]:

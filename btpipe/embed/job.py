@@ -87,6 +87,8 @@ def embed(
             a tenth of its rows would be dropped.
         MachineError: no space, no permission, or a source that gave nothing for minutes; what is
             committed stays. Or finished, but for inputs that could not be read.
+        NumericsError: this machine makes other vectors of the bundle's golden images; or finished,
+            but for vectors that were not finite. Where none is, there is no table.
         BudgetError: finished, with more bad inputs than `max_bad`.
         Stopped: a signal; what is committed stays.
     """
@@ -103,6 +105,7 @@ def embed(
     summary = run.summary(images, time.monotonic() - started)
     on_event(summary)
     inputs = summary.rows + summary.rejects
+    endings.require_finite(table.read_rejects(out), inputs, table.rejects_path(out))
     endings.require_read(out, inputs)  # before the budget: what is bad for good is not known yet
     endings.keep_budget(out, summary.rejects, inputs, options.max_bad)
     return summary
@@ -244,6 +247,9 @@ class _EmbedJob:
             writer.follow(fresh, earlier, overwrite=options.overwrite, prune=options.prune)
             pool.start()
             images = writer.embed(pool, self._options.batch_size)
+            if self._retried is None and not any(commit.rows for commit in writer.done.values()):
+                rejects = [bad for commit in writer.done.values() for bad in commit.rejects]
+                endings.require_finite(rejects, writer.plan.rows, self._folder)
             writer.finish(self._out)
             work_folder.remove(self._folder)
         made = sum(commit.rows - commit.reused for commit in writer.done.values())

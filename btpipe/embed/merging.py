@@ -51,6 +51,8 @@ def merge(shards: Sequence[Path], out: Path, on_event: Report, *, overwrite: boo
         outputs.take_place(out, vectors)
         work_folder.remove(folder)
     on_event(_merged(out, len(tables), started))
+    bad = table.read_rejects(out)
+    endings.require_finite(bad, outputs.count(out) + len(bad), table.rejects_path(out))
     names = [f"{number}/{len(tables)}" for number in range(len(tables))]
     endings.require_shards_read(dict(zip(names, tables, strict=True)), out)
 

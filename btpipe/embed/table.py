@@ -151,7 +151,7 @@ def rows(
 ) -> pa.Table:
     """The rows of an index (n), their digests and vectors (n, D) as a table of vectors."""
     assert vectors.shape == (listed.num_rows, footer.dimension)
-    flat = pa.array(vectors.reshape(-1).astype(footer.dtype, copy=False))
+    flat = pa.array(stored(footer, vectors).reshape(-1))
     columns = {
         **{name: listed[name] for name in ("path", "path_bytes")},
         "digest": pa.array(list(digests), pa.string()),
@@ -160,6 +160,12 @@ def rows(
         "embedding": pa.FixedSizeListArray.from_arrays(flat, footer.dimension),
     }
     return pa.Table.from_arrays(list(columns.values()), schema=schema(footer))
+
+
+def stored(footer: Footer, vectors: NDArray[np.float32]) -> NDArray[np.floating]:
+    """The vectors in the table's type; what is beyond it becomes infinite."""
+    with np.errstate(over="ignore"):
+        return vectors.astype(footer.dtype, copy=False)
 
 
 def write(path: Path, columns: pa.Schema, tables: Iterable[pa.Table]) -> None:

@@ -17,7 +17,7 @@ from btpipe import artifact, runtime
 from btpipe.data.index import open_index
 from btpipe.data.pipeline import decode
 from btpipe.data.pipeline.eval_loader import EvaluationBatch, FileRead, evaluation_stream
-from btpipe.embed import table, work_folder
+from btpipe.embed import endings, table, work_folder
 from btpipe.embed.encoder import Encoder
 from btpipe.embed.messages import (
     Drain,
@@ -160,16 +160,21 @@ class _Worker:
     def _is_known(self, row: int, digest: str, count: int) -> bool:
         """Whether the vector is known; a file that is not as listed is decoded for its size."""
         vector = self._cache.find(digest) if count == self._bytes[row].as_py() else None
-        if vector is None:
+        if vector is None or not np.isfinite(vector).all():
             return False
         self._reused[row] = vector
         return True
 
     def _add(self, batch: EvaluationBatch, vectors: NDArray[np.float32]) -> None:
-        """Puts the rows of a batch into their parts."""
+        """Puts the rows of a batch into their parts; a vector that is not finite is a reject."""
+        finite = np.isfinite(table.stored(self._footer, vectors)).all(axis=1)
         for part in self._parts:
             inside = range(part.task.first, part.task.end)
-            good = np.flatnonzero((batch.rows >= inside.start) & (batch.rows < inside.stop))
+            is_inside = (batch.rows >= inside.start) & (batch.rows < inside.stop)
+            good = np.flatnonzero(is_inside & finite)
+            for i in np.flatnonzero(is_inside & ~finite):
+                row, error = int(batch.rows[i]), endings.not_finite(self._footer, vectors[i])
+                part.rejects[row] = self._index.reject(row, endings.ENCODE, error)
             cached_files = {row: file for row, file in batch.cached_files.items() if row in inside}
             rows = np.fromiter(cached_files, np.int64)
             part.rows += [batch.rows[good], rows]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from btpipe.embed import outputs
+from btpipe.embed import arrays, outputs
 from btpipe.errors import IntegrityError, RefusedError, UsageError
 
 BUNDLE_KEY = b"btpipe.bundle"
@@ -186,6 +186,7 @@ def read(path: Path, source: Labels) -> Labelled:
         )
     flat = table[EMBEDDING].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     vectors = flat.reshape(table.num_rows, -1)
+    arrays.require_finite(vectors, path)
     key = next((name for name in ("digest", "path") if name in table.column_names), None)
     keys = table[key].to_pylist() if key else [str(row) for row in range(table.num_rows)]
     rows = [row for row, label in enumerate(labels) if label is not None]

@@ -194,10 +194,7 @@ def _unit(path: Path, dimension: int) -> Iterator[Half]:
     done = 0
     for batch in _batches(path):
         part = batch[_EMBEDDING].flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
-        finite = np.isfinite(part).all(axis=1)
-        if not finite.all():
-            row = done + int(np.flatnonzero(~finite)[0])
-            raise IntegrityError(f"the vector of row {row} is not finite", where=path)
+        arrays.require_finite(part, path, done)
         yield neighbours.normalize(part).astype(np.float16)
         done += len(part)
 

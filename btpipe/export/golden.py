@@ -8,6 +8,7 @@ made of them where it was exported.
 """
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -119,6 +120,10 @@ def require(least: Mapping[str, float], bundle: contract.Bundle) -> None:
     failed = {name: value for name, value in least.items() if not value >= bounds[name]}
     if failed:
         measured = ", ".join(f"{name} {value:.6f}" for name, value in failed.items())
+        if any(math.isnan(value) for value in failed.values()):
+            fix = "export it anew: its weights are not finite, or make vectors of zeros"
+            what = f"the vectors of its golden images have no cosine ({measured})"
+            raise NumericsError(what, where=bundle.folder / FOLDER, fix=fix)
         raise NumericsError(
             f"other vectors than where it was exported: least cosine {measured}",
             where=bundle.folder / FOLDER,

@@ -1,6 +1,7 @@
 """Every input is a row or a reject; a job that was killed ends with the same table."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -378,6 +379,40 @@ def test_work_of_another_bundle_is_refused_and_work_for_other_images_dropped(
     run(images, unfinished, bundle, events)
     assert any(isinstance(event, Warned) and "afresh" in event.text for event in events)
     assert pq.read_metadata(unfinished).num_rows == IMAGES - 2
+
+
+def test_vectors_beyond_float16_are_rejects_and_end_the_job_with_6_every_time(
+    images: Path, bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "v.parquet"
+    large = tiny_run.other_bundle(bundle, tmp_path / "large", 2e5)  # about half of the vectors
+    run(images, tmp_path / "exact.parquet", large)
+    exact = pq.read_table(tmp_path / "exact.parquet").to_pylist()
+    fits = {row["path"] for row in exact if max(map(abs, row["embedding"])) < 65_504}
+    assert 0 < len(fits) < IMAGES
+    encoder, options = EncoderConfig(large, device="cpu"), JobOptions(dtype="float16")
+    for _ in range(2):
+        with pytest.raises(NumericsError, match=f"{IMAGES - len(fits)} of {IMAGES} vectors"):
+            embed(images, out, encoder, ignore, options)
+        assert {row["path"] for row in pq.read_table(out).to_pylist()} == fits
+    rejects = pq.read_table(tmp_path / "v.rejects.parquet").to_pylist()
+    assert {(bad["stage"], bad["kind"]) for bad in rejects} == {("encode", "content")}
+    assert len(rejects) == IMAGES - len(fits)
+
+
+@pytest.mark.parametrize(("factor", "what"), [(1e7, "40 of 40 vectors"), (math.inf, "golden")])
+def test_where_no_vector_is_finite_there_is_no_table(
+    images: Path, bundle: Path, tmp_path: Path, factor: float, what: str
+) -> None:
+    out, events = tmp_path / "v.parquet", list[Event]()
+    broken = tiny_run.other_bundle(bundle, tmp_path / "broken", factor)
+    encoder, options = EncoderConfig(broken, device="cpu"), JobOptions(dtype="float16")
+    for _ in range(2):
+        with pytest.raises(NumericsError, match=what):
+            embed(images, out, encoder, events.append, options)
+        assert not out.exists()
+    embedded = sum(isinstance(event, Rejected) for event in events)
+    assert embedded == (IMAGES if math.isfinite(factor) else 0)  # the second time nothing is made
 
 
 @pytest.mark.parametrize("engine", ["onnx", "torch"])

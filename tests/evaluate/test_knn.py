@@ -124,6 +124,10 @@ def test_missing_empty_and_foreign_files_are_refused(tmp_path: Path) -> None:
     assert "no such table" in refusal(UsageError, good, tmp_path / "none.parquet")
     empty = write(tmp_path / "b.parquet", [], np.empty((0, 3), np.float32))
     assert "holds no vectors" in refusal(UsageError, good, empty)
+    wild = write(
+        tmp_path / "w.parquet", ["x", "x"], np.array([[1, 1, 1], [np.inf, 1, 1]], np.float32)
+    )
+    assert "the first is row 1" in refusal(IntegrityError, good, wild)
     (tmp_path / "c.parquet").write_text("a,b\n1,2\n")
     assert "cannot be read" in refusal(IntegrityError, good, tmp_path / "c.parquet")
     pq.write_table(pa.table({"label": ["x"]}), tmp_path / "d.parquet")

@@ -190,7 +190,7 @@ def test_rows_of_one_class_or_too_few_rows_are_refused(tmp_path: Path) -> None:
         linear_probe.judge(few, test, tmp_path / "s.json", ignore)
     vectors[3, 2] = np.nan
     broken = vector_table.write(tmp_path / "c.parquet", vectors, labels=["x", "y"] * 10)
-    with pytest.raises(IntegrityError, match="1 vectors are not finite"):
+    with pytest.raises(IntegrityError, match="the first is row 3"):
         linear_probe.judge(broken, None, tmp_path / "s.json", ignore)
 
 
