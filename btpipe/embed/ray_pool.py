@@ -61,7 +61,7 @@ class _Job:
     workers: int
     limit_seconds: float
     started: JobStarted
-    shared: "_SharedPaths"
+    shared: "SharedPaths"
     tasks: Sequence[PartTask]
 
 
@@ -121,7 +121,7 @@ class RayPool:
             UsageError: more workers than the cluster has GPUs or cores.
         """
         started = dataclasses.replace(started, folder=started.folder.absolute())
-        shared = _SharedPaths.of(started, index)
+        shared = SharedPaths.of(started, index)
         job = _Job(self._config, self._workers, self._limit_seconds, started, shared, tasks)
         with contextlib.suppress(OSError):  # it is gone: `_receive` says so
             self._connection.send(job)
@@ -187,7 +187,7 @@ def _run(job: _Job, machines: Sequence[runtime.ClusterNode]) -> Iterator[bytes]:
     rows = [{"task": pickle.dumps(task)} for task in job.tasks]
     # A block for each: what Ray hands out, and does again when an actor is lost.
     results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _Actor,
+        Actor,
         fn_constructor_args=(config, job.started, job.limit_seconds, job.shared),
         compute=ray.data.ActorPoolStrategy(
             size=min(workers, len(rows)), max_tasks_in_flight_per_actor=1
@@ -229,7 +229,7 @@ def _share_out(
 
 
 @dataclasses.dataclass(frozen=True)
-class _SharedPaths:
+class SharedPaths:
     """What the job sees on its machine, and every other must see under the same path.
 
     Relative paths are from `folder`.
@@ -239,7 +239,7 @@ class _SharedPaths:
     paths: tuple[str, ...]
 
     @classmethod
-    def of(cls, started: JobStarted, index: Index) -> "_SharedPaths":
+    def of(cls, started: JobStarted, index: Index) -> "SharedPaths":
         """The work folder, and the inputs that are files or folders."""
         paths = [os.fspath(started.folder / work_folder.PLAN), os.fspath(index.root)]
         paths += [origin.place for origin in index.sources]
@@ -262,11 +262,11 @@ class _SharedPaths:
         os.chdir(self.folder)
 
 
-class _Actor:
+class Actor:
     """The supervisor of one worker, which opens the bundle once."""
 
     def __init__(
-        self, config: WorkerConfig, started: JobStarted, limit_seconds: float, shared: _SharedPaths
+        self, config: WorkerConfig, started: JobStarted, limit_seconds: float, shared: SharedPaths
     ) -> None:
         self._config, self._started, self._limit_seconds = config, started, limit_seconds
         self._shared = shared
