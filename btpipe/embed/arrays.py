@@ -66,7 +66,8 @@ def require_finite(vectors: NDArray[np.floating], path: Path, start: int = 0) ->
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise IntegrityError(
-            f"holds vectors that are not finite: the first is row {start + int(finite.argmin())}",
+            f"{np.count_nonzero(~finite)} vectors are not finite: the first is row"
+            f" {start + int(finite.argmin())}",
             where=path,
             expected="numbers",
             fix="embed the images again, in --precision fp32 and --dtype float32",

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btpipe import artifact
-from btpipe.embed import outputs
-from btpipe.errors import IntegrityError, RefusedError, UsageError
+from btpipe.embed import arrays, outputs
+from btpipe.errors import RefusedError, UsageError
 from btpipe.evaluate import knn, labelled, logistic
 from btpipe.evaluate.labelled import Labelled, Labels
 from btpipe.events import Event, Progressed, Report, TextTable, Warned
@@ -164,8 +164,8 @@ def score(
             expected="two classes or more",
         )
     vectors, numbers = train.numbered(names)
-    _require_finite(vectors, where)
-    _require_finite(test.embeddings, where)
+    arrays.require_finite(vectors, where)
+    arrays.require_finite(test.embeddings, where)
     held_out = _held_out(train.keys, seed)
     if len(np.unique(numbers[~held_out])) < 2:
         raise UsageError(
@@ -230,13 +230,6 @@ def _held_out(keys: list[str], seed: int) -> NDArray[np.bool_]:
     ordered = sorted(draws, key=lambda key: draws[key])
     chosen = set(ordered[: max(1, round(HELD_OUT * len(ordered)))])
     return np.array([key in chosen for key in keys])
-
-
-def _require_finite(vectors: NDArray[np.floating], where: Path) -> None:
-    sums = vectors.sum(axis=1, dtype=np.float64)
-    if not np.isfinite(sums).all():
-        count = int(np.count_nonzero(~np.isfinite(sums)))
-        raise IntegrityError(f"{count} vectors are not finite", where=where, fix="embed again")
 
 
 def _digest(rows: Labelled) -> str:
