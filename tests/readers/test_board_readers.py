@@ -71,8 +71,8 @@ def test_tensorboard_reads_every_number_and_alarm(tmp_path: Path) -> None:
     assert losses == pytest.approx([300 / step for step in range(1, 41)], FLOAT32)
     assert logged["loss/off_diagonal"][0][1] == pytest.approx(200 * Recipe().loss.lambd, FLOAT32)
     when = accumulators.EventAccumulator(str(board / "r")).Reload().Scalars("loss/total")
-    events = [json.loads(line)["time"] for line in (run / "events.jsonl").open()][1:41]
-    assert [point.wall_time for point in when] == events
+    events = [json.loads(line)["time"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [point.wall_time for point in when] == events[1:41]
     assert set(logged["loss/floor"]) == {(step, 12.5) for step in range(1, 41)}
     assert logged["rank/encoder"] == [(20, 33.0)]
     assert logged["knn/accuracy"] == [(20, 0.625)]
